@@ -1,0 +1,144 @@
+"""Frozen configurations: what the model is, what is kept of its cache, how it is run.
+
+Standard library only, so that the planner and the tools can read them without JAX.
+"""
+
+import math
+from dataclasses import dataclass
+
+POOLS = ("max", "avg")
+FLOORS = ("blend", "reserve")
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The shape of a decoder-only transformer with rotary positions and grouped queries."""
+
+    architecture: str
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    max_position_embeddings: int
+    rope_theta: float
+    rms_norm_eps: float
+    tie_word_embeddings: bool
+
+    def __post_init__(self) -> None:
+        if self.num_heads % self.num_kv_heads:
+            raise ValueError(
+                f"{self.num_heads} query heads do not divide over {self.num_kv_heads} KV heads"
+            )
+
+    @property
+    def group_size(self) -> int:
+        """Query heads that share one KV head (G)."""
+        return self.num_heads // self.num_kv_heads
+
+
+@dataclass(frozen=True)
+class KVConfig:
+    """What is kept of each prompt's keys and values.
+
+    Give either `budget` or `ratio`; the policy `full` takes neither.
+
+    Raises:
+        ValueError: the options contradict each other or lie outside their limits.
+    """
+
+    policy: str = "full"
+    budget: int | None = None
+    """Kept tokens a head on average, the window included."""
+    ratio: float | None = None
+    """The fraction removed of each prompt: max(1, int(T * (1 - ratio))) tokens a head are kept."""
+    window: int = 32
+    """Last prompt tokens: they are always kept, and their queries score the others."""
+    pool: str = "max"
+    kernel: int = 7
+    """Width, odd, of the pooling of scores along the prompt."""
+    pool_first: bool = False
+    """Pool each query head's scores before their mean over the group, instead of after."""
+    floor: str = "blend"
+    """How Ada-SnapKV protects weak heads: "blend" (as published) or "reserve" (as in kvpress)."""
+    alpha: float = 0.2
+    """The protected fraction of a head's budget, in [0, 1]."""
+
+    def __post_init__(self) -> None:
+        if self.policy == "full":
+            if self.budget is not None or self.ratio is not None:
+                raise ValueError(
+                    "kv_policy 'full' keeps everything: drop kv_budget and kv_ratio, "
+                    "or choose a policy that compresses"
+                )
+        elif (self.budget is None) == (self.ratio is None):
+            raise ValueError(
+                f"kv_policy {self.policy!r} needs either kv_budget or kv_ratio, "
+                f"got kv_budget={self.budget} and kv_ratio={self.ratio}"
+            )
+        _check_int("kv_window", self.window, 1)
+        _check_int("kv_kernel", self.kernel, 1)
+        if self.kernel % 2 == 0:
+            raise ValueError(f"kv_kernel must be odd, got {self.kernel}: use {self.kernel + 1}")
+        _check_choice("kv_pool", self.pool, POOLS)
+        _check_choice("kv_floor", self.floor, FLOORS)
+        _check_fraction("kv_alpha", self.alpha, closed=True)
+        if self.ratio is not None:
+            _check_fraction("kv_ratio", self.ratio, closed=False)
+        if self.budget is not None:
+            _check_int("kv_budget", self.budget, 1)
+
+    def kept_tokens(self, prompt_tokens: int) -> int:
+        """Tokens kept per head, on average, of a prompt of that length."""
+        if self.budget is not None:
+            return min(self.budget, prompt_tokens)
+        if self.ratio is not None:
+            return max(1, int(prompt_tokens * (1 - self.ratio)))
+        return prompt_tokens
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """How the engine runs the model: devices, sizes, memory.
+
+    Raises:
+        ValueError: a size is not positive.
+    """
+
+    tensor_parallel_size: int = 1
+    max_model_len: int = 8192
+    """Most tokens of one request, prompt and output together."""
+    max_num_seqs: int = 8
+    """Rows of the decode batch (B)."""
+    page_size: int = 16
+    """Tokens a page of the KV pool; a multiple of 8, which the GPUs' bulk copies need."""
+    kv_cache_bytes: int = 2 << 30
+    """Bytes of the KV pool, over all devices."""
+    dtype: str = "float32"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("tensor_parallel_size", "max_model_len", "max_num_seqs", "kv_cache_bytes"):
+            _check_int(name, getattr(self, name), 1)
+        _check_int("page_size", self.page_size, 8)
+        if self.page_size % 8:
+            raise ValueError(f"page_size must be a multiple of 8, got {self.page_size}")
+
+
+def _check_int(name: str, value: object, low: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < low:
+        raise ValueError(f"{name} must be an integer of at least {low}, got {value!r}")
+
+
+def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
+
+
+def _check_fraction(name: str, value: object, *, closed: bool) -> None:
+    """Checks 0 <= value <= 1, or 0 <= value < 1 where `closed` is false."""
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not number or not math.isfinite(value) or value < 0 or value > 1 or (value == 1 > closed):
+        raise ValueError(f"{name} must lie in [0, 1{']' if closed else ')'}, got {value!r}")

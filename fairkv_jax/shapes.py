@@ -1,0 +1,25 @@
+"""The axis letters of the whole project, and the names of the mesh axes.
+
+| letter | axis                                                        |
+|--------|-------------------------------------------------------------|
+| B      | rows of the decode batch                                    |
+| T      | prompt tokens                                               |
+| S      | cached tokens                                               |
+| N      | query heads                                                 |
+| K      | KV heads                                                    |
+| G      | query heads per KV head, N/K                                |
+| H      | head width                                                  |
+| D      | model width                                                 |
+| F      | MLP width                                                   |
+| V      | vocabulary                                                  |
+| L      | layers                                                      |
+| P      | devices on the `tensor` mesh axis                           |
+| C      | head slots per device and layer                             |
+
+A *slot* holds one KV head with its G query heads, the unit that is assigned, copied and
+compressed. Arrays over all slots have an axis of P*C, sharded on `tensor`; inside `shard_map`
+it is C.
+"""
+
+DATA_AXIS = "data"
+TENSOR_AXIS = "tensor"
