@@ -3,7 +3,6 @@
 Standard library only, so that the planner and the tools can read them without JAX.
 """
 
-import math
 from dataclasses import dataclass
 
 POOLS = ("max", "avg")
@@ -140,5 +139,5 @@ def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
 def _check_fraction(name: str, value: object, *, closed: bool) -> None:
     """Checks 0 <= value <= 1, or 0 <= value < 1 where `closed` is false."""
     number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not number or not math.isfinite(value) or value < 0 or value > 1 or (value == 1 > closed):
+    if not number or not (0 <= value <= 1 if closed else 0 <= value < 1):
         raise ValueError(f"{name} must lie in [0, 1{']' if closed else ')'}, got {value!r}")
