@@ -1,0 +1,39 @@
+"""What every checkpoint format offers: a configuration, tensors in head order, a tokenizer."""
+
+from typing import Protocol
+
+import numpy as np
+
+from fairkv_jax.config import ModelConfig
+from fairkv_jax.tokenizer import Tokenizer
+
+
+class CheckpointError(ValueError):
+    """A checkpoint cannot be read; the message says which, why, and the way out."""
+
+
+class Checkpoint(Protocol):
+    """Model weights on disk, read one tensor at a time under canonical names.
+
+    The names and shapes are those of `layout.tensor_shapes`, whatever the file calls them.
+    """
+
+    name: str
+    """The model's name, as a server announces it."""
+    config: ModelConfig
+
+    def names(self) -> tuple[str, ...]:
+        """The canonical names of all tensors, in the order of the layers."""
+        ...
+
+    def tensor(self, name: str) -> np.ndarray:
+        """One tensor in head order: float32, or the file's own float16 or bfloat16.
+
+        Raises:
+            CheckpointError: there is no such tensor, or it cannot be read.
+        """
+        ...
+
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer that the model was trained with."""
+        ...

@@ -1,0 +1,117 @@
+"""The tokenizer that lies in a GGUF file's metadata."""
+
+from collections.abc import Callable
+from typing import Any
+
+from tokenizers import AddedToken, decoders, models, pre_tokenizers, processors
+from tokenizers import Tokenizer as Backend
+from tokenizers.pre_tokenizers import PreTokenizer
+
+from fairkv_jax.checkpoint.base import CheckpointError
+from fairkv_jax.checkpoint.gguf_file import GGUFFile
+from fairkv_jax.tokenizer import Tokenizer
+
+CONTROL, USER_DEFINED = 3, 4  # of the format's token types
+
+# Ends of a turn or a text, which files do not always announce by a key of their own.
+_END_TEXTS = ("<|im_end|>", "<|eot_id|>", "<|endoftext|>", "<|end_of_text|>")
+_END_KEYS = ("eos_token_id", "eot_token_id", "eom_token_id")
+
+
+def _smollm() -> PreTokenizer:
+    """Every digit by itself, then GPT-2's words."""
+    digits = pre_tokenizers.Digits(individual_digits=True)
+    return pre_tokenizers.Sequence([digits, _gpt2()])
+
+
+def _gpt2() -> PreTokenizer:
+    return pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+
+
+PRE_TOKENIZERS: dict[str, Callable[[], PreTokenizer]] = {"smollm": _smollm, "gpt-2": _gpt2}
+"""How text is cut into words before merging, by `tokenizer.ggml.pre`."""
+
+
+def build_tokenizer(file: GGUFFile) -> Tokenizer:
+    """Builds the byte-level BPE tokenizer of a GGUF file.
+
+    Raises:
+        CheckpointError: the file has none, or one of another kind; what is supported is named.
+    """
+    model = _get(file, "model", str)
+    if model != "gpt2":
+        raise CheckpointError(
+            f"{file.path} has a tokenizer of the kind {model!r}, supported is 'gpt2' "
+            "(byte-level BPE): choose a checkpoint that has one"
+        )
+    pre = _get(file, "pre", str)
+    if pre not in PRE_TOKENIZERS:
+        raise CheckpointError(
+            f"{file.path} has the pre-tokenizer {pre!r}, supported are "
+            f"{', '.join(PRE_TOKENIZERS)}: choose a checkpoint that has one of these"
+        )
+    texts = _get(file, "tokens", list)
+    kinds = _get(file, "token_type", list)
+    backend = Backend(models.BPE(_vocabulary(file, texts), _merges(file)))
+    backend.pre_tokenizer = PRE_TOKENIZERS[pre]()  # type: ignore[assignment]
+    backend.decoder = decoders.ByteLevel()  # type: ignore[assignment]
+    for special in (True, False):
+        kind = CONTROL if special else USER_DEFINED
+        named = [text for text, k in zip(texts, kinds, strict=True) if k == kind]
+        backend.add_tokens([AddedToken(t, special=special, normalized=False) for t in named])
+    tokens = _special_tokens(file, texts)
+    if file.metadata.get("tokenizer.ggml.add_bos_token") and "bos_token" in tokens:
+        bos = tokens["bos_token"]
+        backend.post_processor = processors.TemplateProcessing(  # type: ignore[assignment]
+            single=f"{bos} $A", special_tokens=[(bos, texts.index(bos))]
+        )
+    return Tokenizer(
+        backend,
+        eos_token_ids=_end_ids(file, texts, kinds),
+        chat_template=file.metadata.get("tokenizer.chat_template"),
+        template_tokens=tokens,
+    )
+
+
+def _get(file: GGUFFile, key: str, kind: type) -> Any:
+    value = file.metadata.get(f"tokenizer.ggml.{key}")
+    if not isinstance(value, kind):
+        raise CheckpointError(
+            f"{file.path}: tokenizer.ggml.{key} must be {kind.__name__}, got "
+            f"{type(value).__name__}: the file carries no usable tokenizer"
+        )
+    return value
+
+
+def _vocabulary(file: GGUFFile, texts: list[str]) -> dict[str, int]:
+    vocabulary = {text: index for index, text in enumerate(texts)}
+    if len(vocabulary) != len(texts):
+        raise CheckpointError(
+            f"{file.path}: {len(texts) - len(vocabulary)} of {len(texts)} tokens repeat another: "
+            "the file is damaged"
+        )
+    return vocabulary
+
+
+def _merges(file: GGUFFile) -> list[tuple[str, str]]:
+    """Pairs of parts; byte-level tokens hold no space, so the first one separates them."""
+    pairs = [merge.partition(" ") for merge in _get(file, "merges", list)]
+    return [(left, right) for left, _, right in pairs]
+
+
+def _special_tokens(file: GGUFFile, texts: list[str]) -> dict[str, str]:
+    """The texts of the special tokens under the names by which chat templates call them."""
+    names = {"bos": "bos", "eos": "eos", "unknown": "unk", "padding": "pad"}
+    tokens = {}
+    for key, name in names.items():
+        index = file.metadata.get(f"tokenizer.ggml.{key}_token_id")
+        if index is not None and index < len(texts):
+            tokens[f"{name}_token"] = texts[index]
+    return tokens
+
+
+def _end_ids(file: GGUFFile, texts: list[str], kinds: list[int]) -> set[int]:
+    keys = [f"tokenizer.ggml.{key}" for key in _END_KEYS]
+    announced = {file.metadata[key] for key in keys if key in file.metadata}
+    known = {i for i, text in enumerate(texts) if text in _END_TEXTS and kinds[i] == CONTROL}
+    return announced | known

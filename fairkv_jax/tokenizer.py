@@ -1,0 +1,172 @@
+"""Text to token ids and back: encoding, chat templates, incremental detokenisation.
+
+A `Tokenizer` wraps a backend of the `tokenizers` package and what the package leaves out. The
+readers of checkpoint formats build it; nothing here knows where its parts came from.
+"""
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from datetime import datetime
+from typing import Any, NoReturn
+
+import jinja2
+import jinja2.sandbox
+from tokenizers import Tokenizer as Backend
+from tokenizers.decoders import DecodeStream
+
+Message = Mapping[str, Any]
+"""One turn of a chat: {"role": "user", "content": "..."}; templates may read further keys."""
+
+
+class Tokenizer:
+    """Encodes prompts, decodes outputs, renders chats.
+
+    Special tokens that stand in the text, such as "<|im_start|>", become their ids: rendered
+    chats rely on it, and whoever writes raw prompts may use them too.
+    """
+
+    def __init__(
+        self,
+        backend: Backend,
+        *,
+        eos_token_ids: Iterable[int],
+        chat_template: str | None = None,
+        template_tokens: Mapping[str, str] | None = None,
+    ) -> None:
+        """`template_tokens`: special tokens by the name that templates call, e.g. "bos_token"."""
+        self._backend = backend
+        self._chat_template = chat_template
+        self._template_tokens = dict(template_tokens or {})
+        self._template: jinja2.Template | None = None
+        self.eos_token_ids = frozenset(eos_token_ids)
+        """The ids that end a turn or a text."""
+        self.vocab_size = backend.get_vocab_size(with_added_tokens=True)
+
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        """The ids of a text, with BOS in front where the model wants it.
+
+        Raises:
+            ValueError: the text holds half of a surrogate pair, which no UTF-8 can say.
+        """
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise ValueError(
+                f"the text is not valid Unicode: half a surrogate pair ({text[error.start]!r}) "
+                f"at position {error.start}: send the whole character"
+            ) from error
+        return self._backend.encode(text, add_special_tokens=add_special_tokens).ids
+
+    def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
+        """The text of ids; bytes that are not UTF-8 become U+FFFD."""
+        return self._backend.decode(list(ids), skip_special_tokens=skip_special_tokens)
+
+    def token_text(self, token_id: int) -> str:
+        """The text of one token by itself, special tokens included."""
+        return self.decode([token_id], skip_special_tokens=False)
+
+    def detokenizer(self, skip_special_tokens: bool = True) -> "Detokenizer":
+        """A fresh incremental decoder for one output."""
+        return Detokenizer(self._backend, skip_special_tokens)
+
+    def apply_chat_template(
+        self, messages: Sequence[Message], add_generation_prompt: bool = True, **kwargs: Any
+    ) -> str:
+        """The prompt of a chat, as the model was trained to read it; encode it without BOS.
+
+        `kwargs` reach the template under their names.
+
+        Raises:
+            ValueError: the model has no template, a message is malformed, or the template
+                refuses the conversation.
+        """
+        _check_messages(messages)
+        if self._template is None:
+            self._template = _compile(self._chat_template)
+        variables = self._template_tokens | {"tools": None, "documents": None} | kwargs
+        try:
+            return self._template.render(
+                messages=messages, add_generation_prompt=add_generation_prompt, **variables
+            )
+        except (jinja2.TemplateError, TypeError, KeyError, AttributeError) as error:
+            raise ValueError(f"the model's chat template refuses the messages: {error}") from error
+
+
+class Detokenizer:
+    """Turns the token ids of one output into text as they come.
+
+    The text of all pushes and the flush together is what `decode` makes of all ids: a
+    character that is split over tokens is held back until it is whole.
+    """
+
+    def __init__(self, backend: Backend, skip_special_tokens: bool = True) -> None:
+        self._backend = backend
+        self._skip_special_tokens = skip_special_tokens
+        self._stream = DecodeStream(skip_special_tokens=skip_special_tokens)
+        self._emitted: list[int] = []  # the ids of the last text that left: context of the next
+        self._held: list[int] = []  # the ids since then
+
+    def push(self, token_id: int) -> str:
+        """The text that this token completes, "" where it completes none."""
+        self._held.append(token_id)
+        text = self._stream.step(self._backend, token_id)
+        if text is None:
+            return ""
+        self._emitted, self._held = self._held, []
+        return text
+
+    def flush(self) -> str:
+        """The text still held back, an incomplete character as U+FFFD; the output is then over."""
+        before = self._decode(self._emitted)
+        text = self._decode(self._emitted + self._held)[len(before) :]
+        self._held = []
+        return text
+
+    def _decode(self, ids: list[int]) -> str:
+        return self._backend.decode(ids, skip_special_tokens=self._skip_special_tokens)
+
+
+def _check_messages(messages: Sequence[Message]) -> None:
+    if isinstance(messages, str) or not isinstance(messages, Sequence) or not messages:
+        raise ValueError(
+            'messages must be a list of at least one {"role": ..., "content": ...}, '
+            f"got {messages!r}"
+        )
+    for index, message in enumerate(messages):
+        if not isinstance(message, Mapping):
+            raise ValueError(
+                f'messages[{index}] must be {{"role": ..., "content": ...}}, got {message!r}'
+            )
+        for key in ("role", "content"):
+            if not isinstance(message.get(key), str):
+                raise ValueError(
+                    f"messages[{index}][{key!r}] must be a string, got {message.get(key)!r}"
+                )
+
+
+def _compile(source: str | None) -> jinja2.Template:
+    """Compiles a template in the dialect in which models publish theirs.
+
+    Templates come with the checkpoint, from anybody: the sandbox keeps them to their variables.
+    """
+    if source is None:
+        raise ValueError(
+            "the model has no chat template: use completions, or an instruction-tuned checkpoint"
+        )
+    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+    )
+    environment.globals["raise_exception"] = _raise_exception
+    environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
+    # Jinja's own filter escapes <, > and & for HTML, which models have not seen.
+    environment.filters["tojson"] = lambda value, indent=None: json.dumps(
+        value, ensure_ascii=False, indent=indent
+    )
+    try:
+        return environment.from_string(source)
+    except jinja2.TemplateError as error:
+        raise ValueError(f"the model's chat template does not compile: {error}") from error
+
+
+def _raise_exception(message: str) -> NoReturn:
+    raise jinja2.TemplateError(message)
