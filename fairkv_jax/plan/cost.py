@@ -1,0 +1,113 @@
+"""What a decode step costs: seconds per head slot and per cached token, from the hardware."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Self
+
+from fairkv_jax.plan.shape import ModelShape
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """A device as decoding sees it: how fast it reads its memory and how much it has."""
+
+    bandwidth: float
+    """Bytes per second of the main memory, as the vendor states it."""
+    memory_bytes: int
+
+
+HARDWARE: dict[str, Hardware] = {
+    "A100": Hardware(2.039e12, 80 * 10**9),
+    "H100": Hardware(3.35e12, 80 * 10**9),
+    "H200": Hardware(4.8e12, 141 * 10**9),
+    "L4": Hardware(0.3e12, 24 * 10**9),
+    "CPU": Hardware(0.04e12, 16 * 10**9),
+}
+"""A100 is the 80 GB SXM card; CPU is a small virtual machine."""
+
+
+@dataclass(frozen=True)
+class CostModel:
+    """Seconds of one decode step: a per slot, b per cached token, and a constant rest.
+
+    With C slots a layer on every device and `tokens` cached tokens of one row on device p, that
+    device spends C * a + batch * tokens * b in the layer. Empty slots cost `a` too: they are
+    computed with zero weights, because C is one number for the model.
+
+    Raises:
+        ValueError: a figure is negative, not finite, or the batch is not positive.
+    """
+
+    a_seconds: float
+    b_seconds_per_token: float
+    batch: int = 16
+    rest_seconds: float = 0.0
+    """What no plan changes: MLPs and logits, spread evenly over the devices."""
+    head_bytes: float = 0.0
+    """Weights of one head slot of one layer."""
+    token_bytes: float = 0.0
+    """Keys and values of one cached token of one head."""
+    rest_bytes: float = 0.0
+    """All other weights that one device holds."""
+    hardware: str = ""
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            if name == "hardware":
+                continue
+            number = isinstance(value, int | float) and not isinstance(value, bool)
+            if not number or not math.isfinite(value) or value < 0:
+                raise ValueError(f"{name} must be a number of at least 0, got {value!r}")
+        if not isinstance(self.batch, int) or self.batch < 1:
+            raise ValueError(f"batch must be an integer of at least 1, got {self.batch!r}")
+        if self.b_seconds_per_token == 0:
+            raise ValueError("b_seconds_per_token must be positive: tokens are what is balanced")
+
+    @classmethod
+    def of(
+        cls,
+        shape: ModelShape,
+        n_devices: int,
+        hardware: str = "H100",
+        *,
+        batch: int = 16,
+        itemsize: int = 2,
+    ) -> Self:
+        """The cost of a model on `n_devices` of that hardware, bound by memory reads.
+
+        `itemsize` is the bytes of one weight or cached number. Decoding reads each weight once a
+        step, whatever the batch, and each cached token once.
+        """
+        if hardware not in HARDWARE:
+            raise ValueError(f"hardware must be one of {', '.join(HARDWARE)}, got {hardware!r}")
+        bandwidth = HARDWARE[hardware].bandwidth
+        head_bytes = shape.head_params * itemsize
+        token_bytes = 2 * shape.head_dim * itemsize
+        rest_bytes = shape.rest_params * itemsize / n_devices
+        return cls(
+            a_seconds=head_bytes / bandwidth,
+            b_seconds_per_token=token_bytes / bandwidth,
+            batch=batch,
+            rest_seconds=rest_bytes / bandwidth,
+            head_bytes=head_bytes,
+            token_bytes=token_bytes,
+            rest_bytes=rest_bytes,
+            hardware=hardware,
+        )
+
+    @classmethod
+    def tokens_only(cls, hardware: str = "H100", *, batch: int = 16, head_dim: int = 128) -> Self:
+        """For a model of unknown widths: weights count nothing, only tokens do."""
+        b = 4 * head_dim / HARDWARE[hardware].bandwidth
+        return cls(0.0, b, batch=batch, token_bytes=4 * head_dim, hardware=hardware)
+
+    @classmethod
+    def from_record(cls, record: Mapping[str, Any]) -> Self:
+        """Reads the `cost` object of a plan's JSON."""
+        missing = [
+            name for name in ("a_seconds", "b_seconds_per_token", "batch") if name not in record
+        ]
+        if missing:
+            raise ValueError(f"the plan's cost lacks {', '.join(missing)}")
+        return cls(**{name: record[name] for name in cls.__dataclass_fields__ if name in record})

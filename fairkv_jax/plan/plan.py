@@ -1,0 +1,233 @@
+"""The plan: which devices hold which heads, and which share of the rows each replica serves."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, Self
+
+import numpy as np
+
+from fairkv_jax.plan.cost import CostModel
+
+SHARE_TOLERANCE = 1e-6
+
+
+@dataclass(frozen=True)
+class Copy:
+    """One head on one device, serving `share` of the rows."""
+
+    head: int
+    device: int
+    share: float
+
+
+Layer = tuple[Copy, ...]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """An assignment of every layer's heads to devices, with what it costs.
+
+    Hashable, and a static argument of jitted steps.
+
+    Raises:
+        ValueError: a head has no copy, shares do not add to 1, or an index is out of range.
+    """
+
+    strategy: str
+    row_split: str
+    """How the rows of a replicated head are shared: "equal" or "proportional"."""
+    n_devices: int
+    n_heads: int
+    layers: tuple[Layer, ...]
+    """Per layer its copies, sorted by (device, head)."""
+    cost: CostModel
+    utilization: float
+    """Busy time over elapsed time of attention; an empty slot's time is not busy."""
+    step_seconds: float
+    """Attention's part of a step: the fullest device of each layer, added over layers."""
+    lower_bound_seconds: float
+    """No plan within the same limits has a shorter attention part."""
+    one_more_copy_seconds: float = 0.0
+    """What one more copy per layer, beyond the limit, would save of `step_seconds`."""
+    fullest_tokens: float = 0.0
+    """Cached tokens of one row, over all layers, on the device that holds the most."""
+    model: str = ""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "layers", tuple(_sorted(layer) for layer in self.layers))
+        for index, layer in enumerate(self.layers):
+            _check_layer(index, layer, self.n_heads, self.n_devices)
+
+    @property
+    def rest_seconds(self) -> float:
+        """The part of a step that no plan changes."""
+        return self.cost.rest_seconds
+
+    @property
+    def n_layers(self) -> int:
+        return len(self.layers)
+
+    @property
+    def slots(self) -> int:
+        """Head slots per device and layer (C): one number for the model."""
+        return max(int(self.copies().sum(1).max()), 1) if self.layers else 1
+
+    @property
+    def n_copies(self) -> int:
+        """Copies beyond one per head, over all layers."""
+        return sum(len(layer) - self.n_heads for layer in self.layers)
+
+    @property
+    def gap(self) -> float:
+        """How far, relatively, the attention part may be above the best one."""
+        return self.step_seconds / self.lower_bound_seconds - 1
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Generated tokens, over all rows of the batch."""
+        return self.cost.batch / (self.step_seconds + self.rest_seconds)
+
+    @property
+    def device_bytes(self) -> float:
+        """Weights and cached tokens on the fullest device."""
+        weights = self.cost.rest_bytes + self.n_layers * self.slots * self.cost.head_bytes
+        return weights + self.cost.batch * self.fullest_tokens * self.cost.token_bytes
+
+    def copies(self) -> np.ndarray:
+        """Where each head has a copy, bool [L, K, P]."""
+        return self.shares() > 0
+
+    def shares(self) -> np.ndarray:
+        """The share of the rows that each device serves of each head, [L, K, P]."""
+        shares = np.zeros((len(self.layers), self.n_heads, self.n_devices))
+        for index, layer in enumerate(self.layers):
+            for copy in layer:
+                shares[index, copy.head, copy.device] = copy.share
+        return shares
+
+    def slot_heads(self) -> np.ndarray:
+        """The head in every slot, int32 [L, P, C]; -1 is empty, heads ascend in a device."""
+        slots = np.full((len(self.layers), self.n_devices, self.slots), -1, np.int32)
+        for index, layer in enumerate(self.layers):
+            filled = [0] * self.n_devices
+            for copy in layer:
+                slots[index, copy.device, filled[copy.device]] = copy.head
+                filled[copy.device] += 1
+        return slots
+
+    def to_json(self) -> str:
+        """The file that `serve --head-plan` takes."""
+        record = {
+            "strategy": self.strategy,
+            "row_split": self.row_split,
+            "model": self.model,
+            "n_devices": self.n_devices,
+            "n_heads": self.n_heads,
+            "slots": self.slots,
+            "utilization": self.utilization,
+            "step_seconds": self.step_seconds,
+            "rest_seconds": self.rest_seconds,
+            "lower_bound_seconds": self.lower_bound_seconds,
+            "gap": self.gap,
+            "one_more_copy_seconds": self.one_more_copy_seconds,
+            "tokens_per_second": self.tokens_per_second,
+            "fullest_tokens": self.fullest_tokens,
+            "device_bytes": self.device_bytes,
+            "cost": asdict(self.cost),
+            "layers": [[asdict(copy) for copy in layer] for layer in self.layers],
+        }
+        return json.dumps(record) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str) -> Self:
+        """Reads `to_json`'s format; what follows from the rest is computed anew.
+
+        Raises:
+            ValueError: the text is not such an object; the message names what is wrong.
+        """
+        try:
+            record = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"the plan is not JSON: {error}") from None
+        if not isinstance(record, dict):
+            raise ValueError(f"a plan is a JSON object, got {type(record).__name__}")
+        for name, kinds in _FIELDS.items():
+            value = record.get(name)
+            if isinstance(value, bool) or not isinstance(value, kinds):
+                state = f"got {value!r}" if name in record else "it is missing"
+                raise ValueError(f"the plan's {name} must be of type {_names(kinds)}, {state}")
+        cost = CostModel.from_record(
+            {"rest_seconds": record["rest_seconds"]} | dict(record["cost"])
+        )
+        layers = tuple(_read_layer(index, layer) for index, layer in enumerate(record["layers"]))
+        if not layers:
+            raise ValueError("the plan has no layers")
+        heads = 1 + max((copy.head for layer in layers for copy in layer), default=0)
+        optional = ("one_more_copy_seconds", "fullest_tokens", "model")
+        return cls(
+            **{name: record[name] for name in _FIELDS if name in cls.__dataclass_fields__}
+            | {name: record[name] for name in optional if name in record}
+            | {"n_heads": record.get("n_heads", heads), "layers": layers, "cost": cost}
+        )
+
+
+_FIELDS: dict[str, tuple[type, ...]] = {
+    "strategy": (str,),
+    "row_split": (str,),
+    "n_devices": (int,),
+    "utilization": (int, float),
+    "step_seconds": (int, float),
+    "rest_seconds": (int, float),
+    "lower_bound_seconds": (int, float),
+    "cost": (dict,),
+    "layers": (list,),
+}
+
+
+def _names(kinds: tuple[type, ...]) -> str:
+    return " or ".join(kind.__name__ for kind in kinds)
+
+
+def _sorted(layer: Layer) -> Layer:
+    return tuple(sorted(layer, key=lambda copy: (copy.device, copy.head)))
+
+
+def _check_layer(index: int, layer: Layer, n_heads: int, n_devices: int) -> None:
+    shares = [0.0] * n_heads
+    for copy in layer:
+        if not (0 <= copy.head < n_heads and 0 <= copy.device < n_devices):
+            raise ValueError(
+                f"layer {index} of the plan places head {copy.head} on device {copy.device}, "
+                f"but there are {n_heads} heads and {n_devices} devices"
+            )
+        if not 0 < copy.share <= 1 + SHARE_TOLERANCE:
+            raise ValueError(
+                f"layer {index}, head {copy.head}: a share must lie in (0, 1], got {copy.share}"
+            )
+        shares[copy.head] += copy.share
+    if len({(copy.head, copy.device) for copy in layer}) != len(layer):
+        raise ValueError(f"layer {index} of the plan places a head twice on one device")
+    for head, share in enumerate(shares):
+        if abs(share - 1) > SHARE_TOLERANCE:
+            raise ValueError(
+                f"layer {index}, head {head}: the shares of its copies add to {share}, not 1"
+            )
+
+
+def _read_layer(index: int, layer: Any) -> Layer:
+    if not isinstance(layer, list):
+        raise ValueError(f"layer {index} of the plan must be a list of copies, got {layer!r}")
+    copies = []
+    for entry in layer:
+        whole = isinstance(entry, Mapping) and all(
+            isinstance(entry.get(name), int) and not isinstance(entry.get(name), bool)
+            for name in ("head", "device")
+        )
+        if not whole or not isinstance(entry.get("share"), int | float):
+            raise ValueError(
+                f"layer {index} of the plan: a copy is an object with head, device and share, "
+                f"got {entry!r}"
+            )
+        copies.append(Copy(entry["head"], entry["device"], float(entry["share"])))
+    return tuple(copies)

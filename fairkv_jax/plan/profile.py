@@ -1,0 +1,193 @@
+"""The head profile: how many cached tokens of one row each KV head is expected to hold."""
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, Self
+
+import numpy as np
+
+from fairkv_jax.plan.shape import ModelShape
+
+FORMAT = "a profile is a JSON object with model, policy, budget and tokens"
+Table = tuple[tuple[float, ...], ...]
+
+
+@dataclass(frozen=True)
+class Profile:
+    """Expected cached tokens per layer and KV head, and where they come from.
+
+    A hashable value: tables are nested tuples, `array` gives `tokens` as float64 [L, K].
+
+    Raises:
+        ValueError: a table is ragged or holds what is not a positive, finite number.
+    """
+
+    model: str
+    policy: str
+    budget: int | None
+    """Kept tokens a head on average, the window included; None where everything is kept."""
+    tokens: Table
+    """w[l, k] > 0, [L, K]."""
+    spread: Table | None = None
+    """Standard deviation of `tokens` over the prompts, [L, K]."""
+    samples: tuple[Table, ...] | None = None
+    """Kept tokens of each prompt, [prompts, L, K]."""
+    prompt_tokens: float | None = None
+    """Mean length of the prompts, or the length that an imported table was scaled to."""
+    correlation: float | None = None
+    """Mean correlation, between two prompts, of their kept tokens over layers and heads."""
+    held_out: tuple[tuple[str, float], ...] = ()
+    """Utilisation that each strategy reached on prompts left out of the profile."""
+    source: str = ""
+    """What measured or made it."""
+    shape: ModelShape | None = None
+    """The model's widths; they set what a head's weights cost beside its tokens."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "tokens", _table("tokens", self.tokens, positive=True))
+        size = (len(self.tokens), len(self.tokens[0]))
+        if self.spread is not None:
+            object.__setattr__(self, "spread", _table("spread", self.spread, size=size))
+        if self.samples is not None:
+            tables = tuple(
+                _table(f"samples[{i}]", sample, size=size) for i, sample in enumerate(self.samples)
+            )
+            object.__setattr__(self, "samples", tables)
+        if self.shape is not None and size != (self.shape.num_layers, self.shape.num_kv_heads):
+            raise ValueError(
+                f"the profile has {size[0]} layers x {size[1]} heads, but its shape says "
+                f"{self.shape.num_layers} x {self.shape.num_kv_heads}"
+            )
+
+    @classmethod
+    def uniform(cls, num_layers: int, num_heads: int, tokens: float) -> Self:
+        """The profile of a policy that treats all heads alike."""
+        table = ((float(tokens),) * num_heads,) * num_layers
+        return cls(model="", policy="uniform", budget=None, tokens=table, source="uniform")
+
+    @classmethod
+    def from_samples(cls, samples: np.ndarray, **fields: Any) -> Self:
+        """The mean and spread of measured lengths `samples` [prompts, L, K]."""
+        samples = np.asarray(samples, np.float64)
+        if samples.ndim != 3 or not len(samples):
+            raise ValueError(
+                f"measured lengths must have the shape [prompts, layers, heads] with at least one "
+                f"prompt, got {list(samples.shape)}"
+            )
+        return cls(
+            tokens=samples.mean(0).tolist(),
+            spread=samples.std(0).tolist(),
+            samples=tuple(samples.tolist()),
+            correlation=prompt_correlation(samples),
+            **fields,
+        )
+
+    @property
+    def num_layers(self) -> int:
+        return len(self.tokens)
+
+    @property
+    def num_heads(self) -> int:
+        return len(self.tokens[0])
+
+    @property
+    def array(self) -> np.ndarray:
+        """`tokens` as float64 [L, K]."""
+        return np.array(self.tokens)
+
+    def check_model(self, num_layers: int, num_heads: int, model: str = "the model") -> None:
+        """Raises ValueError when the profile was made for a model of another shape."""
+        if (self.num_layers, self.num_heads) != (num_layers, num_heads):
+            raise ValueError(
+                f"the profile of {self.model or 'an unnamed model'} has {self.num_layers} layers x "
+                f"{self.num_heads} KV heads, {model} has {num_layers} x {num_heads}: "
+                "measure a profile for this model (python -m fairkv_jax.profile)"
+            )
+
+    def to_json(self) -> str:
+        """The file format: a JSON object with the fields' names; what is unknown is left out."""
+        record = {k: v for k, v in asdict(self).items() if v not in (None, (), "")}
+        record |= {"model": self.model, "policy": self.policy, "budget": self.budget}
+        record["tokens"] = self.tokens
+        if self.held_out:
+            record["held_out"] = dict(self.held_out)
+        return json.dumps(record) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str) -> Self:
+        """Reads `to_json`'s format; only model, policy, budget and tokens are required.
+
+        Raises:
+            ValueError: the text is not such an object; the message names the field.
+        """
+        record = _object(text)
+        missing = [key for key in ("model", "policy", "budget", "tokens") if key not in record]
+        if missing:
+            raise ValueError(f"the profile lacks {', '.join(missing)}: {FORMAT}")
+        for key in ("model", "policy"):
+            if not isinstance(record[key], str):
+                raise ValueError(f"the profile's {key} must be a string, got {record[key]!r}")
+        known = {key: record[key] for key in cls.__dataclass_fields__ if key in record}
+        if isinstance(known.get("shape"), Mapping):
+            known["shape"] = ModelShape.from_record(known["shape"])
+        if "held_out" in known:
+            known["held_out"] = tuple(dict(known["held_out"]).items())
+        return cls(**known)
+
+
+def prompt_correlation(samples: np.ndarray) -> float | None:
+    """Mean Pearson correlation over all pairs of prompts, `samples` [prompts, L, K].
+
+    None with fewer than two prompts, or where no prompt tells heads apart.
+    """
+    flat = samples.reshape(len(samples), -1)
+    flat = flat - flat.mean(1, keepdims=True)
+    norms = np.linalg.norm(flat, axis=1)
+    flat = flat[norms > 0] / norms[norms > 0, None]
+    pairs = len(flat) * (len(flat) - 1)
+    return float((np.sum(flat.sum(0) ** 2) - len(flat)) / pairs) if pairs else None
+
+
+def _object(text: str) -> dict[str, Any]:
+    try:
+        record = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"the profile is not JSON ({error}): {FORMAT}") from None
+    if not isinstance(record, dict):
+        raise ValueError(f"the profile is a JSON {type(record).__name__}: {FORMAT}")
+    return record
+
+
+def _table(
+    name: str, rows: Any, *, positive: bool = False, size: tuple[int, int] | None = None
+) -> Table:
+    """`rows` as nested tuples of floats, checked to be rectangular, finite and not negative."""
+    if not isinstance(rows, list | tuple) or not rows or not all(_is_row(row) for row in rows):
+        raise ValueError(f"the profile's {name} must be a table of numbers, [layers][heads]")
+    widths = {len(row) for row in rows}
+    if len(widths) != 1 or 0 in widths:
+        raise ValueError(
+            f"every layer of the profile's {name} must have the same number of heads, at least 1, "
+            f"got {sorted(widths)}"
+        )
+    if size is not None and (len(rows), len(rows[0])) != size:
+        raise ValueError(
+            f"the profile's {name} is {len(rows)} x {len(rows[0])}, "
+            f"its tokens {size[0]} x {size[1]}"
+        )
+    for layer, row in enumerate(rows):
+        for head, value in enumerate(row):
+            if not math.isfinite(value) or value < 0 or (positive and value == 0):
+                raise ValueError(
+                    f"the profile's {name} at layer {layer}, head {head} is {value}: it must be "
+                    f"{'positive' if positive else 'at least 0'} and finite"
+                )
+    return tuple(tuple(float(value) for value in row) for row in rows)
+
+
+def _is_row(row: Any) -> bool:
+    return isinstance(row, list | tuple) and all(
+        isinstance(value, int | float) and not isinstance(value, bool) for value in row
+    )
