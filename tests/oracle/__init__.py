@@ -1,0 +1,1 @@
+"""Independent NumPy references, written from the formulas: they import nothing of the package."""

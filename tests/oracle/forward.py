@@ -1,0 +1,168 @@
+"""A Llama forward pass in NumPy, for a whole sequence at once.
+
+Written from the formulas, with the head order and the RoPE convention in which Llama models are
+published: projections are [out, in], query head n attends to KV head n // G, RoPE rotates the
+halves of a head (row i with row i + H/2).
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from gguf import GGUFReader
+from gguf.quants import dequantize
+
+QUERY_CHUNK = 256
+"""Queries whose scores exist at once: [N, chunk, T] of float32."""
+
+_NAMES = {
+    "attn_norm": "input_layernorm",
+    "attn_q": "q_proj",
+    "attn_k": "k_proj",
+    "attn_v": "v_proj",
+    "attn_output": "o_proj",
+    "ffn_norm": "post_attention_layernorm",
+    "ffn_gate": "gate_proj",
+    "ffn_up": "up_proj",
+    "ffn_down": "down_proj",
+}
+
+
+@dataclass(frozen=True)
+class Llama:
+    """Published-layout weights by name ("embed_tokens", "layers.0.q_proj", ...) and sizes."""
+
+    weights: dict[str, np.ndarray]
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    rope_theta: float
+    rms_norm_eps: float
+
+
+@dataclass(frozen=True)
+class Forward:
+    """What one pass computes; q and k have RoPE applied, one entry a layer."""
+
+    logits: np.ndarray
+    """[V], of the last position."""
+    q: list[np.ndarray]
+    """[N, T, H]"""
+    k: list[np.ndarray]
+    """[K, T, H]"""
+
+
+def read_llama(path: Path) -> Llama:
+    """Reads a Llama GGUF file, dequantised to float32, with q and k rows in published order."""
+    reader = GGUFReader(path)
+
+    def meta(key: str):
+        return reader.fields[f"llama.{key}"].contents()
+
+    num_heads, num_kv_heads = meta("attention.head_count"), meta("attention.head_count_kv")
+    weights = {}
+    for tensor in reader.tensors:
+        value = np.array(dequantize(tensor.data, tensor.tensor_type), np.float32)
+        parts = tensor.name.split(".")
+        if parts[0] == "blk":
+            if parts[2] in ("attn_q", "attn_k"):
+                value = _deinterleave(value, num_heads if parts[2] == "attn_q" else num_kv_heads)
+            weights[f"layers.{parts[1]}.{_NAMES[parts[2]]}"] = value
+        else:
+            names = {"token_embd": "embed_tokens", "output_norm": "norm", "output": "lm_head"}
+            weights[names[parts[0]]] = value
+    return Llama(
+        weights=weights,
+        num_layers=meta("block_count"),
+        num_heads=num_heads,
+        num_kv_heads=num_kv_heads,
+        head_dim=weights["layers.0.q_proj"].shape[0] // num_heads,
+        rope_theta=meta("rope.freq_base"),
+        rms_norm_eps=meta("attention.layer_norm_rms_epsilon"),
+    )
+
+
+def _deinterleave(matrix: np.ndarray, heads: int) -> np.ndarray:
+    """llama.cpp stores rows 0, H/2, 1, H/2+1, ... of each head: even ones first, then odd ones."""
+    per_head = np.split(matrix, heads)
+    return np.concatenate([half for head in per_head for half in (head[0::2], head[1::2])])
+
+
+def forward(model: Llama, token_ids: Sequence[int], dtype: type = np.float32) -> Forward:
+    """Runs the model on a sequence, all arithmetic in `dtype`."""
+
+    def weight(name: str) -> np.ndarray:
+        return model.weights[name].astype(dtype, copy=False)
+
+    N, K, T = model.num_heads, model.num_kv_heads, len(token_ids)
+    cos, sin = rope_table(T, model.head_dim, model.rope_theta, dtype)
+    eps = dtype(model.rms_norm_eps)
+    x = weight("embed_tokens")[np.asarray(token_ids)]
+    queries, keys = [], []
+    for index in range(model.num_layers):
+        layer = f"layers.{index}"
+        h = rms_norm(x, weight(f"{layer}.input_layernorm"), eps)
+        q = rotate(_split_heads(h @ weight(f"{layer}.q_proj").T, N), cos, sin)
+        k = rotate(_split_heads(h @ weight(f"{layer}.k_proj").T, K), cos, sin)
+        v = _split_heads(h @ weight(f"{layer}.v_proj").T, K)
+        attended = attention(q, k, v).transpose(1, 0, 2).reshape(T, -1)
+        x = x + attended @ weight(f"{layer}.o_proj").T
+        h = rms_norm(x, weight(f"{layer}.post_attention_layernorm"), eps)
+        gate, up = h @ weight(f"{layer}.gate_proj").T, h @ weight(f"{layer}.up_proj").T
+        x = x + (silu(gate) * up) @ weight(f"{layer}.down_proj").T
+        queries.append(q)
+        keys.append(k)
+    last = rms_norm(x[-1], weight("norm"), eps)
+    unembed = weight("lm_head" if "lm_head" in model.weights else "embed_tokens")
+    return Forward(unembed @ last, queries, keys)
+
+
+def _split_heads(x: np.ndarray, heads: int) -> np.ndarray:
+    """[T, heads*H] -> [heads, T, H]"""
+    return x.reshape(x.shape[0], heads, -1).transpose(1, 0, 2)
+
+
+def rms_norm(x: np.ndarray, weight: np.ndarray, eps: np.floating) -> np.ndarray:
+    """x / sqrt(mean(x^2) + eps), over the last axis, times the weight."""
+    return x / np.sqrt(np.mean(x * x, axis=-1, keepdims=True) + eps) * weight
+
+
+def silu(x: np.ndarray) -> np.ndarray:
+    """x * sigmoid(x), without overflow for very negative x."""
+    return x * np.exp(np.minimum(x, 0)) / (1 + np.exp(-np.abs(x)))
+
+
+def rope_table(T: int, H: int, theta: float, dtype: type) -> tuple[np.ndarray, np.ndarray]:
+    """cos and sin [T, H/2] of position * theta^(-2i/H); the angles are exact to float64."""
+    frequencies = theta ** (-2 * np.arange(H // 2, dtype=np.float64) / H)
+    angles = np.arange(T, dtype=np.float64)[:, None] * frequencies
+    return np.cos(angles).astype(dtype), np.sin(angles).astype(dtype)
+
+
+def rotate(x: np.ndarray, cos: np.ndarray, sin: np.ndarray) -> np.ndarray:
+    """Turns each pair (i, i + H/2) of [heads, T, H] by its angle."""
+    first, second = np.split(x, 2, axis=-1)
+    return np.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+
+
+def softmax(x: np.ndarray) -> np.ndarray:
+    """exp(x) / sum(exp(x)) over the last axis; -inf gives 0."""
+    e = np.exp(x - x.max(axis=-1, keepdims=True))
+    return e / e.sum(axis=-1, keepdims=True)
+
+
+def attention(q: np.ndarray, k: np.ndarray, v: np.ndarray) -> np.ndarray:
+    """Causal attention: [N, T, H] over [K, T, H] -> [N, T, H], scaled by 1/sqrt(H)."""
+    (N, T, H), K = q.shape, k.shape[0]
+    out = np.empty_like(q)
+    for start in range(0, T, QUERY_CHUNK):
+        stop = min(start + QUERY_CHUNK, T)
+        later = np.arange(stop) > np.arange(start, stop)[:, None]
+        for head in range(N):
+            kv = head // (N // K)
+            scores = q[head, start:stop] @ k[kv, :stop].T / q.dtype.type(np.sqrt(H))
+            scores[later] = -np.inf
+            out[head, start:stop] = softmax(scores) @ v[kv, :stop]
+    return out

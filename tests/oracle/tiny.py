@@ -1,0 +1,121 @@
+"""Writes tiny random Llama checkpoints as real GGUF files, so that tests load what users load."""
+
+from pathlib import Path
+
+import numpy as np
+from gguf import GGUFWriter, TokenType
+from tokenizers.pre_tokenizers import ByteLevel
+
+CONTROL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+MERGES = ("Ġ t", "h e", "Ġt he", "i n", "Ġ a", "a n", "an d", "o n", "e r", "r e", "Ġ w", "l l")
+CHAT_TEMPLATE = (
+    "{% for message in messages %}"
+    "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+
+def write_tiny_checkpoint(
+    path: Path,
+    *,
+    num_layers: int = 2,
+    num_heads: int = 6,
+    num_kv_heads: int = 3,
+    head_dim: int = 16,
+    hidden_size: int = 48,
+    intermediate_size: int = 96,
+    vocab_size: int = 384,
+    max_position_embeddings: int = 2048,
+    rope_theta: float = 10000.0,
+    tie_word_embeddings: bool = True,
+    seed: int = 0,
+) -> Path:
+    """Writes a model with random float32 weights and a byte-level tokenizer; returns `path`.
+
+    Queries and keys are large enough for attention to prefer some tokens clearly, the residual
+    branches for the context to decide the next token: greedy outputs vary, without near-ties.
+    """
+    writer = GGUFWriter(path, "llama")
+    writer.add_name("Tiny Llama")
+    writer.add_block_count(num_layers)
+    writer.add_context_length(max_position_embeddings)
+    writer.add_embedding_length(hidden_size)
+    writer.add_feed_forward_length(intermediate_size)
+    writer.add_head_count(num_heads)
+    writer.add_head_count_kv(num_kv_heads)
+    writer.add_key_length(head_dim)
+    writer.add_value_length(head_dim)
+    writer.add_rope_dimension_count(head_dim)
+    writer.add_rope_freq_base(rope_theta)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_vocab_size(vocab_size)
+    _add_tokenizer(writer, vocab_size)
+
+    rng = np.random.default_rng(seed)
+    D, F = hidden_size, intermediate_size
+
+    def add_matrix(name: str, rows: int, columns: int, gain: float, heads: int = 0) -> None:
+        matrix = rng.standard_normal((rows, columns), dtype=np.float32)
+        matrix *= np.float32(gain / np.sqrt(columns))
+        writer.add_tensor(f"{name}.weight", _interleave(matrix, heads) if heads else matrix)
+
+    def add_norm(name: str) -> None:
+        noise = rng.standard_normal(D, dtype=np.float32)
+        writer.add_tensor(f"{name}.weight", 1 + np.float32(0.1) * noise)
+
+    add_matrix("token_embd", vocab_size, D, gain=np.sqrt(D))
+    for layer in range(num_layers):
+        block = f"blk.{layer}"
+        add_norm(f"{block}.attn_norm")
+        add_matrix(f"{block}.attn_q", num_heads * head_dim, D, 1.5, heads=num_heads)
+        add_matrix(f"{block}.attn_k", num_kv_heads * head_dim, D, 1.5, heads=num_kv_heads)
+        add_matrix(f"{block}.attn_v", num_kv_heads * head_dim, D, 2.0)
+        add_matrix(f"{block}.attn_output", D, num_heads * head_dim, 2.0)
+        add_norm(f"{block}.ffn_norm")
+        add_matrix(f"{block}.ffn_gate", F, D, 1.5)
+        add_matrix(f"{block}.ffn_up", F, D, 1.5)
+        add_matrix(f"{block}.ffn_down", D, F, 2.0)
+    add_norm("output_norm")
+    if not tie_word_embeddings:
+        add_matrix("output", vocab_size, D, gain=np.sqrt(D))
+
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def _interleave(matrix: np.ndarray, heads: int) -> np.ndarray:
+    """llama.cpp's row order: row i of a head's first half, then row i of its second, i = 0, 1..."""
+    rows = matrix.shape[0] // heads
+    order = [
+        head * rows + half * (rows // 2) + i
+        for head in range(heads)
+        for i in range(rows // 2)
+        for half in range(2)
+    ]
+    return matrix[order]
+
+
+def _add_tokenizer(writer: GGUFWriter, vocab_size: int) -> None:
+    """Control tokens, the 256 bytes, the merges' results, then unused tokens up to the size."""
+    texts = [*CONTROL_TOKENS, *sorted(ByteLevel.alphabet())]
+    texts += [merge.replace(" ", "") for merge in MERGES]
+    if vocab_size < len(texts):
+        raise ValueError(f"vocab_size must be at least {len(texts)}, got {vocab_size}")
+    types = [TokenType.CONTROL] * len(CONTROL_TOKENS)
+    types += [TokenType.NORMAL] * (len(texts) - len(types))
+    unused = range(vocab_size - len(texts))
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("smollm")
+    writer.add_token_list([*texts, *(f"[unused{i}]" for i in unused)])
+    writer.add_token_types([*types, *(TokenType.UNUSED for _ in unused)])
+    writer.add_token_merges(MERGES)
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(2)
+    writer.add_pad_token_id(2)
+    writer.add_unk_token_id(0)
+    writer.add_add_bos_token(False)
+    writer.add_chat_template(CHAT_TEMPLATE)
