@@ -1,6 +1,6 @@
 """What every checkpoint format offers: a configuration, tensors in head order, a tokenizer."""
 
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
@@ -10,6 +10,13 @@ from fairkv_jax.tokenizer import Tokenizer
 
 class CheckpointError(ValueError):
     """A checkpoint cannot be read; the message says which, why, and the way out."""
+
+
+class Stored(NamedTuple):
+    """How a tensor lies on disk, e.g. as "Q4_1"."""
+
+    kind: str
+    num_bytes: int
 
 
 class Checkpoint(Protocol):
@@ -32,6 +39,10 @@ class Checkpoint(Protocol):
         Raises:
             CheckpointError: there is no such tensor, or it cannot be read.
         """
+        ...
+
+    def stored(self, name: str) -> Stored:
+        """How the tensor is stored; reads none of it."""
         ...
 
     def tokenizer(self) -> Tokenizer:

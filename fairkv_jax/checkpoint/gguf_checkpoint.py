@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from fairkv_jax.checkpoint.base import CheckpointError
+from fairkv_jax.checkpoint.base import CheckpointError, Stored
 from fairkv_jax.checkpoint.gguf_file import GGUFFile
 from fairkv_jax.checkpoint.gguf_tokenizer import build_tokenizer
 from fairkv_jax.checkpoint.layout import (
@@ -65,13 +65,9 @@ class GGUFCheckpoint:
             stored = halves_from_pairs(stored, self.config.head_dim)
         return to_head_order(name, stored, self._shapes[name])
 
-    def stored_bytes(self, name: str) -> int:
-        """The bytes that a tensor takes in the file."""
-        return self._file.tensors[gguf_name(name)].num_bytes
-
-    def stored_type(self, name: str) -> str:
-        """How a tensor is stored, e.g. "Q4_1"."""
-        return self._file.tensors[gguf_name(name)].kind.name
+    def stored(self, name: str) -> Stored:
+        info = self._file.tensors[gguf_name(name)]
+        return Stored(info.kind.name, info.num_bytes)
 
     def tokenizer(self) -> Tokenizer:
         return build_tokenizer(self._file)

