@@ -1,0 +1,89 @@
+"""Scorers: how much each prompt key matters to each KV head."""
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from fairkv_jax.config import KVConfig
+
+
+@dataclass(frozen=True)
+class PositionScorer:
+    """StreamingLLM (Xiao et al., 2023): the first tokens, the sinks, then the most recent ones."""
+
+    sinks: int = 4
+    window: int = 0
+    """No window of the prompt's end is protected: recency is the score itself."""
+
+    def __call__(
+        self,
+        q: Float[Array, "T C G H"],
+        k: Float[Array, "T C H"],
+        length: Int[Array, ""],
+        budget: Int[Array, ""],
+    ) -> Float[Array, "C T"]:
+        del length
+        num_tokens, num_slots, _ = k.shape
+        position = jnp.arange(num_tokens)
+        # A budget of a few tokens still keeps the newest one.
+        is_sink = position < jnp.minimum(self.sinks, budget - 1)
+        scores = jnp.where(is_sink, 2 * num_tokens, position).astype(jnp.float32)
+        return jnp.broadcast_to(scores, (num_slots, num_tokens))
+
+
+@dataclass(frozen=True)
+class WindowAttention:
+    """SnapKV (Li et al., 2024): the attention that the prompt's last queries pay to each key.
+
+    Probabilities over all keys, in float32; the mean over the window's queries, pooled along the
+    keys, averaged over the group. The window's own keys are left out of the pooling.
+    """
+
+    window: int
+    pool: str
+    kernel: int
+    pool_first: bool
+
+    @classmethod
+    def from_config(cls, config: KVConfig) -> "WindowAttention":
+        return cls(config.window, config.pool, config.kernel, config.pool_first)
+
+    def __call__(
+        self,
+        q: Float[Array, "T C G H"],
+        k: Float[Array, "T C H"],
+        length: Int[Array, ""],
+        budget: Int[Array, ""],
+    ) -> Float[Array, "C T"]:
+        """Scores of this device's slots; keys of the window and of the padding score 0."""
+        num_tokens = q.shape[0]
+        window = jnp.minimum(self.window, budget)
+        size = min(self.window, num_tokens)
+        start = jnp.maximum(length - size, 0)
+        q = jax.lax.dynamic_slice_in_dim(q, start, size).astype(jnp.float32)
+        query_at = start + jnp.arange(size)
+        key_at = jnp.arange(num_tokens)
+        logits = jnp.einsum("wcgh,tch->cgwt", q, k.astype(jnp.float32)) * q.shape[-1] ** -0.5
+        logits = jnp.where(key_at <= query_at[:, None], logits, -jnp.inf)
+        probabilities = jax.nn.softmax(logits, axis=-1)
+        in_window = (query_at >= length - window) & (query_at < length)
+        mean = jnp.sum(jnp.where(in_window[:, None], probabilities, 0), 2) / window
+        mean = jnp.where(key_at < length - window, mean, 0)
+        if self.pool_first:
+            return jnp.mean(_pool(mean, self.pool, self.kernel), 1)
+        return _pool(jnp.mean(mean, 1), self.pool, self.kernel)
+
+
+def _pool(scores: Float[Array, "*rows T"], pool: str, kernel: int) -> Float[Array, "*rows T"]:
+    """Sliding maximum or mean of odd width; beyond the ends stand zeros.
+
+    Scores are probabilities, so that a zero never wins a maximum; in the mean it counts.
+    """
+    side = kernel // 2
+    padded = jnp.pad(scores, [(0, 0)] * (scores.ndim - 1) + [(side, side)])
+    shifted = [padded[..., i : i + scores.shape[-1]] for i in range(kernel)]
+    if pool == "max":
+        return jnp.stack(shifted).max(0)
+    return sum(shifted[1:], shifted[0]) / kernel

@@ -1,0 +1,171 @@
+"""The engine's three verbs: prefill a prompt, insert it into a row, generate a token for all rows.
+
+It owns the model and the cache, and knows rows, not requests: which request sits where, and what its
+tokens mean, is the scheduler's business.
+"""
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from fairkv_jax.cache import KVCache, PageBook
+from fairkv_jax.checkpoint import Checkpoint
+from fairkv_jax.compress import make_policy
+from fairkv_jax.config import EngineConfig, KVConfig
+from fairkv_jax.decode import Rows, decode_step
+from fairkv_jax.plan import Plan, route
+from fairkv_jax.prefill import Prefix, insert, prefill, release
+from fairkv_jax.sampling import Sampled, SamplingState
+from fairkv_jax.sharding.mesh import make_mesh
+from fairkv_jax.sharding.place import load_model
+from fairkv_jax.sharding.slots import SlotLayout
+
+MIN_PREFILL_BUCKET = 32
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where a prefix goes: kept tokens of the slots that own the row, [L, P*C], others 0."""
+
+    lengths: np.ndarray
+    missing_pages: np.ndarray
+    """[P] pages by which the devices fall short of it now."""
+
+
+class Engine:
+    """Runs one model on a mesh, its KV heads laid out by a plan.
+
+    Raises:
+        ValueError: the devices, the policy or the pool's size do not fit the configuration.
+    """
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        plan: Plan,
+        config: EngineConfig,
+        kv_config: KVConfig,
+        *,
+        progress: bool = True,
+    ):
+        self.model_config = checkpoint.config
+        self.plan, self.config, self.kv_config = plan, config, kv_config
+        self.policy = make_policy(kv_config)
+        self.layout = SlotLayout.from_plan(plan)
+        self.mesh = make_mesh(config.tensor_parallel_size)
+        self.book = self._make_book()
+        self.model = load_model(
+            checkpoint, self.layout, self.mesh, config.dtype, progress=progress
+        )
+        self.cache = KVCache.empty(
+            self.mesh, self.book, self.model_config.head_dim, config.dtype
+        )
+
+    def prefill(self, token_ids: list[int]) -> Prefix:
+        """Runs a prompt through the model and compresses its cache; the pool is not touched."""
+        num_tokens = len(token_ids)
+        bucket = prefill_bucket(num_tokens, self.config.max_model_len)
+        padded = np.zeros(bucket, np.int32)
+        padded[:num_tokens] = token_ids
+        num_heads = self.model_config.num_kv_heads
+        # Rounded quotas may exceed the budget by half a token a head.
+        packed_size = num_heads * min(self.kv_config.kept_tokens(bucket) + 1, bucket)
+        return prefill(
+            self.model,
+            padded,
+            np.int32(num_tokens),
+            np.int32(self.kv_config.kept_tokens(num_tokens)),
+            self.layout.slot_head,
+            self.layout.first_slot.astype(np.int32),
+            mesh=self.mesh,
+            policy=self.policy,
+            packed_size=packed_size,
+        )
+
+    def place(self, prefix: Prefix) -> Placement:
+        """Routes a prefix's heads to their replicas, by the load of the devices at this moment."""
+        head_lengths = np.asarray(prefix.head_lengths)
+        owner = route(self.layout.replicas, head_lengths, self.book.load)
+        slots = np.take_along_axis(self.layout.head_slot, owner[..., None], -1)[..., 0]
+        lengths = np.zeros(self.layout.slot_head.shape, np.int32)
+        np.put_along_axis(lengths, slots, head_lengths, axis=1)
+        missing = np.maximum(self.book.pages_for(lengths) - self.book.free_pages, 0)
+        return Placement(lengths, missing)
+
+    def insert(self, prefix: Prefix, row: int, placement: Placement) -> None:
+        """Copies a prefix into an empty row, for which the placement has found pages."""
+        self.book.insert(row, placement.lengths)
+        self.cache = insert(
+            self.cache,
+            prefix,
+            np.int32(row),
+            self.book.page_table[:, row],
+            placement.lengths,
+            mesh=self.mesh,
+        )
+
+    def release(self, row: int) -> None:
+        """Frees a row and its pages."""
+        self.book.release(row)
+        lengths = release(self.cache.lengths, np.int32(row))
+        self.cache = KVCache(
+            self.cache.k_pages, self.cache.v_pages, self.cache.page_table, lengths
+        )
+
+    def generate(self, rows: Rows) -> Sampled:
+        """Appends the given tokens to the first rows of the batch and samples their next ones.
+
+        The caller has seen that no pages are missing (`book.missing_pages`).
+        """
+        new_pages = self.book.grow()[:, : len(rows.tokens)]
+        self.cache, sampled = decode_step(
+            self.model, self.cache, rows, new_pages, mesh=self.mesh
+        )
+        return sampled
+
+    def batch_bucket(self, num_rows: int) -> int:
+        """The compiled batch that holds the first `num_rows` rows."""
+        return min(next_power_of_two(num_rows), self.config.max_num_seqs)
+
+    @property
+    def kv_capacity_tokens(self) -> int:
+        """Tokens of a sequence, in all its layers and heads, that the pool holds uncompressed."""
+        heads = self.model_config.num_layers * self.model_config.num_kv_heads
+        pages = self.book.pages_per_device * self.book.num_devices
+        return pages * self.book.page_size // heads
+
+    def _make_book(self) -> PageBook:
+        """Sizes the pool: all that the configuration grants, but no more than the rows can fill."""
+        config, model = self.config, self.model_config
+        itemsize = jnp.dtype(config.dtype).itemsize
+        page_bytes = 2 * config.page_size * model.head_dim * itemsize
+        granted = config.kv_cache_bytes // (page_bytes * config.tensor_parallel_size)
+        slots = self.layout.replicas.sum((0, 1))
+        one_row = int(slots.max()) * -(-config.max_model_len // config.page_size)
+        if granted < one_row:
+            need = one_row * page_bytes * config.tensor_parallel_size
+            raise ValueError(
+                f"a pool of {config.kv_cache_bytes / 2**20:.0f} MiB cannot hold one request of "
+                f"max_model_len {config.max_model_len}, which may need {need / 2**20:.0f} MiB: "
+                "raise kv_cache_memory_bytes or lower max_model_len"
+            )
+        return PageBook(
+            num_layers=model.num_layers,
+            num_rows=config.max_num_seqs,
+            num_devices=config.tensor_parallel_size,
+            slots_per_device=self.layout.slots_per_device,
+            pages_per_device=min(granted, one_row * config.max_num_seqs),
+            page_size=config.page_size,
+            max_tokens=config.max_model_len,
+        )
+
+
+def prefill_bucket(num_tokens: int, max_tokens: int) -> int:
+    """The compiled prompt length that holds `num_tokens`."""
+    return min(max(next_power_of_two(num_tokens), MIN_PREFILL_BUCKET), max_tokens)
+
+
+def next_power_of_two(number: int) -> int:
+    return 1 << (number - 1).bit_length()

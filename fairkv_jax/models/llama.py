@@ -1,0 +1,170 @@
+"""The Llama family as Flax modules, one model for prefill and decode.
+
+The modules run inside `shard_map`: every device holds C head slots of each layer, an even part of
+the MLP and of the vocabulary, and sees all tokens. Attention is injected; it is called once per layer
+with the slots' queries, keys and values, and threads a cache of its own through the layers.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from fairkv_jax.config import ModelConfig
+from fairkv_jax.models.rope import rope_angles, rotate
+from fairkv_jax.shapes import TENSOR_AXIS
+
+Attend = Callable[[Array, Array, Array, Any, Any], tuple[Array, Any, Any]]
+"""(q [tokens,C,G,H], k, v [tokens,C,H], cache, this layer's inputs) -> (out, cache, outputs)."""
+
+
+class RMSNorm(nnx.Module):
+    """Root-mean-square normalisation (Zhang and Sennrich, 2019), computed in float32."""
+
+    def __init__(self, width: int, eps: float, dtype: jnp.dtype):
+        self.eps = eps
+        self.scale = nnx.Param(jnp.zeros(width, dtype), axes=("model",))
+
+    def __call__(self, x: Float[Array, "tokens D"]) -> Float[Array, "tokens D"]:
+        wide = x.astype(jnp.float32)
+        wide *= jax.lax.rsqrt(jnp.mean(wide * wide, -1, keepdims=True) + self.eps)
+        return (wide * self.scale[...]).astype(x.dtype)
+
+
+class Attention(nnx.Module):
+    """Projections of the local head slots: a slot is one KV head with its G query heads.
+
+    `qkv` stacks, for every slot, its G query heads, its key head and its value head.
+    """
+
+    def __init__(self, config: ModelConfig, slots: int, dtype: jnp.dtype):
+        group, width, model = config.group_size, config.head_dim, config.hidden_size
+        axes = ("slot", None, "head_dim", "model")
+        self.qkv = nnx.Param(jnp.zeros((slots, group + 2, width, model), dtype), axes=axes)
+        self.out = nnx.Param(jnp.zeros((slots, group, width, model), dtype), axes=axes)
+
+    def project(
+        self, x: Float[Array, "tokens D"], angles: Float[Array, "tokens half"]
+    ) -> tuple[Array, Array, Array]:
+        """Rotated q [tokens, C, G, H] and k [tokens, C, H], and v [tokens, C, H]."""
+        slots, heads, width, _ = self.qkv[...].shape
+        qkv = _matmul_transposed(x, self.qkv[...]).reshape(-1, slots, heads, width)
+        qk = rotate(qkv[:, :, :-1].reshape(-1, slots * (heads - 1), width), angles)
+        qk = qk.reshape(-1, slots, heads - 1, width)
+        return qk[:, :, :-1], qk[:, :, -1], qkv[:, :, -1]
+
+    def merge(self, out: Float[Array, "tokens C G H"]) -> Float[Array, "tokens D"]:
+        """This device's part of the output projection; empty slots have zero weights."""
+        return out.reshape(out.shape[0], -1) @ self.out[...].reshape(-1, self.out[...].shape[-1])
+
+
+class MLP(nnx.Module):
+    """The gated MLP, SwiGLU (Shazeer, 2020)."""
+
+    def __init__(self, config: ModelConfig, width: int, dtype: jnp.dtype):
+        model = config.hidden_size
+        self.gate = nnx.Param(jnp.zeros((width, model), dtype), axes=("mlp", "model"))
+        self.up = nnx.Param(jnp.zeros((width, model), dtype), axes=("mlp", "model"))
+        self.down = nnx.Param(jnp.zeros((width, model), dtype), axes=("mlp", "model"))
+
+    def __call__(self, x: Float[Array, "tokens D"]) -> Float[Array, "tokens D"]:
+        """This device's part of the sum."""
+        gate = _matmul_transposed(x, self.gate[...])
+        return (jax.nn.silu(gate) * _matmul_transposed(x, self.up[...])) @ self.down[...]
+
+
+class DecoderLayer(nnx.Module):
+    """Attention and MLP, each behind a norm and summed over the devices."""
+
+    def __init__(self, config: ModelConfig, slots: int, mlp_width: int, dtype: jnp.dtype):
+        self.attn_norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype)
+        self.attention = Attention(config, slots, dtype)
+        self.mlp_norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype)
+        self.mlp = MLP(config, mlp_width, dtype)
+
+    def __call__(
+        self, x: Array, angles: Array, attend: Attend, cache: Any, inputs: Any
+    ) -> tuple[Array, Any, Any]:
+        q, k, v = self.attention.project(self.attn_norm(x), angles)
+        out, cache, outputs = attend(q, k, v, cache, inputs)
+        x = x + jax.lax.psum(self.attention.merge(out.astype(x.dtype)), TENSOR_AXIS)
+        x = x + jax.lax.psum(self.mlp(self.mlp_norm(x)), TENSOR_AXIS)
+        return x, cache, outputs
+
+
+class Llama(nnx.Module):
+    """A Llama decoder over `slots` head slots in all, C on each of P devices.
+
+    Made under `nnx.eval_shape`: the parameters get their values from a checkpoint.
+    """
+
+    def __init__(self, config: ModelConfig, slots: int, num_devices: int, dtype: jnp.dtype):
+        self.config = config
+        mlp_width = round_up(config.intermediate_size, num_devices)
+        vocab = round_up(config.vocab_size, num_devices)
+        shape = (vocab, config.hidden_size)
+        self.embed = nnx.Param(jnp.zeros(shape, dtype), axes=("vocab", "model"))
+        self.layers = nnx.vmap(
+            lambda _layer: DecoderLayer(config, slots, mlp_width, dtype),
+            axis_size=config.num_layers,
+        )(jnp.zeros(config.num_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype)
+        if not config.tie_word_embeddings:
+            self.unembed = nnx.Param(jnp.zeros(shape, dtype), axes=("vocab", "model"))
+
+    def __call__(
+        self,
+        tokens: Int[Array, "tokens"],
+        positions: Int[Array, "tokens"],
+        attend: Attend,
+        cache: Any,
+        inputs: Any,
+    ) -> tuple[Float[Array, "tokens D"], Any, Any]:
+        """Hidden states before the last norm, the cache, and attention's outputs stacked by layer.
+
+        `inputs` is a pytree of arrays with a leading layer axis; attention gets its layer's part.
+        """
+        angles = rope_angles(positions, self.config.head_dim, self.config.rope_theta)
+
+        def run_layer(
+            carry: tuple[Array, Any], xs: tuple[DecoderLayer, Any]
+        ) -> tuple[tuple[Array, Any], Any]:
+            x, cache = carry
+            layer, inputs = xs
+            x, cache, outputs = layer(x, angles, attend, cache, inputs)
+            return (x, cache), outputs
+
+        carry = (self._embed(tokens), cache)
+        (x, cache), outputs = jax.lax.scan(run_layer, carry, (self.layers, inputs))
+        return x, cache, outputs
+
+    def _embed(self, tokens: Int[Array, "tokens"]) -> Float[Array, "tokens D"]:
+        """Looks the tokens up in this device's part of the vocabulary, and sums over the devices."""
+        rows = self.embed[...].shape[0]
+        local = tokens - jax.lax.axis_index(TENSOR_AXIS) * rows
+        is_here = (local >= 0) & (local < rows)
+        found = self.embed[...][jnp.clip(local, 0, rows - 1)]
+        return jax.lax.psum(jnp.where(is_here[:, None], found, 0), TENSOR_AXIS)
+
+    def logits(self, x: Float[Array, "tokens D"]) -> Float[Array, "tokens V"]:
+        """Next-token logits in float32, on every device."""
+        unembed = self.embed if self.config.tie_word_embeddings else self.unembed
+        local = _matmul_transposed(self.norm(x), unembed[...]).astype(jnp.float32)
+        full = jax.lax.all_gather(local, TENSOR_AXIS, axis=1, tiled=True)
+        return full[:, : self.config.vocab_size]
+
+
+def round_up(size: int, multiple: int) -> int:
+    """The least multiple that is no smaller: an axis padded so that it splits evenly."""
+    return -(-size // multiple) * multiple
+
+
+def _matmul_transposed(x: Array, weights: Array) -> Array:
+    """x times the transpose of weights whose last axis is D; the others are flattened.
+
+    As one flat product, because XLA's CPU backend copies the operands of a batched one.
+    """
+    return x @ weights.reshape(-1, weights.shape[-1]).T

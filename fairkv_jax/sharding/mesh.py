@@ -1,0 +1,46 @@
+"""The device mesh, and the one table that maps logical axes to mesh axes."""
+
+import jax
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from fairkv_jax.shapes import DATA_AXIS, TENSOR_AXIS
+
+RULES: dict[str | None, str | None] = {
+    "slot": TENSOR_AXIS,
+    "mlp": TENSOR_AXIS,
+    "vocab": TENSOR_AXIS,
+    "page": TENSOR_AXIS,
+    "layer": None,
+    "row": None,
+    "head_dim": None,
+    "model": None,
+    None: None,
+}
+
+
+def make_mesh(num_devices: int) -> Mesh:
+    """A mesh of the first `num_devices` devices along `tensor`.
+
+    Raises:
+        ValueError: this machine has fewer devices.
+    """
+    devices = jax.devices()
+    if num_devices > len(devices):
+        raise ValueError(
+            f"tensor_parallel_size {num_devices} needs {num_devices} devices, but "
+            f"{len(devices)} {devices[0].platform} device(s) exist: lower it, or on CPU set "
+            f"XLA_FLAGS=--xla_force_host_platform_device_count={num_devices} before JAX starts"
+        )
+    axis_types = (AxisType.Auto, AxisType.Auto)
+    names = (DATA_AXIS, TENSOR_AXIS)
+    return jax.make_mesh((1, num_devices), names, axis_types, devices=devices[:num_devices])
+
+
+def spec(*axes: str | None) -> PartitionSpec:
+    """The partition of an array with these logical axes."""
+    return PartitionSpec(*(RULES[axis] for axis in axes))
+
+
+def sharding(mesh: Mesh, *axes: str | None) -> NamedSharding:
+    """The placement on the mesh of an array with these logical axes."""
+    return NamedSharding(mesh, spec(*axes))

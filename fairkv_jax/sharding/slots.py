@@ -1,0 +1,65 @@
+"""From a plan to head slots: where each KV head lies on every device, layer by layer.
+
+JAX shards evenly, so each of the P devices gets C slots a layer, some of them empty:
+
+    plan      device 0: heads 0, 2     device 1: heads 1, 2        (head 2 has two replicas)
+    slots     [0, 2 | 1, 2]                                        slot_head[l], P*C entries
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from fairkv_jax.plan import Plan
+
+EMPTY = -1
+
+
+@dataclass(frozen=True, eq=False)
+class SlotLayout:
+    """Which head each slot holds; all arrays are NumPy int32 and read-only."""
+
+    num_devices: int
+    num_heads: int
+    slot_head: np.ndarray
+    """[L, P*C], EMPTY where a slot holds no head; device p has slots p*C to p*C + C - 1."""
+    head_slot: np.ndarray
+    """[L, K, P]: the slot of the head's replica on that device, EMPTY where it has none."""
+
+    @classmethod
+    def from_plan(cls, plan: Plan) -> "SlotLayout":
+        by_device = plan.slot_heads()
+        num_layers, num_devices, slots = by_device.shape
+        head_slot = np.full((num_layers, plan.n_heads, num_devices), EMPTY, np.int32)
+        for layer, device, slot in zip(*np.nonzero(by_device != EMPTY), strict=True):
+            head = by_device[layer, device, slot]
+            head_slot[layer, head, device] = device * slots + slot
+        slot_head = by_device.reshape(num_layers, num_devices * slots).astype(np.int32)
+        slot_head.flags.writeable = head_slot.flags.writeable = False
+        return cls(num_devices, plan.n_heads, slot_head, head_slot)
+
+    @property
+    def num_slots(self) -> int:
+        """Slots of one layer over all devices, P*C."""
+        return self.slot_head.shape[1]
+
+    @property
+    def slots_per_device(self) -> int:
+        return self.num_slots // self.num_devices
+
+    @property
+    def replicas(self) -> np.ndarray:
+        """[L, K, P] bool: whether the device holds a replica of the head."""
+        return self.head_slot != EMPTY
+
+    @property
+    def first_slot(self) -> np.ndarray:
+        """[L, K]: the first slot that holds the head, whose scores speak for all its replicas."""
+        return np.argmax(self.slot_head[:, None] == np.arange(self.num_heads)[:, None], axis=-1)
+
+    def to_slots(self, by_head: np.ndarray, layer: int) -> np.ndarray:
+        """Reorders an array [K, ...] to slots [P*C, ...]; empty slots are zero."""
+        heads = self.slot_head[layer]
+        by_slot = by_head[np.maximum(heads, 0)]
+        by_slot[heads == EMPTY] = 0
+        return by_slot
