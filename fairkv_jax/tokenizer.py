@@ -84,11 +84,10 @@ class Tokenizer:
         if self._template is None:
             self._template = _compile(self._chat_template)
         variables = self._template_tokens | {"tools": None, "documents": None} | kwargs
+        variables |= {"messages": messages, "add_generation_prompt": add_generation_prompt}
         try:
-            return self._template.render(
-                messages=messages, add_generation_prompt=add_generation_prompt, **variables
-            )
-        except (jinja2.TemplateError, TypeError, KeyError, AttributeError) as error:
+            return self._template.render(variables)
+        except Exception as error:  # the template is foreign code: it may raise anything
             raise ValueError(f"the model's chat template refuses the messages: {error}") from error
 
 

@@ -70,7 +70,13 @@ class GGUFCheckpoint:
         return Stored(info.kind.name, info.num_bytes)
 
     def tokenizer(self) -> Tokenizer:
-        return build_tokenizer(self._file)
+        tokenizer = build_tokenizer(self._file)
+        if tokenizer.vocab_size > self.config.vocab_size:
+            raise CheckpointError(
+                f"{self._file.path}: its tokenizer has {tokenizer.vocab_size} tokens, its "
+                f"embedding only {self.config.vocab_size}: the file is damaged"
+            )
+        return tokenizer
 
     def _check_tensors(self) -> None:
         """The file must hold the model's tensors in their shapes, and none beside them.

@@ -50,15 +50,20 @@ def build_tokenizer(file: GGUFFile) -> Tokenizer:
             f"{file.path} has the pre-tokenizer {pre!r}, supported are "
             f"{', '.join(PRE_TOKENIZERS)}: choose a checkpoint that has one of these"
         )
-    texts = _get(file, "tokens", list)
-    kinds = _get(file, "token_type", list)
-    backend = Backend(models.BPE(_vocabulary(file, texts), _merges(file)))
+    texts, kinds = _tokens(file)
+    try:
+        backend = Backend(models.BPE(_vocabulary(file, texts), _merges(file)))
+    except Exception as error:  # the package raises no narrower type
+        raise CheckpointError(f"{file.path}: the tokenizer's merges are broken: {error}") from error
     backend.pre_tokenizer = PRE_TOKENIZERS[pre]()  # type: ignore[assignment]
     backend.decoder = decoders.ByteLevel()  # type: ignore[assignment]
-    for special in (True, False):
-        kind = CONTROL if special else USER_DEFINED
-        named = [text for text, k in zip(texts, kinds, strict=True) if k == kind]
-        backend.add_tokens([AddedToken(t, special=special, normalized=False) for t in named])
+    backend.add_tokens(
+        [
+            AddedToken(text, special=kind == CONTROL, normalized=False)
+            for text, kind in zip(texts, kinds, strict=True)
+            if kind in (CONTROL, USER_DEFINED)
+        ]
+    )
     tokens = _special_tokens(file, texts)
     if file.metadata.get("tokenizer.ggml.add_bos_token") and "bos_token" in tokens:
         bos = tokens["bos_token"]
@@ -83,6 +88,16 @@ def _get(file: GGUFFile, key: str, kind: type) -> Any:
     return value
 
 
+def _tokens(file: GGUFFile) -> tuple[list[str], list[int]]:
+    """The text and the type of every token, by id."""
+    texts, kinds = _get(file, "tokens", list), _get(file, "token_type", list)
+    if len(texts) != len(kinds):
+        raise CheckpointError(
+            f"{file.path}: {len(texts)} tokens, but {len(kinds)} token types: the file is damaged"
+        )
+    return texts, kinds
+
+
 def _vocabulary(file: GGUFFile, texts: list[str]) -> dict[str, int]:
     vocabulary = {text: index for index, text in enumerate(texts)}
     if len(vocabulary) != len(texts):
@@ -105,7 +120,7 @@ def _special_tokens(file: GGUFFile, texts: list[str]) -> dict[str, str]:
     tokens = {}
     for key, name in names.items():
         index = file.metadata.get(f"tokenizer.ggml.{key}_token_id")
-        if index is not None and index < len(texts):
+        if isinstance(index, int) and index < len(texts):
             tokens[f"{name}_token"] = texts[index]
     return tokens
 

@@ -86,7 +86,7 @@ def snapkv_scores(q: np.ndarray, k: np.ndarray, w: int, options: Options) -> np.
 
 
 def pool(row: np.ndarray, kind: str, kernel: int) -> np.ndarray:
-    """Each entry becomes the maximum of its surroundings, or their mean with zeros beyond the ends."""
+    """Each entry becomes the maximum of its surroundings, or their mean, zeros beyond the ends."""
     half = kernel // 2
     padding = {"max": -np.inf, "avg": 0.0}[kind]
     padded = np.pad(row, half, constant_values=padding)
