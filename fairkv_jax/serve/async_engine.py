@@ -1,0 +1,303 @@
+"""The bridge between the event loop, which owns the clients, and the thread that owns the engine.
+
+event loop                      engine thread
+submit() ── Add ──► mailbox ──► add_request()
+close()  ── Abort ►        ──► abort_request()
+OutputStream ◄── call_soon_threadsafe ── step()
+"""
+
+import asyncio
+import logging
+import threading
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from dataclasses import dataclass
+from enum import Enum
+from queue import Empty, SimpleQueue
+from typing import Protocol
+
+from fairkv_jax.config import EngineConfig, KVConfig, ModelConfig
+from fairkv_jax.engine.request import Request, RequestOutput
+from fairkv_jax.plan import Plan
+from fairkv_jax.tokenizer import Tokenizer
+
+log = logging.getLogger(__name__)
+
+
+class Engine(Protocol):
+    """What the server asks of an engine; all but `validate` is called from one thread."""
+
+    model_name: str
+    model_config: ModelConfig
+    engine_config: EngineConfig
+    kv_config: KVConfig
+    tokenizer: Tokenizer
+    plan: Plan
+    kv_capacity_tokens: int
+
+    def validate(self, request: Request) -> None: ...
+    def add_request(self, request: Request) -> None: ...
+    def abort_request(self, request_id: str) -> None: ...
+    def has_unfinished_requests(self) -> bool: ...
+    def step(self) -> list[RequestOutput]: ...
+
+
+class State(Enum):
+    """The life of an engine; requests are taken only while it is ready."""
+
+    LOADING = "loading"
+    READY = "ready"
+    FAILED = "failed"
+    STOPPED = "stopped"
+
+
+class EngineUnavailable(Exception):
+    """The engine is not ready yet, or no longer works."""
+
+
+class RequestRefused(Exception):
+    """The request cannot be served, ever; the message says what is wrong with it."""
+
+
+class QueueFull(Exception):
+    """As many requests wait as may wait."""
+
+
+@dataclass(frozen=True)
+class _Add:
+    request: Request
+
+
+@dataclass(frozen=True)
+class _Abort:
+    request_id: str
+
+
+class _Stop: ...
+
+
+class OutputStream:
+    """The outputs of a group of requests as they come, each with its place in the group.
+
+    Outputs are cumulative, so only the latest one of each request is held: a client that reads
+    slowly costs no memory and sees fewer, longer pieces. Close it when nobody listens any more;
+    whatever still runs is then aborted.
+    """
+
+    def __init__(self, engine: "AsyncEngine", requests: Sequence[Request]):
+        self._engine = engine
+        self._places = {request.request_id: place for place, request in enumerate(requests)}
+        self._unfinished = set(self._places)
+        self._latest: dict[int, RequestOutput] = {}
+        self._error: Exception | None = None
+        self._news = asyncio.Event()
+
+    def put(self, output: RequestOutput) -> None:
+        self._latest[self._places[output.request_id]] = output
+        if output.finished:
+            self._unfinished.discard(output.request_id)
+        self._news.set()
+
+    def fail(self, error: Exception) -> None:
+        self._error = error
+        self._news.set()
+
+    def close(self) -> None:
+        self._engine.abort(self._unfinished)
+        self._engine.forget(self._places)
+        self._unfinished = set()
+
+    async def __aiter__(self) -> AsyncIterator[tuple[int, RequestOutput]]:
+        """Yields (place, output).
+
+        Raises:
+            EngineUnavailable: the engine failed; RequestRefused: it refused the request.
+        """
+        while True:
+            await self._news.wait()
+            self._news.clear()
+            latest, self._latest = self._latest, {}
+            for place, output in sorted(latest.items()):
+                yield place, output
+            if self._error is not None:
+                raise self._error
+            if not self._unfinished and not self._latest:
+                return
+
+    async def collect(self) -> list[RequestOutput]:
+        """The finished outputs, in the order of the requests."""
+        outputs = {place: output async for place, output in self}
+        return [outputs[place] for place in range(len(self._places))]
+
+
+class AsyncEngine:
+    """Runs an engine in a thread of its own and hands its outputs to the event loop.
+
+    `load` makes the engine, in that thread; `on_ready` and `on_failure` are called in the event
+    loop, at most once each, the latter with whether the engine was ready. After a failure, in
+    loading or in a step, nothing is tried again: every stream raises `EngineUnavailable`.
+    """
+
+    def __init__(
+        self,
+        load: Callable[[], Engine],
+        *,
+        max_queued: int = 1024,
+        on_ready: Callable[[Engine], None] = lambda engine: None,
+        on_failure: Callable[[BaseException, bool], None] = lambda error, was_ready: None,
+    ):
+        self._load = load
+        self._max_queued = max_queued
+        self._on_ready = on_ready
+        self._on_failure = on_failure
+        self._mailbox: SimpleQueue[_Add | _Abort | _Stop] = SimpleQueue()
+        self._streams: dict[str, OutputStream] = {}
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        self._engine: Engine | None = None
+        self.state = State.LOADING
+        self.failure: BaseException | None = None
+
+    # -- the event loop's side ------------------------------------------------------------------
+
+    def start(self) -> None:
+        """Begin to load, from within the running event loop."""
+        self._loop = asyncio.get_running_loop()
+        self._thread.start()
+
+    @property
+    def engine(self) -> Engine:
+        """The engine, for reading what does not change.
+
+        Raises:
+            EngineUnavailable: it is still loading, or does not work any more.
+        """
+        if self._engine is None or self.state is not State.READY:
+            raise EngineUnavailable(_WHY_NOT.get(self.state, "the engine is loading"))
+        return self._engine
+
+    @property
+    def num_requests(self) -> int:
+        """Requests that run or wait."""
+        return len(self._streams)
+
+    def submit(self, requests: Sequence[Request]) -> OutputStream:
+        """Queue requests whose ids are new, all of them or none.
+
+        Raises:
+            EngineUnavailable: see `engine`; RequestRefused: one cannot be served;
+            QueueFull: too many are waiting.
+        """
+        engine = self.engine
+        try:
+            for request in requests:
+                engine.validate(request)
+        except ValueError as error:
+            raise RequestRefused(str(error)) from error
+        limit = engine.engine_config.max_num_seqs + self._max_queued
+        if self.num_requests + len(requests) > limit:
+            raise QueueFull(
+                f"{self.num_requests} requests run or wait, and {len(requests)} more would "
+                f"exceed the {limit} that may: try again, or raise --max-num-queued-reqs"
+            )
+        stream = OutputStream(self, requests)
+        for request in requests:
+            self._streams[request.request_id] = stream
+            self._mailbox.put(_Add(request))
+        return stream
+
+    def abort(self, request_ids: Iterable[str]) -> None:
+        for request_id in request_ids:
+            self._mailbox.put(_Abort(request_id))
+
+    def forget(self, request_ids: Iterable[str]) -> None:
+        for request_id in request_ids:
+            self._streams.pop(request_id, None)
+
+    def stop(self) -> None:
+        """Ask the thread to end after its present step; requests that still run get an error."""
+        self._mailbox.put(_Stop())
+
+    def join(self, timeout_s: float) -> bool:
+        """Block until the thread has ended; False if it did not in time."""
+        self._thread.join(timeout_s)
+        return not self._thread.is_alive()
+
+    def _loaded(self, engine: Engine) -> None:
+        self._engine = engine
+        self.state = State.READY
+        self._on_ready(engine)
+
+    def _deliver(self, outputs: list[RequestOutput]) -> None:
+        for output in outputs:
+            stream = self._streams.get(output.request_id)
+            if stream is not None:
+                stream.put(output)
+                if output.finished:
+                    self.forget([output.request_id])
+
+    def _refuse(self, request_id: str, error: Exception) -> None:
+        stream = self._streams.get(request_id)
+        if stream is not None:
+            stream.fail(error)
+
+    def _fail(self, error: BaseException) -> None:
+        was_ready = self.state is State.READY
+        self.state, self.failure = State.FAILED, error
+        streams = set(self._streams.values())
+        self._streams.clear()
+        for stream in streams:
+            stream.fail(EngineUnavailable(_WHY_NOT[State.FAILED]))
+        self._on_failure(error, was_ready)
+
+    def _stopped(self) -> None:
+        self.state = State.STOPPED
+        for stream in set(self._streams.values()):
+            stream.fail(EngineUnavailable(_WHY_NOT[State.STOPPED]))
+
+    # -- the engine thread's side ---------------------------------------------------------------
+
+    def _run(self) -> None:
+        try:
+            engine = self._load()
+            self._post(self._loaded, engine)
+            self._serve(engine)
+        except BaseException as error:  # whatever it is, the clients must hear of it
+            self._post(self._fail, error)
+        else:
+            self._post(self._stopped)
+
+    def _serve(self, engine: Engine) -> None:
+        while True:
+            for message in self._messages(wait=not engine.has_unfinished_requests()):
+                if isinstance(message, _Stop):
+                    return
+                self._apply(engine, message)
+            if engine.has_unfinished_requests() and (outputs := engine.step()):
+                self._post(self._deliver, outputs)
+
+    def _messages(self, *, wait: bool) -> Iterable[_Add | _Abort | _Stop]:
+        """All that lie in the mailbox; `wait` for the first one."""
+        try:
+            yield self._mailbox.get(block=wait)
+            while True:
+                yield self._mailbox.get_nowait()
+        except Empty:
+            return
+
+    def _apply(self, engine: Engine, message: _Add | _Abort) -> None:
+        if isinstance(message, _Abort):
+            engine.abort_request(message.request_id)
+            return
+        try:
+            engine.add_request(message.request)
+        except ValueError as error:
+            self._post(self._refuse, message.request.request_id, RequestRefused(str(error)))
+
+    def _post(self, function: Callable[..., None], *args: object) -> None:
+        if not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(function, *args)
+
+
+_WHY_NOT = {
+    State.FAILED: "the engine has failed, see the server's log: start the server again",
+    State.STOPPED: "the server is shutting down",
+}

@@ -1,0 +1,89 @@
+"""POST /v1/chat/completions."""
+
+import time
+from collections.abc import AsyncGenerator
+from typing import Any
+from uuid import uuid4
+
+from fastapi import APIRouter, Request, Response
+from fastapi.responses import JSONResponse
+
+from fairkv_jax.engine.request import RequestOutput
+from fairkv_jax.serve.async_engine import OutputStream
+from fairkv_jax.serve.inputs import fan_out, render_chat
+from fairkv_jax.serve.logprobs import chat_logprobs
+from fairkv_jax.serve.protocol import ChatBody
+from fairkv_jax.serve.service import StrictRoute, service_of
+from fairkv_jax.serve.streaming import EventStream, collect
+from fairkv_jax.serve.usage import usage
+
+router = APIRouter(route_class=StrictRoute)
+
+
+@router.post("/v1/chat/completions")
+async def create_chat_completion(body: ChatBody, request: Request) -> Response:
+    """Answer the last turn of a conversation."""
+    service = service_of(request)
+    service.check_model(body.model)
+    prompt = await render_chat(service.engine.engine, body.messages, body.add_generation_prompt)
+    answer_id = f"chatcmpl-{uuid4().hex}"
+    requests = fan_out(answer_id, [prompt], body.sampling_params(), body.n or 1)
+    head = {"id": answer_id, "created": int(time.time()), "model": service.model_name}
+    outputs = service.engine.submit(requests)
+    if body.stream:
+        head["object"] = "chat.completion.chunk"
+        return EventStream(_chunks(head, body, outputs), outputs)
+    finished = await collect(request, outputs)
+    choices = [_message(place, output, body) for place, output in enumerate(finished)]
+    answer = {**head, "object": "chat.completion", "choices": choices}
+    return JSONResponse({**answer, "usage": usage(finished, body.n or 1)})
+
+
+def _message(place: int, output: RequestOutput, body: ChatBody) -> dict[str, Any]:
+    done = output.outputs[0]
+    return {
+        "index": place,
+        "message": {"role": "assistant", "content": done.text},
+        "logprobs": _logprobs(output, 0, body),
+        "finish_reason": done.finish_reason,
+        "stop_reason": done.stop_reason,
+    }
+
+
+def _logprobs(output: RequestOutput, start: int, body: ChatBody) -> dict[str, Any] | None:
+    num_top = body.num_logprobs
+    return None if num_top is None else chat_logprobs(output.outputs[0], start, num_top)
+
+
+async def _chunks(
+    head: dict[str, Any], body: ChatBody, outputs: OutputStream
+) -> AsyncGenerator[dict[str, Any], None]:
+    head = {**head, **({"usage": None} if body.include_usage else {})}
+    for place in range(body.n or 1):
+        opening = {"role": "assistant", "content": ""}
+        yield {**head, "choices": [_delta(place, opening, None, None)]}
+    sent: dict[int, tuple[int, int]] = {}
+    latest: dict[int, RequestOutput] = {}
+    async for place, output in outputs:
+        latest[place] = output
+        done = output.outputs[0]
+        chars, tokens = sent.get(place, (0, 0))
+        text = done.text[chars:]
+        logprobs = _logprobs(output, tokens, body)
+        # Text may be held back while tokens advance: nothing is sent then, unless asked for.
+        if text or output.finished or (logprobs and logprobs["content"]):
+            choice = _delta(place, {"content": text} if text else {}, logprobs, done.finish_reason)
+            yield {**head, "choices": [choice]}
+            sent[place] = len(done.text), len(done.token_ids)
+    if body.include_usage:
+        finished = [latest[place] for place in sorted(latest)]
+        yield {**head, "choices": [], "usage": usage(finished, body.n or 1)}
+
+
+def _delta(
+    place: int,
+    delta: dict[str, str],
+    logprobs: dict[str, Any] | None,
+    finish_reason: str | None,
+) -> dict[str, Any]:
+    return {"index": place, "delta": delta, "logprobs": logprobs, "finish_reason": finish_reason}

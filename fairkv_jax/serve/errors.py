@@ -1,0 +1,107 @@
+"""Every failure as one JSON body, in the shape that OpenAI's and vLLM's clients read."""
+
+import logging
+from http import HTTPStatus
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
+
+from fairkv_jax.serve.async_engine import EngineUnavailable, QueueFull, RequestRefused
+from fairkv_jax.serve.protocol import NotServed
+
+log = logging.getLogger(__name__)
+
+RETRY_AFTER_S = "1"
+CLIENT_CLOSED_REQUEST = 499
+"""nginx's status for the log; nobody is there to receive it."""
+
+_TYPES = {
+    400: "BadRequestError",
+    401: "AuthenticationError",
+    404: "NotFoundError",
+    413: "BadRequestError",
+    503: "ServiceUnavailableError",
+}
+
+
+class ClientGone(Exception):
+    """The client hung up before its answer was complete."""
+
+
+class ApiError(Exception):
+    """An answer other than 200, with the field that caused it where there is one."""
+
+    def __init__(self, status: int, message: str, param: str | None = None):
+        super().__init__(message)
+        self.status = status
+        self.param = param
+
+
+def error_body(status: int, message: str, param: str | None = None) -> dict[str, Any]:
+    kind = _TYPES.get(status, "InternalServerError" if status >= 500 else "BadRequestError")
+    return {"error": {"message": message, "type": kind, "param": param, "code": status}}
+
+
+def error_response(status: int, message: str, param: str | None = None) -> JSONResponse:
+    headers = {"Retry-After": RETRY_AFTER_S} if status == HTTPStatus.SERVICE_UNAVAILABLE else None
+    return JSONResponse(error_body(status, message, param), status, headers)
+
+
+def status_of(error: Exception) -> int:
+    """The HTTP status that says whose fault it was."""
+    match error:
+        case ApiError():
+            return error.status
+        case HTTPException():
+            return error.status_code
+        case EngineUnavailable() | QueueFull():
+            return HTTPStatus.SERVICE_UNAVAILABLE
+        case RequestRefused():
+            return HTTPStatus.BAD_REQUEST
+        case ClientGone() | ClientDisconnect():
+            return CLIENT_CLOSED_REQUEST
+        case _:
+            return HTTPStatus.INTERNAL_SERVER_ERROR
+
+
+def message_of(error: Exception) -> str:
+    """What the client is told; the unforeseen is only logged, as it may quote anything."""
+    if isinstance(error, HTTPException):
+        return str(error.detail)
+    if status_of(error) == HTTPStatus.INTERNAL_SERVER_ERROR:
+        return "the server failed on this request: see its log"
+    return str(error)
+
+
+def add_error_handlers(app: FastAPI) -> None:
+    async def expected(request: Request, error: Exception) -> JSONResponse:
+        return error_response(status_of(error), message_of(error), getattr(error, "param", None))
+
+    async def invalid(request: Request, error: Exception) -> JSONResponse:
+        assert isinstance(error, RequestValidationError)
+        message, param = _describe(error.errors())
+        return error_response(HTTPStatus.BAD_REQUEST, message, param)
+
+    for kind in (ApiError, HTTPException, EngineUnavailable, QueueFull, RequestRefused):
+        app.add_exception_handler(kind, expected)
+    for kind in (ClientGone, ClientDisconnect, Exception):
+        app.add_exception_handler(kind, expected)
+    app.add_exception_handler(RequestValidationError, invalid)
+
+
+def _describe(problems: Any) -> tuple[str, str | None]:
+    """One sentence for the first wrong field, without the value: it may be a prompt."""
+    first = problems[0]
+    cause = first.get("ctx", {}).get("error")
+    if isinstance(cause, NotServed):
+        return str(cause), cause.field
+    path = [str(part) for part in first["loc"] if part != "body"]
+    if not path:
+        return f"{cause or first['msg']}", None
+    reasons = {p["msg"] for p in problems if [*p["loc"], ""][1] == first["loc"][1]}
+    reasons = sorted(reason.removeprefix("Value error, ") for reason in reasons)
+    return f"{path[0]}: {'; or '.join(reasons[:4])}", path[0]

@@ -1,0 +1,115 @@
+"""The process: listen, load, serve, drain, exit."""
+
+import asyncio
+import logging
+import os
+import signal
+import socket
+import sys
+from collections.abc import Callable
+from types import FrameType
+
+import uvicorn
+from starlette.types import ASGIApp
+
+from fairkv_jax.serve.app import create_app
+from fairkv_jax.serve.async_engine import AsyncEngine, Engine
+from fairkv_jax.serve.options import ServerOptions
+from fairkv_jax.serve.service import Service
+from fairkv_jax.serve.startup import describe
+
+log = logging.getLogger(__name__)
+
+FAILED = 1
+ABORTED = 130
+FAILURE_GRACE_S = 2.0
+"""After a failed step the clients get their errors, and probes their 503, before the exit."""
+THREAD_GRACE_S = 5.0
+"""A step takes less; loading may take longer, and is not waited for."""
+
+
+def serve(load: Callable[[], Engine], options: ServerOptions) -> int:
+    """Serve until a signal or a failure; returns the exit status.
+
+    SIGTERM and SIGINT let running requests finish within the time-out; a second one aborts.
+    """
+    listener = _listen(options.host, options.port)
+    host = f"[{options.host}]" if ":" in options.host else options.host
+    address = f"http://{host}:{listener.getsockname()[1]}"
+
+    def on_ready(engine: Engine) -> None:
+        for line in describe(engine):
+            log.info("%s", line)
+        log.info("ready: serving on %s", address)
+
+    def on_failure(error: BaseException, was_ready: bool) -> None:
+        # What loading refuses is said in a sentence; a traceback would only hide it.
+        foreseen = not was_ready and isinstance(error, ValueError | OSError | NotImplementedError)
+        what = "the engine failed" if was_ready else "the engine could not be loaded"
+        log.error("%s: %s", what, error, exc_info=None if foreseen else error)
+        server.exit_after(FAILURE_GRACE_S if was_ready else 0.0)
+
+    engine = AsyncEngine(
+        load, max_queued=options.max_num_queued_reqs, on_ready=on_ready, on_failure=on_failure
+    )
+    server = _Server(create_app(Service(engine, options)), options)
+    log.info("listening on %s, loading: /health answers 503 until ready", address)
+    server = _Server(create_app(Service(engine, options)), options)
+    server.run(sockets=[listener])
+    status = FAILED if engine.failure is not None else 0
+    if not engine.join(THREAD_GRACE_S):
+        log.warning("the engine is in the middle of a step, or loading: it is left behind")
+        _exit_now(status)
+    log.info("shut down")
+    return status
+
+
+class _Server(uvicorn.Server):
+    """uvicorn, with an exit status of our own: it would end by the signal that it was sent."""
+
+    def __init__(self, app: ASGIApp, options: ServerOptions):
+        config = uvicorn.Config(
+            app,
+            log_config=None,
+            log_level=options.log_level,
+            timeout_graceful_shutdown=options.shutdown_timeout,
+            lifespan="on",
+        )
+        super().__init__(config)
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        name = signal.Signals(sig).name
+        if self.should_exit:
+            log.warning("%s again: aborting", name)
+            _exit_now(ABORTED)
+        log.info("%s: finishing the running requests; once more aborts them", name)
+        self.should_exit = True
+
+    def exit_after(self, seconds: float) -> None:
+        asyncio.get_running_loop().call_later(seconds, setattr, self, "should_exit", True)
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    """A bound socket.
+
+    Raises:
+        SystemExit: the address is taken or is none of this machine's.
+    """
+    listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((host, port))
+    except OSError as error:
+        listener.close()
+        reason = os.strerror(error.errno) if error.errno else error
+        raise SystemExit(
+            f"cannot listen on {host}:{port} ({reason}): choose others by --host and --port"
+        ) from error
+    return listener
+
+
+def _exit_now(status: int) -> None:
+    """Without waiting for the engine's thread, which cannot be interrupted inside of XLA."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)

@@ -1,0 +1,91 @@
+"""What every route is given, and how it reads a body."""
+
+import json
+from collections.abc import Callable, Coroutine
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+from fastapi import Request, Response
+from fastapi.routing import APIRoute
+
+from fairkv_jax.serve.async_engine import AsyncEngine
+from fairkv_jax.serve.errors import ApiError
+from fairkv_jax.serve.options import ServerOptions
+
+
+@dataclass(frozen=True)
+class Service:
+    """The running server, as its routes see it."""
+
+    engine: AsyncEngine
+    options: ServerOptions
+
+    @property
+    def model_name(self) -> str:
+        """The name in answers."""
+        return self.model_names[0]
+
+    @property
+    def model_names(self) -> tuple[str, ...]:
+        return self.options.served_model_names or (self.engine.engine.model_name,)
+
+    def check_model(self, name: str | None) -> None:
+        """A request without a name means the model that there is.
+
+        Raises:
+            ApiError: 404, another model is asked for; EngineUnavailable: not ready yet.
+        """
+        names = self.model_names
+        if name is not None and name not in names:
+            known = ", ".join(names)
+            raise ApiError(
+                404, f"The model `{name}` does not exist: this server has {known}", "model"
+            )
+
+
+def service_of(request: Request) -> Service:
+    return request.app.state.service
+
+
+class _StrictRequest(Request):
+    """A request whose JSON is JSON: Python's reader takes NaN and Infinity, which are none."""
+
+    async def json(self) -> Any:
+        if not hasattr(self, "_parsed"):
+            self._parsed = _parse(await self.body())
+        return self._parsed
+
+
+def _parse(body: bytes) -> Any:
+    try:
+        return json.loads(body, parse_constant=_refuse_constant)
+    except RecursionError:
+        raise ApiError(400, "the body is nested too deeply") from None
+    except UnicodeDecodeError:
+        raise ApiError(400, "the body is not UTF-8") from None
+    except ValueError as error:
+        raise ApiError(400, f"the body is not JSON: {error}") from None
+
+
+def _refuse_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is not a JSON number")
+
+
+class StrictRoute(APIRoute):
+    """A route that takes JSON, says so where the header does not, and reads it strictly."""
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        handle = super().get_route_handler()
+
+        async def strict(request: Request) -> Response:
+            content_type = request.headers.get("content-type", "unknown")
+            if content_type.split(";")[0].strip().lower() != "application/json":
+                raise ApiError(
+                    415,
+                    f"the body's type is {content_type}: send 'Content-Type: application/json'",
+                )
+            request = _StrictRequest(request.scope, request.receive)
+            await request.json()  # here, as FastAPI would replace the error by one of its own
+            return await handle(request)
+
+        return strict

@@ -1,0 +1,129 @@
+"""Servers for tests: in a thread, where the test sees the engine, or as a process of its own."""
+
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx
+import uvicorn
+
+from fairkv_jax.serve.app import create_app
+from fairkv_jax.serve.async_engine import AsyncEngine, Engine
+from fairkv_jax.serve.options import ServerOptions
+from fairkv_jax.serve.service import Service
+
+ROOT = Path(__file__).parents[2]
+PATIENCE_S = 20.0
+
+
+@dataclass
+class Server:
+    url: str
+    client: httpx.Client
+    engine: AsyncEngine
+
+
+def eventually(condition: Callable[[], object], patience_s: float = PATIENCE_S) -> None:
+    """Wait for a condition that another thread or process brings about."""
+    deadline = time.monotonic() + patience_s
+    while not condition():
+        assert time.monotonic() < deadline, "it did not happen in time"
+        time.sleep(0.005)
+
+
+@contextmanager
+def running(load: Callable[[], Engine], *, wait: bool = True, **options) -> Iterator[Server]:
+    """A server in a thread, ready unless `wait` is false."""
+    settings = ServerOptions(**options)
+    engine = AsyncEngine(load, max_queued=settings.max_num_queued_reqs)
+    app = create_app(Service(engine, settings))
+    listener = socket.create_server(("127.0.0.1", 0))
+    url = f"http://127.0.0.1:{listener.getsockname()[1]}"
+    config = uvicorn.Config(app, log_config=None, timeout_graceful_shutdown=1, lifespan="on")
+    server = uvicorn.Server(config)
+    thread = threading.Thread(target=server.run, args=([listener],))
+    thread.start()
+    try:
+        with httpx.Client(base_url=url, timeout=PATIENCE_S) as client:
+            eventually(lambda: server.started)
+            if wait:
+                eventually(lambda: client.get("/health").status_code == 200)
+            yield Server(url, client, engine)
+    finally:
+        server.should_exit = True
+        thread.join(PATIENCE_S)
+        assert not thread.is_alive()
+        assert engine.join(PATIENCE_S)
+
+
+class Process:
+    """A server in a process of its own; what it logs is kept."""
+
+    def __init__(self, module: str, arguments: Sequence[str] = (), **environment: str):
+        self.lines: list[str] = []
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", module, *arguments],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            cwd=ROOT,
+            env={**os.environ, **environment},
+        )
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+
+    def __enter__(self) -> "Process":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._process.kill()
+        self._process.wait(PATIENCE_S)
+        self._reader.join(PATIENCE_S)
+        assert self._process.stdout is not None
+        self._process.stdout.close()
+
+    @property
+    def log(self) -> str:
+        return "".join(self.lines)
+
+    def address(self, patience_s: float = PATIENCE_S) -> str:
+        """Where it listens; it may not be ready yet."""
+        eventually(lambda: self._said(r"listening on (http://\S+?),"), patience_s)
+        return self._said(r"listening on (http://\S+?),")
+
+    def wait_ready(self, patience_s: float) -> str:
+        eventually(lambda: self._said(r"ready: serving on (http://\S+)") or self.ended, patience_s)
+        assert not self.ended, self.log
+        return self._said(r"ready: serving on (http://\S+)")
+
+    @property
+    def ended(self) -> bool:
+        return self._process.poll() is not None
+
+    def send(self, number: signal.Signals) -> None:
+        self._process.send_signal(number)
+
+    def status(self, patience_s: float = PATIENCE_S) -> int:
+        """The exit status, for which it waits."""
+        status = self._process.wait(patience_s)
+        self._reader.join(PATIENCE_S)
+        return status
+
+    def _said(self, pattern: str) -> str:
+        found = re.search(pattern, self.log)
+        return found.group(1) if found else ""
+
+    def _read(self) -> None:
+        assert self._process.stdout is not None
+        for line in self._process.stdout:
+            self.lines.append(line)

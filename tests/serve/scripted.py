@@ -1,0 +1,142 @@
+"""An engine without a model: what it says follows from the prompt, one token a step.
+
+It keeps the contract of the real one, so that the server can be tested for everything that does
+not depend on a model, failures in the middle of a step included.
+"""
+
+import math
+import time
+from pathlib import Path
+
+import numpy as np
+
+from fairkv_jax.checkpoint.open import open_checkpoint
+from fairkv_jax.config import EngineConfig, KVConfig, ModelConfig
+from fairkv_jax.engine.request import CompletionOutput, Logprob, Request, RequestOutput
+from fairkv_jax.plan import CostModel, Plan
+from fairkv_jax.plan.plan import Copy
+from fairkv_jax.tokenizer import Tokenizer
+
+FIRST_LETTER = 3 + ord("a") - ord("!")  # ids 0 to 2 are control tokens, then bytes from "!" on
+CRASH = "crash"
+
+
+class ScriptedEngine:
+    """Answers with letters; a prompt whose text is "crash" makes the step that reads it fail."""
+
+    model_name = "scripted"
+
+    def __init__(self, checkpoint: Path, *, max_num_seqs: int = 4, step_seconds: float = 0.001):
+        opened = open_checkpoint(checkpoint)
+        self.model_config: ModelConfig = opened.config
+        self.tokenizer: Tokenizer = opened.tokenizer()
+        self.engine_config = EngineConfig(
+            tensor_parallel_size=2, max_model_len=512, max_num_seqs=max_num_seqs
+        )
+        self.kv_config = KVConfig("snapkv", budget=64)
+        self.kv_capacity_tokens = 60_000
+        self.plan = _plan(self.model_config)
+        self.step_seconds = step_seconds
+        self.aborted: list[str] = []
+        self.requests: dict[str, Request] = {}
+        self.generated: dict[str, list[int]] = {}
+
+    def validate(self, request: Request) -> None:
+        length = len(request.prompt_token_ids)
+        limit = self.engine_config.max_model_len
+        if not 0 < length < limit:
+            raise ValueError(f"a prompt of {length} tokens: 1 to {limit - 1} fit the context")
+
+    def add_request(self, request: Request) -> None:
+        self.validate(request)
+        self.requests[request.request_id] = request
+        self.generated[request.request_id] = []
+
+    def abort_request(self, request_id: str) -> None:
+        if self.requests.pop(request_id, None) is not None:
+            self.aborted.append(request_id)
+
+    def has_unfinished_requests(self) -> bool:
+        return bool(self.requests)
+
+    def step(self) -> list[RequestOutput]:
+        time.sleep(self.step_seconds)
+        running = list(self.requests.values())[: self.engine_config.max_num_seqs]
+        if any(request.prompt == CRASH for request in running):
+            raise RuntimeError("the device is on fire")
+        outputs = [self._advance(request) for request in running]
+        for output in outputs:
+            if output.finished:
+                del self.requests[output.request_id]
+        return outputs
+
+    def _advance(self, request: Request) -> RequestOutput:
+        token_ids = self.generated[request.request_id]
+        token_ids.append(_next_token(request, len(token_ids)))
+        text, reason, stop = self._text(request, token_ids)
+        completion = CompletionOutput(
+            text=text,
+            token_ids=list(token_ids),
+            logprobs=self._logprobs(request, token_ids),
+            finish_reason=reason,
+            stop_reason=stop,
+        )
+        shape = (self.model_config.num_layers, self.model_config.num_kv_heads)
+        return RequestOutput(
+            request_id=request.request_id,
+            prompt=request.prompt,
+            prompt_token_ids=request.prompt_token_ids,
+            outputs=[completion],
+            finished=reason is not None,
+            kv_lengths=np.full(shape, self.kv_config.kept_tokens(len(request.prompt_token_ids))),
+        )
+
+    def _text(self, request: Request, token_ids: list[int]) -> tuple[str, str | None, str | None]:
+        """Text, finish reason and stop reason; what may become a stop string is held back."""
+        params = request.sampling_params
+        text = self.tokenizer.decode(token_ids)
+        for stop in params.stop or ():
+            if stop in text:
+                return text[: text.index(stop)], "stop", stop
+        if len(token_ids) >= (params.max_tokens or self.engine_config.max_model_len):
+            return text, "length", None
+        held_back = max((len(stop) - 1 for stop in params.stop or ()), default=0)
+        return text[: len(text) - held_back], None, None
+
+    def _logprobs(self, request: Request, token_ids: list[int]):
+        num_top = request.sampling_params.logprobs
+        if num_top is None:
+            return None
+        return [self._place(token_id, num_top) for token_id in token_ids]
+
+    def _place(self, token_id: int, num_top: int) -> dict[int, Logprob]:
+        """The chosen token is the second likeliest; the last of the top has no probability."""
+        place = {token_id: Logprob(-1.0, 2, self.tokenizer.token_text(token_id))}
+        for rank in range(1, num_top + 1):
+            if rank != 2:
+                other = FIRST_LETTER - 32 + rank  # upper case
+                value = -math.inf if rank == num_top > 2 else -0.5 * rank
+                place[other] = Logprob(value, rank, self.tokenizer.token_text(other))
+        return place
+
+
+def _next_token(request: Request, place: int) -> int:
+    seed = request.sampling_params.seed or 0
+    return FIRST_LETTER + (sum(request.prompt_token_ids) + seed + place * place) % 26
+
+
+def _plan(model: ModelConfig) -> Plan:
+    """Heads 0 and 1 on a device each, head 2 halved between them."""
+    shared = [Copy(2, device, 0.5) for device in (0, 1)]
+    layer = (Copy(0, 0, 1.0), Copy(1, 1, 1.0), *shared)
+    return Plan(
+        strategy="fair_copying",
+        row_split="equal",
+        n_devices=2,
+        n_heads=model.num_kv_heads,
+        layers=(layer,) * model.num_layers,
+        cost=CostModel(a_seconds=1.0, b_seconds_per_token=1.0),
+        utilization=1.0,
+        step_seconds=1.0,
+        lower_bound_seconds=1.0,
+    )

@@ -1,0 +1,192 @@
+"""Answers: streaming tells the same as not streaming, and counts are right."""
+
+import json
+from typing import Any
+
+import httpx
+import pytest
+
+COMPLETIONS = "/v1/completions"
+CHAT = "/v1/chat/completions"
+TURN = [{"role": "user", "content": "hello"}]
+
+
+def events(client: httpx.Client, path: str, body: dict[str, Any]) -> list[dict[str, Any]]:
+    """The chunks of a stream, up to [DONE]."""
+    with client.stream("POST", path, json={**body, "stream": True}) as response:
+        assert response.status_code == 200
+        assert response.headers["content-type"].startswith("text/event-stream")
+        lines = [line.removeprefix("data: ") for line in response.iter_lines() if line]
+    assert lines[-1] == "[DONE]"
+    return [json.loads(line) for line in lines[:-1]]
+
+
+def gathered(chunks: list[dict[str, Any]], choices: int, chat: bool) -> list[dict[str, Any]]:
+    """Per choice its text, finish reason and log-probabilities, put together again."""
+    whole: list[dict[str, Any]] = [{"text": "", "logprobs": {}} for _ in range(choices)]
+    for chunk in chunks:
+        for choice in chunk["choices"]:
+            one = whole[choice["index"]]
+            assert "finish_reason" not in one, "nothing may follow the last chunk of a choice"
+            one["text"] += choice["delta"].get("content", "") if chat else choice["text"]
+            for name, values in (choice["logprobs"] or {}).items():
+                one["logprobs"].setdefault(name, []).extend(values)
+            if choice["finish_reason"]:
+                one["finish_reason"] = choice["finish_reason"]
+    return whole
+
+
+def flat(answer: dict[str, Any], chat: bool) -> list[dict[str, Any]]:
+    return [
+        {
+            "text": choice["message"]["content"] if chat else choice["text"],
+            "logprobs": choice["logprobs"] or {},
+            "finish_reason": choice["finish_reason"],
+        }
+        for choice in answer["choices"]
+    ]
+
+
+@pytest.mark.parametrize("logprobs", [None, 0, 3])
+@pytest.mark.parametrize("options", [{}, {"stop": ["uv", "zzz"]}, {"n": 2, "seed": 7}])
+@pytest.mark.parametrize("chat", [False, True])
+def test_streaming_equals_not_streaming(
+    client: httpx.Client, chat: bool, options: dict[str, Any], logprobs: int | None
+):
+    body: dict[str, Any] = {"max_tokens": 12, "stream_options": {"include_usage": True}, **options}
+    if chat:
+        path, prompt = CHAT, {"messages": TURN}
+        wanted = {} if logprobs is None else {"logprobs": True, "top_logprobs": logprobs}
+    else:
+        path, prompt, wanted = COMPLETIONS, {"prompt": ["one", "two"]}, {"logprobs": logprobs}
+    body |= prompt | wanted
+    response = client.post(path, json=body)
+    assert response.status_code == 200, response.text
+    answer = response.json()
+    chunks = events(client, path, body)
+    assert gathered(chunks, len(answer["choices"]), chat) == flat(answer, chat)
+    assert chunks[-1]["choices"] == []
+    assert chunks[-1]["usage"] == answer["usage"]
+    assert all(chunk["usage"] is None for chunk in chunks[:-1])
+    assert len({chunk["id"] for chunk in chunks}) == 1
+    if chat:
+        assert chunks[0]["choices"][0]["delta"] == {"role": "assistant", "content": ""}
+
+
+def test_the_four_forms_of_a_prompt(client: httpx.Client):
+    def answer(prompt: Any) -> dict[str, Any]:
+        return client.post(COMPLETIONS, json={"prompt": prompt, "max_tokens": 4}).json()
+
+    ids = client.post("/tokenize", json={"prompt": "hello"}).json()["tokens"]
+    text = answer("hello")["choices"][0]["text"]
+    assert len(text) == 4
+    for prompt in (["hello"], ids, [ids]):
+        assert [choice["text"] for choice in answer(prompt)["choices"]] == [text]
+    several = answer(["hello", "other", "hello"])["choices"]
+    assert [choice["index"] for choice in several] == [0, 1, 2]
+    assert several[0]["text"] == several[2]["text"] == text
+    assert several[1]["text"] != text
+
+
+def test_usage_counts_each_prompt_once(client: httpx.Client):
+    body = {"prompt": [[5, 6, 7], [8] * 100], "n": 2, "max_tokens": 5, "seed": 1}
+    usage = client.post(COMPLETIONS, json=body).json()["usage"]
+    assert usage == {
+        "prompt_tokens": 103,
+        "completion_tokens": 20,
+        "total_tokens": 123,
+        "kept_prompt_tokens": 3 + 64,
+    }
+
+
+def test_usage_is_streamed_only_when_asked_for(client: httpx.Client):
+    chunks = events(client, COMPLETIONS, {"prompt": "x", "max_tokens": 3})
+    assert all("usage" not in chunk for chunk in chunks)
+    assert chunks[-1]["choices"][0]["finish_reason"] == "length"
+
+
+def test_stop_strings_end_the_text_and_are_named(client: httpx.Client):
+    full = client.post(COMPLETIONS, json={"prompt": "x", "max_tokens": 8}).json()["choices"][0]
+    assert full["finish_reason"] == "length"
+    stop = full["text"][3:5]
+    body = {"prompt": "x", "max_tokens": 8, "stop": stop}
+    cut = client.post(COMPLETIONS, json=body).json()["choices"][0]
+    assert cut["text"] == full["text"].split(stop)[0]
+    assert (cut["finish_reason"], cut["stop_reason"]) == ("stop", stop)
+
+
+def test_choices_of_a_seed_differ_and_repeat(client: httpx.Client):
+    body = {"prompt": "x", "max_tokens": 8, "n": 3, "seed": 5}
+    first, again = (client.post(COMPLETIONS, json=body).json() for _ in range(2))
+    texts = [choice["text"] for choice in first["choices"]]
+    assert texts == [choice["text"] for choice in again["choices"]]
+    assert len(set(texts)) == 3
+    assert first["id"] != again["id"]
+
+
+def test_logprobs_of_completions(client: httpx.Client):
+    body = {"prompt": "x", "max_tokens": 3, "logprobs": 3}
+    choice = client.post(COMPLETIONS, json=body).json()["choices"][0]
+    logprobs = choice["logprobs"]
+    assert "".join(logprobs["tokens"]) == choice["text"]
+    assert logprobs["text_offset"] == [0, 1, 2]
+    assert logprobs["token_logprobs"] == [-1.0] * 3
+    first = logprobs["top_logprobs"][0]
+    assert len(first) == 3
+    assert first[logprobs["tokens"][0]] == -1.0
+    assert min(first.values()) == -9999.0  # JSON has no minus infinity
+
+
+def test_logprobs_of_zero_are_those_of_the_chosen_tokens(client: httpx.Client):
+    body = {"prompt": "x", "max_tokens": 2, "logprobs": 0}
+    logprobs = client.post(COMPLETIONS, json=body).json()["choices"][0]["logprobs"]
+    assert logprobs["top_logprobs"] == [{token: -1.0} for token in logprobs["tokens"]]
+
+
+def test_logprobs_of_chats(client: httpx.Client):
+    body = {"messages": TURN, "max_tokens": 2, "logprobs": True, "top_logprobs": 3}
+    entries = client.post(CHAT, json=body).json()["choices"][0]["logprobs"]["content"]
+    assert len(entries) == 2
+    for entry in entries:
+        assert entry["bytes"] == list(entry["token"].encode())
+        assert [top["logprob"] for top in entry["top_logprobs"]] == [-0.5, -1.0, -9999.0]
+        assert entry["top_logprobs"][1]["token"] == entry["token"]
+
+
+def test_a_chat_is_what_its_template_writes(client: httpx.Client):
+    parts = [{"type": "text", "text": "he"}, {"type": "text", "text": "llo"}]
+    plain = {"messages": [{"role": "user", "content": "he\nllo"}], "max_tokens": 4}
+    whole = client.post(CHAT, json=plain).json()
+    split = client.post(CHAT, json={**plain, "messages": [{"role": "user", "content": parts}]})
+    assert split.json()["choices"] == whole["choices"]
+    ids = client.post("/tokenize", json={"messages": plain["messages"]}).json()
+    assert whole["usage"]["prompt_tokens"] == ids["count"]
+    text = client.post("/detokenize", json={"tokens": ids["tokens"]}).json()["prompt"]
+    assert "user\nhe\nllo" in text
+    raw = client.post(COMPLETIONS, json={"prompt": ids["tokens"], "max_tokens": 4}).json()
+    assert raw["choices"][0]["text"] == whole["choices"][0]["message"]["content"]
+
+
+def test_max_completion_tokens_goes_first(client: httpx.Client):
+    body = {"messages": TURN, "max_tokens": 9, "max_completion_tokens": 2}
+    assert client.post(CHAT, json=body).json()["usage"]["completion_tokens"] == 2
+
+
+def test_tokenize_and_detokenize_are_inverse(client: httpx.Client):
+    answer = client.post("/tokenize", json={"prompt": "the wall", "return_token_strs": True})
+    tokens = answer.json()
+    assert tokens["count"] == len(tokens["tokens"]) > 0
+    assert "".join(tokens["token_strs"]) == "the wall"
+    assert tokens["max_model_len"] == 512
+    back = client.post("/detokenize", json={"tokens": tokens["tokens"]})
+    assert back.json() == {"prompt": "the wall"}
+    assert client.post("/detokenize", json={"tokens": [384]}).status_code == 400
+    assert client.post("/detokenize", json={"tokens": [-1]}).status_code == 400
+    assert client.post("/tokenize", json={}).status_code == 400
+
+
+def test_models_and_version(client: httpx.Client):
+    (card,) = client.get("/v1/models").json()["data"]
+    assert (card["id"], card["object"], card["max_model_len"]) == ("scripted", "model", 512)
+    assert client.get("/version").json()["version"]
+    assert "/v1/completions" in client.get("/openapi.json").json()["paths"]

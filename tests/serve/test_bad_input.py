@@ -1,0 +1,201 @@
+"""What a client can get wrong: always 4xx, in OpenAI's shape, and the server goes on."""
+
+import json
+import socket
+from typing import Any
+
+import httpx
+import pytest
+
+from tests.serve.live import Server, running
+from tests.serve.scripted import ScriptedEngine
+
+COMPLETIONS = "/v1/completions"
+CHAT = "/v1/chat/completions"
+TURN = [{"role": "user", "content": "hello"}]
+JSON = {"Content-Type": "application/json"}
+
+
+def refused(response: httpx.Response, status: int = 400) -> dict[str, Any]:
+    """The error, once its shape has been checked."""
+    assert response.status_code == status, response.text
+    error = response.json()["error"]
+    assert set(error) == {"message", "type", "param", "code"}
+    assert error["code"] == status
+    assert error["message"]
+    return error
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("prompt", ""),
+        ("prompt", []),
+        ("prompt", [[]]),
+        ("prompt", ["fine", ""]),
+        ("prompt", 5),
+        ("prompt", None),
+        ("prompt", [1, "two"]),
+        ("prompt", [1.5]),
+        ("prompt", [True]),
+        ("prompt", "\ud800"),
+        ("prompt", [1] * 600),
+        ("prompt", "x" * 1_000_000),
+        ("max_tokens", "many"),
+        ("max_tokens", "5"),
+        ("max_tokens", 0),
+        ("max_tokens", -1),
+        ("max_tokens", 2.5),
+        ("max_tokens", True),
+        ("max_tokens", 10**30),
+        ("temperature", "hot"),
+        ("temperature", -0.1),
+        ("temperature", 10**400),
+        ("top_p", 0),
+        ("top_p", 1.01),
+        ("top_k", -2),
+        ("min_p", 2),
+        ("n", 0),
+        ("n", 1000),
+        ("seed", 2**70),
+        ("stop", [""]),
+        ("stop", 3),
+        ("stop_token_ids", [-1]),
+        ("logprobs", 21),
+        ("logprobs", -1),
+        ("stream", "yes"),
+        ("stream_options", {"include_usage": "yes"}),
+        ("frequency_penalty", 1.0),
+        ("logit_bias", {"5": 100}),
+        ("echo", True),
+        ("response_format", {"type": "json_object"}),
+    ],
+)
+def test_a_wrong_field_of_a_completion(client: httpx.Client, field: str, value: Any):
+    body = json.dumps({"prompt": "hello", "max_tokens": 2, field: value})
+    error = refused(client.post(COMPLETIONS, content=body, headers=JSON))
+    assert error["type"] == "BadRequestError"
+    assert len(error["message"]) < 500
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "param"),
+    [
+        ("messages", [], "messages"),
+        ("messages", "hello", "messages"),
+        ("messages", [{"role": "user", "content": 5}], "messages"),
+        ("messages", [{"content": "no role"}], "messages"),
+        ("messages", [{"role": "user", "content": [{"type": "image_url"}]}], "messages"),
+        ("max_completion_tokens", 0, "max_completion_tokens"),
+        ("top_logprobs", 21, "top_logprobs"),
+        ("logprobs", 1, "logprobs"),
+        ("tools", [{"type": "function"}], "tools"),
+        ("presence_penalty", 0.5, "presence_penalty"),
+    ],
+)
+def test_a_wrong_field_of_a_chat_is_named(client: httpx.Client, field: str, value: Any, param: str):
+    body = {"messages": TURN, "max_tokens": 2, field: value}
+    assert refused(client.post(CHAT, json=body))["param"] == param
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"",
+        b"{",
+        b"null",
+        b"[]",
+        b'"text"',
+        b"{'prompt': 'x'}",
+        b'{"prompt": "\xff"}',
+        b'{"prompt": "x", "temperature": NaN}',
+        b'{"prompt": "x", "temperature": Infinity}',
+        b'{"prompt": "x", "unknown": NaN}',
+        b'{"prompt": "x", "temperature": 1e999}',
+        b'{"prompt": ' + b"[" * 100_000 + b"]" * 100_000 + b"}",
+        b'{"prompt": "x", "max_tokens": ' + b"9" * 10_000 + b"}",
+    ],
+    ids=lambda body: repr(body[:40]),
+)
+def test_what_is_not_json(client: httpx.Client, body: bytes):
+    refused(client.post(COMPLETIONS, content=body, headers=JSON))
+
+
+def test_the_type_of_the_body_is_said(client: httpx.Client):
+    error = refused(client.post(COMPLETIONS, content=b'{"prompt": "x"}'), 415)
+    assert "application/json" in error["message"]
+
+
+def test_ranges_are_explained_and_prompts_are_not_quoted(client: httpx.Client):
+    body = {"prompt": "my secret", "temperature": -1, "max_tokens": 1}
+    message = refused(client.post(COMPLETIONS, json=body))["message"]
+    assert "temperature must be a finite number at least 0, got -1" in message
+    assert "secret" not in message
+    wrong = {"prompt": ["my secret", 5]}
+    assert "secret" not in refused(client.post(COMPLETIONS, json=wrong))["message"]
+
+
+def test_neutral_values_and_unknown_fields_are_taken(client: httpx.Client):
+    body = {
+        "prompt": "hello",
+        "max_tokens": 1,
+        "temperature": 0,
+        "frequency_penalty": 0,
+        "logit_bias": {},
+        "n": 1,
+        "user": "someone",
+        "x_new_field": {"deep": [1]},
+        "seed": None,
+        "response_format": {"type": "text"},
+    }
+    assert client.post(COMPLETIONS, json=body).status_code == 200
+
+
+def test_another_model_and_other_paths_are_not_found(client: httpx.Client):
+    error = refused(client.post(COMPLETIONS, json={"model": "gpt", "prompt": "x"}), 404)
+    assert (error["type"], error["param"]) == ("NotFoundError", "model")
+    assert "`gpt`" in error["message"]
+    refused(client.post(CHAT, json={"model": "gpt", "messages": TURN}), 404)
+    refused(client.get("/v2/nothing"), 404)
+    refused(client.get(COMPLETIONS), 405)
+
+
+def test_bad_requests_reach_no_engine(client: httpx.Client, scripted: ScriptedEngine):
+    before = len(scripted.generated)
+    refused(client.post(COMPLETIONS, json={"prompt": ["fine", [1] * 600]}))
+    assert len(scripted.generated) == before
+    assert client.post(COMPLETIONS, json={"prompt": "x", "max_tokens": 1}).status_code == 200
+
+
+@pytest.mark.parametrize("declared", [True, False])
+def test_a_body_over_the_limit(scripted: ScriptedEngine, declared: bool):
+    with running(lambda: scripted, max_request_bytes=1000) as server:
+        text = json.dumps({"prompt": "x" * 2000}).encode()
+        content = text if declared else iter([text[:500], text[500:]])
+        error = refused(server.client.post(COMPLETIONS, content=content, headers=JSON), 413)
+        assert "1000 bytes" in error["message"]
+        small = {"prompt": "x", "max_tokens": 1}
+        assert server.client.post(COMPLETIONS, json=small).status_code == 200
+
+
+def test_half_a_request_harms_nobody(server: Server):
+    host, port = server.url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port)), timeout=5) as half:
+        half.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n")
+        half.sendall(b"Content-Type: application/json\r\n\r\n{")
+        body = {"prompt": "x", "max_tokens": 1}
+        assert server.client.post(COMPLETIONS, json=body).status_code == 200
+
+
+def test_keys_are_asked_for(scripted: ScriptedEngine):
+    body = {"prompt": "x", "max_tokens": 1}
+    with running(lambda: scripted, api_keys=("one", "zwei")) as server:
+        for header in (None, "Bearer three", "Basic one", "Bearer", "one", "Bearer \xe9"):
+            headers = [(b"Authorization", header.encode("latin-1"))] if header else []
+            refused(server.client.post(COMPLETIONS, json=body, headers=headers), 401)
+        for key in ("one", "zwei"):
+            headers = {"Authorization": f"Bearer {key}"}
+            response = server.client.post(COMPLETIONS, json=body, headers=headers)
+            assert response.status_code == 200
+        assert server.client.get("/health").status_code == 200
+        refused(server.client.get("/v1/models"), 401)
