@@ -61,15 +61,18 @@ def _add_status_routes(app: FastAPI, service: Service) -> None:
     @app.get("/v1/models")
     async def models() -> dict[str, Any]:
         """The one model, under each of its names."""
-        max_model_len = service.engine.engine.engine_config.max_model_len
-        cards = [
-            {
-                "id": name,
-                "object": "model",
-                "created": started,
-                "owned_by": "fairkv_jax",
-                "max_model_len": max_model_len,
-            }
-            for name in service.model_names
-        ]
-        return {"object": "list", "data": cards}
+        return {"object": "list", "data": [card(name) for name in service.model_names]}
+
+    @app.get("/v1/models/{name:path}")
+    async def model(name: str) -> dict[str, Any]:
+        service.check_model(name)
+        return card(name)
+
+    def card(name: str) -> dict[str, Any]:
+        return {
+            "id": name,
+            "object": "model",
+            "created": started,
+            "owned_by": "fairkv_jax",
+            "max_model_len": service.engine.engine.engine_config.max_model_len,
+        }

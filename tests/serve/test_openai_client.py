@@ -1,0 +1,102 @@
+"""The official `openai` client: what it sends is taken, what it reads is there."""
+
+from collections.abc import Iterator
+
+import openai
+import pytest
+from openai import OpenAI
+
+from tests.serve.live import PATIENCE_S, Server, running
+from tests.serve.scripted import ScriptedEngine
+
+
+@pytest.fixture(scope="module")
+def sdk(server: Server) -> Iterator[OpenAI]:
+    with OpenAI(
+        base_url=f"{server.url}/v1", api_key="none", timeout=PATIENCE_S, max_retries=0
+    ) as client:
+        yield client
+
+
+def test_the_model_is_listed(sdk: OpenAI):
+    assert [model.id for model in sdk.models.list()] == ["scripted"]
+    assert sdk.models.retrieve("scripted").id == "scripted"
+
+
+def test_chat_streaming_and_not(sdk: OpenAI):
+    def ask(**more):
+        return sdk.chat.completions.create(
+            model="scripted",
+            messages=[{"role": "system", "content": "be brief"}, {"role": "user", "content": "hi"}],
+            max_completion_tokens=9,
+            temperature=0.0,
+            logprobs=True,
+            top_logprobs=2,
+            n=2,
+            **more,
+        )
+
+    whole = ask()
+    streamed, logprobs, usage = {0: "", 1: ""}, {0: [], 1: []}, None
+    for chunk in ask(stream=True, stream_options={"include_usage": True}):
+        usage = chunk.usage or usage
+        for choice in chunk.choices:
+            streamed[choice.index] += choice.delta.content or ""
+            logprobs[choice.index] += choice.logprobs.content if choice.logprobs else []
+    assert whole.object == "chat.completion"
+    assert usage == whole.usage
+    assert whole.usage.completion_tokens == 18
+    for choice in whole.choices:
+        assert choice.finish_reason == "length"
+        assert choice.message.role == "assistant"
+        assert len(choice.message.content) == 9
+        assert streamed[choice.index] == choice.message.content
+        assert logprobs[choice.index] == choice.logprobs.content
+        assert len(choice.logprobs.content[0].top_logprobs) == 2
+
+
+def test_completions_streaming_and_not(sdk: OpenAI):
+    def ask(**more):
+        return sdk.completions.create(
+            model="scripted", prompt=[5, 6, 7], max_tokens=6, logprobs=1, seed=3, **more
+        )
+
+    whole = ask().choices[0]
+    streamed = [chunk.choices[0] for chunk in ask(stream=True)]
+    assert "".join(choice.text for choice in streamed) == whole.text
+    assert streamed[-1].finish_reason == whole.finish_reason == "length"
+    tokens = [token for choice in streamed for token in choice.logprobs.tokens]
+    assert tokens == whole.logprobs.tokens
+    assert "".join(tokens) == whole.text
+
+
+def test_stop_and_extensions(sdk: OpenAI):
+    def ask(**more) -> str:
+        answer = sdk.completions.create(model="scripted", prompt="x", max_tokens=12, **more)
+        return answer.choices[0].text
+
+    text = ask()
+    assert ask(stop=[text[4:6], "never"]) == text[:4]
+    assert ask(extra_body={"top_k": 5, "min_p": 0.1, "ignore_eos": True}) == text
+
+
+def test_errors_are_the_clients_exceptions(sdk: OpenAI, scripted: ScriptedEngine):
+    with pytest.raises(openai.BadRequestError, match="temperature must be") as bad:
+        sdk.completions.create(model="scripted", prompt="x", temperature=-1)
+    assert bad.value.type == "BadRequestError"
+    with pytest.raises(openai.BadRequestError) as bad:
+        sdk.chat.completions.create(model="scripted", messages=[])
+    assert bad.value.param == "messages"
+    with pytest.raises(openai.NotFoundError):
+        sdk.completions.create(model="another", prompt="x")
+    with pytest.raises(openai.NotFoundError):
+        sdk.models.retrieve("another")
+    with running(lambda: scripted, api_keys=("key",)) as guarded:
+        url = f"{guarded.url}/v1"
+        with (
+            OpenAI(base_url=url, api_key="wrong", max_retries=0) as stranger,
+            pytest.raises(openai.AuthenticationError),
+        ):
+            stranger.models.list()
+        with OpenAI(base_url=url, api_key="key", max_retries=0) as friend:
+            assert friend.models.retrieve("scripted")

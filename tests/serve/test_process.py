@@ -1,0 +1,136 @@
+"""The process: signals, exit statuses and what it logs, with a scripted engine."""
+
+import signal
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+
+from tests.serve.live import ROOT, Process, eventually
+from tests.serve.scripted import CRASH
+
+LONG = {"prompt": "a private text", "max_tokens": 100}
+SCRIPTED = "tests.serve.scripted_server"
+
+
+@pytest.fixture
+def process(checkpoint: Path) -> Iterator[Process]:
+    """A server that takes 1 second for `LONG`."""
+    with Process(SCRIPTED, [str(checkpoint), "0.01"]) as process:
+        yield process
+
+
+class Asking(threading.Thread):
+    """A client with one request."""
+
+    def __init__(self, url: str, body: dict[str, object]):
+        super().__init__()
+        self._url, self._body = url, body
+        self.response: httpx.Response | None = None
+        self.failed = False
+        self.start()
+
+    def run(self) -> None:
+        try:
+            self.response = httpx.post(f"{self._url}/v1/completions", json=self._body, timeout=20)
+        except httpx.TransportError:
+            self.failed = True
+
+
+def reachable(url: str) -> bool:
+    host, port = url.removeprefix("http://").split(":")
+    try:
+        socket.create_connection((host, int(port)), timeout=1).close()
+    except OSError:
+        return False
+    return True
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_lets_running_requests_finish(process: Process, number: signal.Signals):
+    url = process.wait_ready(20)
+    asking = Asking(url, LONG)
+    time.sleep(0.3)
+    process.send(number)
+    eventually(lambda: not reachable(url), patience_s=1)
+    assert process.status() == 0
+    asking.join(5)
+    assert asking.response is not None
+    assert asking.response.json()["usage"]["completion_tokens"] == 100
+
+
+def test_what_takes_longer_than_the_time_out_is_cut(process: Process):
+    url = process.wait_ready(20)
+    asking = Asking(url, {**LONG, "n": 64})
+    time.sleep(0.3)
+    began = time.monotonic()
+    process.send(signal.SIGTERM)
+    assert process.status() == 0
+    assert 4 < time.monotonic() - began < 12
+    asking.join(5)
+    assert asking.failed or (asking.response is not None and asking.response.status_code >= 500)
+
+
+def test_a_second_signal_aborts(process: Process):
+    url = process.wait_ready(20)
+    asking = Asking(url, LONG)
+    time.sleep(0.3)
+    process.send(signal.SIGTERM)
+    time.sleep(0.2)
+    process.send(signal.SIGTERM)
+    assert process.status(2) == 130
+    asking.join(5)
+    assert asking.failed
+
+
+def test_a_signal_while_loading_ends_it(checkpoint: Path):
+    with Process(SCRIPTED, [str(checkpoint), "loading"]) as process:
+        url = process.address()
+        eventually(lambda: reachable(url))
+        assert httpx.get(f"{url}/health", timeout=20).status_code == 503
+        process.send(signal.SIGTERM)
+        assert process.status() == 0
+
+
+def test_a_failing_step_ends_the_process_after_everybody_knows(process: Process):
+    url = process.wait_ready(20)
+    with httpx.Client(base_url=url, timeout=20) as client:
+        assert client.post("/v1/completions", json={"prompt": CRASH}).status_code == 503
+        assert client.get("/health").status_code == 503
+    assert process.status() == 1
+    assert "the device is on fire" in process.log
+
+
+def test_a_checkpoint_that_is_missing_is_a_sentence(tmp_path: Path):
+    with Process(SCRIPTED, [str(tmp_path / "nowhere.gguf"), "0.01"]) as process:
+        assert process.status() == 1
+        assert "nowhere.gguf" in process.log
+        assert "Traceback" not in process.log
+
+
+def test_a_port_that_is_taken_is_a_sentence():
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        with Process("fairkv_jax.serve", ["--port", port]) as process:
+            assert process.status() == 1
+    assert f"cannot listen on 127.0.0.1:{port}" in process.log
+    assert "--port" in process.log
+    assert "Traceback" not in process.log
+
+
+def test_the_log_says_what_runs_and_quotes_no_prompt(process: Process):
+    url = process.wait_ready(20)
+    assert httpx.post(f"{url}/v1/completions", json=LONG, timeout=20).status_code == 200
+    process.send(signal.SIGTERM)
+    assert process.status() == 0
+    assert "model scripted: llama, 2 layers, 6 query heads, 3 KV heads" in process.log
+    assert "head plan fair_copying: 3 KV heads on 2 devices, utilisation 100.0%" in process.log
+    assert "0-1     0 2 (50%)  1 2 (50%)" in process.log
+    assert "60,000 tokens over all layers and heads, 10,000 tokens a head" in process.log
+    assert "POST /v1/completions" in process.log
+    assert "private" not in process.log
+    assert str(ROOT) not in process.log
