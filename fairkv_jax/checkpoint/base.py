@@ -1,5 +1,6 @@
 """What every checkpoint format offers: a configuration, tensors in head order, a tokenizer."""
 
+from pathlib import Path
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -48,3 +49,17 @@ class Checkpoint(Protocol):
     def tokenizer(self) -> Tokenizer:
         """The tokenizer that the model was trained with."""
         ...
+
+
+def check_tokenizer(tokenizer: Tokenizer, config: ModelConfig, path: Path) -> Tokenizer:
+    """Returns the tokenizer if every id that it can give has a row in the embedding.
+
+    Raises:
+        CheckpointError: it has more tokens than the model.
+    """
+    if tokenizer.vocab_size > config.vocab_size:
+        raise CheckpointError(
+            f"{path}: the tokenizer has {tokenizer.vocab_size} tokens, the embedding only "
+            f"{config.vocab_size}: the two do not belong together"
+        )
+    return tokenizer

@@ -7,7 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from fairkv_jax.checkpoint.base import CheckpointError, Stored
+from fairkv_jax.checkpoint.base import CheckpointError, Stored, check_tokenizer
+from fairkv_jax.checkpoint.families import FAMILIES, Family
 from fairkv_jax.checkpoint.gguf_file import GGUFFile
 from fairkv_jax.checkpoint.gguf_tokenizer import build_tokenizer
 from fairkv_jax.checkpoint.layout import (
@@ -19,7 +20,9 @@ from fairkv_jax.checkpoint.layout import (
 from fairkv_jax.config import ModelConfig
 from fairkv_jax.tokenizer import Tokenizer
 
-ARCHITECTURES = ("llama",)
+_BY_ARCHITECTURE = {
+    family.gguf_architecture: family for family in FAMILIES if family.gguf_architecture
+}
 
 _GGUF_NAMES = {
     "embed": "token_embd.weight",
@@ -38,7 +41,7 @@ _GGUF_NAMES = {
 
 
 class GGUFCheckpoint:
-    """A Llama-architecture model in one GGUF file, dequantised tensor by tensor.
+    """A model in one GGUF file, dequantised tensor by tensor.
 
     Raises:
         CheckpointError: the file cannot be read, is of another architecture, or its tensors are
@@ -48,7 +51,8 @@ class GGUFCheckpoint:
     def __init__(self, path: Path) -> None:
         self._file = GGUFFile(path)
         self.name = model_name(path)
-        self.config = read_config(self._file)
+        self._family = _family(self._file)
+        self.config = read_config(self._file, self._family)
         self._shapes = tensor_shapes(self.config)
         self._check_tensors()
 
@@ -61,7 +65,7 @@ class GGUFCheckpoint:
             raise CheckpointError(f"{self._file.path} has no tensor {name!r}: see names()")
         stored = self._file.read(gguf_name(name))
         kind, _ = split_name(name)
-        if kind in ("q", "k"):
+        if kind in ("q", "k") and self._family.gguf_interleaves:
             stored = halves_from_pairs(stored, self.config.head_dim)
         return to_head_order(name, stored, self._shapes[name])
 
@@ -70,13 +74,7 @@ class GGUFCheckpoint:
         return Stored(info.kind.name, info.num_bytes)
 
     def tokenizer(self) -> Tokenizer:
-        tokenizer = build_tokenizer(self._file)
-        if tokenizer.vocab_size > self.config.vocab_size:
-            raise CheckpointError(
-                f"{self._file.path}: its tokenizer has {tokenizer.vocab_size} tokens, its "
-                f"embedding only {self.config.vocab_size}: the file is damaged"
-            )
-        return tokenizer
+        return check_tokenizer(build_tokenizer(self._file), self.config, self._file.path)
 
     def _check_tensors(self) -> None:
         """The file must hold the model's tensors in their shapes, and none beside them.
@@ -128,24 +126,28 @@ def halves_from_pairs(weight: np.ndarray, head_dim: int) -> np.ndarray:
     return pairs.swapaxes(1, 2).reshape(rows, width)
 
 
-def read_config(file: GGUFFile) -> ModelConfig:
+def _family(file: GGUFFile) -> Family:
+    architecture = file.metadata.get("general.architecture")
+    if architecture not in _BY_ARCHITECTURE:
+        raise CheckpointError(
+            f"{file.path} is of the architecture {architecture!r}, supported are "
+            f"{', '.join(_BY_ARCHITECTURE)}: choose a checkpoint of one of these"
+        )
+    return _BY_ARCHITECTURE[architecture]
+
+
+def read_config(file: GGUFFile, family: Family) -> ModelConfig:
     """The model's configuration from a file's metadata.
 
     Raises:
-        CheckpointError: another architecture, or a variant of it that the engine cannot run.
+        CheckpointError: a variant of the family that the engine cannot run.
     """
-    architecture = file.metadata.get("general.architecture")
-    if architecture not in ARCHITECTURES:
-        raise CheckpointError(
-            f"{file.path} is of the architecture {architecture!r}, supported are "
-            f"{', '.join(ARCHITECTURES)}: choose a checkpoint of one of these"
-        )
-    get = _metadata_reader(file, architecture)
+    get = _metadata_reader(file, family.gguf_architecture)
     hidden_size, num_heads = get("embedding_length", int), get("attention.head_count", int)
     head_dim = get("attention.key_length", int, hidden_size // max(num_heads, 1))
     config = _checked(
         file.path,
-        architecture=architecture,
+        architecture=family.name,
         vocab_size=_vocab_size(file),
         hidden_size=hidden_size,
         intermediate_size=get("feed_forward_length", int),
@@ -166,7 +168,7 @@ def read_config(file: GGUFFile) -> ModelConfig:
     return config
 
 
-def _metadata_reader(file: GGUFFile, architecture: str) -> Callable[..., Any]:
+def _metadata_reader(file: GGUFFile, architecture: str | None) -> Callable[..., Any]:
     """A function that reads `key` of the architecture as a type, with an optional default."""
 
     def get(key: str, kind: type, default: Any = None) -> Any:

@@ -5,10 +5,13 @@ from pathlib import Path
 from fairkv_jax.checkpoint.base import Checkpoint, CheckpointError
 from fairkv_jax.checkpoint.fetch import DEMO_MODEL, checkpoints_root
 from fairkv_jax.checkpoint.gguf_checkpoint import GGUFCheckpoint
+from fairkv_jax.checkpoint.hf_checkpoint import HFCheckpoint
 
 
 def open_checkpoint(path: str | Path) -> Checkpoint:
-    """Opens a GGUF file, a folder that holds one, or the name of a folder in `checkpoints/`.
+    """Opens a GGUF file, a folder that holds one, or a Hugging Face model folder.
+
+    `path` may also be the name of a folder in `checkpoints/`.
 
     Raises:
         CheckpointError: nothing is there, or it cannot be read.
@@ -16,11 +19,14 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     found = _find(Path(path))
     if not found.is_dir():
         return GGUFCheckpoint(found)
+    if (found / "config.json").exists():
+        return HFCheckpoint(found)
     files = sorted(found.glob("*.gguf"))
     if len(files) != 1:
         names = ", ".join(file.name for file in files) or "none"
         raise CheckpointError(
-            f"the folder {found} must hold one .gguf file to be a checkpoint, found: {names}"
+            f"the folder {found} must hold a config.json or one .gguf file to be a checkpoint, "
+            f"of the latter it has: {names}"
         )
     return GGUFCheckpoint(files[0])
 
@@ -36,6 +42,6 @@ def _find(path: Path) -> Path:
             f"{DEMO_MODEL} is not in {root} yet: run `python -m fairkv_jax.checkpoint fetch`"
         )
     raise CheckpointError(
-        f"no checkpoint at {path}, nor in {root}: give the path of a GGUF file, or run "
-        f"`python -m fairkv_jax.checkpoint fetch` and use {DEMO_MODEL}"
+        f"no checkpoint at {path}, nor in {root}: give the path of a GGUF file or of a "
+        f"model folder, or run `python -m fairkv_jax.checkpoint fetch` and use {DEMO_MODEL}"
     )

@@ -103,7 +103,7 @@ def test_tied_embeddings_have_no_unembedding(tmp_path):
 
 def test_a_folder_with_one_file_is_a_checkpoint(tiny, tmp_path):
     assert open_checkpoint(tiny.parent).name == "Tiny"
-    with pytest.raises(CheckpointError, match=r"must hold one \.gguf file.*found: none"):
+    with pytest.raises(CheckpointError, match=r"must hold a config\.json or one \.gguf.*none"):
         open_checkpoint(tmp_path)
 
 

@@ -99,19 +99,27 @@ def _interleave(matrix: np.ndarray, heads: int) -> np.ndarray:
     return matrix[order]
 
 
-def _add_tokenizer(writer: GGUFWriter, vocab_size: int) -> None:
+def token_texts(vocab_size: int) -> list[str]:
     """Control tokens, the 256 bytes, the merges' results, then unused tokens up to the size."""
     texts = [*CONTROL_TOKENS, *sorted(ByteLevel.alphabet())]
     texts += [merge.replace(" ", "") for merge in MERGES]
     if vocab_size < len(texts):
         raise ValueError(f"vocab_size must be at least {len(texts)}, got {vocab_size}")
-    types = [TokenType.CONTROL] * len(CONTROL_TOKENS)
-    types += [TokenType.NORMAL] * (len(texts) - len(types))
-    unused = range(vocab_size - len(texts))
+    return [*texts, *(f"[unused{i}]" for i in range(vocab_size - len(texts)))]
+
+
+def _token_type(text: str) -> TokenType:
+    if text in CONTROL_TOKENS:
+        return TokenType.CONTROL
+    return TokenType.UNUSED if text.startswith("[unused") else TokenType.NORMAL
+
+
+def _add_tokenizer(writer: GGUFWriter, vocab_size: int) -> None:
+    texts = token_texts(vocab_size)
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("smollm")
-    writer.add_token_list([*texts, *(f"[unused{i}]" for i in unused)])
-    writer.add_token_types([*types, *(TokenType.UNUSED for _ in unused)])
+    writer.add_token_list(texts)
+    writer.add_token_types([_token_type(text) for text in texts])
     writer.add_token_merges(MERGES)
     writer.add_bos_token_id(1)
     writer.add_eos_token_id(2)

@@ -1,0 +1,112 @@
+"""The safetensors container: a JSON table of tensors, then their bytes; one file or many.
+
+Format: https://github.com/huggingface/safetensors#format. Files are mapped into memory, so that
+a tensor costs what is read of it.
+"""
+
+import math
+import mmap
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from fairkv_jax.checkpoint.base import CheckpointError
+from fairkv_jax.checkpoint.json_file import parse_object, read_object
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+DTYPES: dict[str, type] = {"F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
+_MAX_HEADER_BYTES = 100_000_000  # as the reference implementation
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """Where one tensor lies in its file; `offset` counts from the file's start."""
+
+    kind: str
+    shape: tuple[int, ...]
+    offset: int
+    num_bytes: int
+
+
+class SafetensorsFile:
+    """One mapped file: `tensors` by name, `read` for a view of the values.
+
+    Raises:
+        CheckpointError: the file is missing, damaged, truncated, or holds a type not supported.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            with path.open("rb") as file:
+                self._data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        except (OSError, ValueError) as error:  # ValueError: an empty file cannot be mapped
+            raise CheckpointError(f"cannot read {path}: {error}") from error
+        size = int.from_bytes(self._data[:8], "little")
+        if size > min(len(self._data) - 8, _MAX_HEADER_BYTES):
+            raise CheckpointError(
+                f"{path} is no safetensors file, or truncated: its header would take {size} of "
+                f"{len(self._data)} bytes: copy or fetch it again"
+            )
+        header = parse_object(self._data[8 : 8 + size], path)
+        header.pop("__metadata__", None)
+        self.tensors = {name: self._info(name, entry, 8 + size) for name, entry in header.items()}
+
+    def read(self, name: str) -> np.ndarray:
+        """A read-only view of one tensor in its own type; pages come as they are touched."""
+        info = self.tensors[name]
+        count = math.prod(info.shape)
+        flat = np.frombuffer(self._data, DTYPES[info.kind], count, info.offset)
+        return flat.reshape(info.shape)
+
+    def _info(self, name: str, entry: Any, start: int) -> TensorInfo:
+        try:
+            kind, shape = entry["dtype"], tuple(entry["shape"])
+            begin, end = entry["data_offsets"]
+            num_values = math.prod(shape)
+            intact = begin >= 0 and min(shape, default=0) >= 0
+        except (TypeError, KeyError, ValueError) as error:
+            raise CheckpointError(f"{self.path}: the entry of {name!r} is damaged") from error
+        if kind not in DTYPES:
+            raise CheckpointError(
+                f"{self.path}: tensor {name!r} is stored as {kind}, supported are "
+                f"{', '.join(DTYPES)}: take a checkpoint in one of these"
+            )
+        if not intact or end - begin != num_values * np.dtype(DTYPES[kind]).itemsize:
+            raise CheckpointError(
+                f"{self.path}: tensor {name!r} of shape {shape} and type {kind} does not take "
+                f"the bytes {begin} to {end}: the file is damaged"
+            )
+        if start + end > len(self._data):
+            raise CheckpointError(
+                f"{self.path} is truncated: tensor {name!r} ends at byte {start + end}, the file "
+                f"at {len(self._data)}: copy or fetch it again"
+            )
+        return TensorInfo(kind, shape, start + begin, end - begin)
+
+
+def open_safetensors(folder: Path) -> dict[str, SafetensorsFile]:
+    """The file that holds each tensor of a folder's model, by the tensor's name.
+
+    Raises:
+        CheckpointError: there is no model, a part is missing, or the index names what is not there.
+    """
+    index = folder / INDEX
+    if not index.exists():
+        single = SafetensorsFile(folder / SINGLE)
+        return dict.fromkeys(single.tensors, single)
+    weight_map = read_object(index).get("weight_map")
+    if not isinstance(weight_map, dict):
+        raise CheckpointError(f"{index} has no weight_map: fetch it again")
+    parts = {name: SafetensorsFile(folder / Path(name).name) for name in set(weight_map.values())}
+    for name, part in weight_map.items():
+        if name not in parts[part].tensors:
+            raise CheckpointError(
+                f"{folder / part} lacks the tensor {name!r} that {INDEX} announces: "
+                "fetch both again"
+            )
+    return {name: parts[part] for name, part in weight_map.items()}
