@@ -4,12 +4,13 @@ One pool serves all layers, so what every device must hold is its load over the 
 
     k_pages, v_pages   [P*pages, page_size, H]     sharded by device
     page_table         [L, B, P*C, max_pages]      page numbers within the slot's own device
-    lengths            [L, B, P*C]                 cached tokens; 0 where the slot does not own the row
+    lengths            [L, B, P*C]                 cached tokens; 0 where the slot owns no part
 
 Ownership is length: a replica that does not serve a row has length 0 there.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -33,26 +34,25 @@ class KVCache:
     @classmethod
     def partition(cls) -> "KVCache":
         """How each array is split over the mesh."""
-        by_slot = PartitionSpec(None, None, TENSOR_AXIS)
-        by_page = PartitionSpec(TENSOR_AXIS)
-        return cls(by_page, by_page, by_slot, by_slot)  # pyright: ignore[reportArgumentType]
+        by_slot: Any = PartitionSpec(None, None, TENSOR_AXIS)
+        by_page: Any = PartitionSpec(TENSOR_AXIS)
+        return cls(by_page, by_page, by_slot, by_slot)
 
     @classmethod
     def empty(cls, mesh: Mesh, book: "PageBook", head_dim: int, dtype: str) -> "KVCache":
         """A pool in which no row owns anything."""
-        pool = (book.num_devices * book.pages_per_device, book.page_size, head_dim)
-        shapes = cls(
-            jax.ShapeDtypeStruct(pool, jnp.dtype(dtype)),
-            jax.ShapeDtypeStruct(pool, jnp.dtype(dtype)),
-            jax.ShapeDtypeStruct(book.page_table.shape, jnp.int32),
-            jax.ShapeDtypeStruct(book.lengths.shape, jnp.int32),
-        )  # pyright: ignore[reportArgumentType]
+
+        def fill() -> "KVCache":
+            pool = (book.num_devices * book.pages_per_device, book.page_size, head_dim)
+            return cls(
+                jnp.zeros(pool, dtype),
+                jnp.zeros(pool, dtype),
+                jnp.zeros(book.page_table.shape, jnp.int32),
+                jnp.zeros(book.lengths.shape, jnp.int32),
+            )
+
         shardings = jax.tree.map(lambda spec: NamedSharding(mesh, spec), cls.partition())
-        fill = jax.jit(
-            lambda: jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes),
-            out_shardings=shardings,
-        )
-        return fill()
+        return jax.jit(fill, out_shardings=shardings)()
 
 
 class PageBook:
@@ -86,6 +86,11 @@ class PageBook:
         self._num_free = np.full(num_devices, pages_per_device)
 
     @property
+    def max_pages(self) -> int:
+        """Pages of one slot and row at the most."""
+        return self.page_table.shape[-1]
+
+    @property
     def free_pages(self) -> np.ndarray:
         """[P] free pages on every device."""
         return self._num_free.copy()
@@ -94,6 +99,11 @@ class PageBook:
     def used_pages(self) -> np.ndarray:
         """[P] pages in use on every device."""
         return self.pages_per_device - self._num_free
+
+    @property
+    def growth(self) -> np.ndarray:
+        """[P] pages that one more token in every owned row opens."""
+        return self.pages_for(self._starts_page())
 
     @property
     def load(self) -> np.ndarray:
@@ -107,16 +117,16 @@ class PageBook:
         return pages.reshape(-1, self.num_devices, pages.shape[-1] // self.num_devices).sum((0, 2))
 
     def insert(self, row: int, lengths: np.ndarray) -> None:
-        """Gives an empty row pages for `lengths` [L, P*C]; the caller has seen that they are free."""
+        """Gives an empty row pages for `lengths` [L, P*C]; the caller has seen that there are."""
         pages = -(-lengths // self.page_size)
-        index = np.arange(self.page_table.shape[-1]) < pages[..., None]
+        index = np.arange(self.max_pages) < pages[..., None]
         layer, slot, page = np.nonzero(index)
         self.page_table[layer, row, slot, page] = self._take(self._device_of_slot[slot])
         self.lengths[:, row] = lengths
 
     def missing_pages(self) -> np.ndarray:
         """[P] pages by which the pool falls short of one more token in every owned row."""
-        return np.maximum(self.pages_for(self._starts_page()) - self._num_free, 0)
+        return np.maximum(self.growth - self._num_free, 0)
 
     def grow(self) -> np.ndarray:
         """Adds a token to every owned row; the new pages [L, B, P*C], -1 where none is needed."""
@@ -133,7 +143,7 @@ class PageBook:
     def release(self, row: int) -> None:
         """Frees all pages of a row."""
         pages = -(-self.lengths[:, row] // self.page_size)
-        index = np.arange(self.page_table.shape[-1]) < pages[..., None]
+        index = np.arange(self.max_pages) < pages[..., None]
         layer, slot, page = np.nonzero(index)
         devices = self._device_of_slot[slot]
         freed = self.page_table[layer, row, slot, page]

@@ -136,7 +136,7 @@ def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
         raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
 
 
-def _check_fraction(name: str, value: object, *, closed: bool) -> None:
+def _check_fraction(name: str, value: float, *, closed: bool) -> None:
     """Checks 0 <= value <= 1, or 0 <= value < 1 where `closed` is false."""
     number = isinstance(value, int | float) and not isinstance(value, bool)
     if not number or not (0 <= value <= 1 if closed else 0 <= value < 1):

@@ -12,6 +12,7 @@ from fairkv_jax.attention import append_and_attend
 from fairkv_jax.cache import KVCache
 from fairkv_jax.models import Llama
 from fairkv_jax.sampling import Sampled, SamplingState, sample
+from fairkv_jax.sampling_params import SamplingParams
 from fairkv_jax.shapes import TENSOR_AXIS
 from fairkv_jax.sharding.place import partition_specs
 
@@ -28,6 +29,13 @@ class Rows:
     place: Int[Array, "B"]
     """Generated tokens so far: the place in the output of the one that comes."""
     sampling: SamplingState
+
+
+def idle_rows(batch: int, vocab_size: int) -> Rows:
+    """Rows in which nobody sits: greedy, from token 0."""
+    sampling = SamplingState.stack([(SamplingParams(temperature=0), 0)] * batch, vocab_size)
+    zeros = jnp.zeros(batch, jnp.int32)
+    return Rows(zeros, zeros, zeros, sampling)
 
 
 @partial(jax.jit, static_argnames="mesh", donate_argnums=1)

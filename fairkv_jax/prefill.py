@@ -8,9 +8,11 @@ makes the same selection, and packs what its own slots keep, head after head:
 
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Float, Int
 
@@ -20,6 +22,7 @@ from fairkv_jax.compress import Policy
 from fairkv_jax.models import Llama
 from fairkv_jax.shapes import TENSOR_AXIS
 from fairkv_jax.sharding.place import partition_specs
+from fairkv_jax.sharding.slots import SlotLayout
 
 _BY_DEVICE = PartitionSpec(None, TENSOR_AXIS)
 
@@ -44,9 +47,38 @@ class Prefix:
     @classmethod
     def partition(cls) -> "Prefix":
         """How each array is split over the mesh."""
-        whole = PartitionSpec()
-        packed = (_BY_DEVICE,) * 4
-        return cls(*packed, whole, whole)  # pyright: ignore[reportArgumentType]
+        whole: Any = PartitionSpec()
+        split: Any = _BY_DEVICE
+        return cls(split, split, split, split, whole, whole)
+
+
+@dataclass(frozen=True)
+class KeptTokens:
+    """What a prefix kept of its prompt, on the host."""
+
+    lengths: np.ndarray
+    """[L, K] tokens."""
+    positions: list[list[np.ndarray]] | None
+    """For each layer and head its kept positions, ascending."""
+
+
+def kept_tokens(prefix: Prefix, layout: SlotLayout, *, positions: bool) -> KeptTokens:
+    """Reads back what a prefix kept; its positions only where they are asked for."""
+    lengths = np.asarray(prefix.head_lengths)
+    if not positions:
+        return KeptTokens(lengths, None)
+    num_layers = len(lengths)
+    packed = np.asarray(prefix.positions).reshape(num_layers, layout.num_devices, -1)
+    by_slot = np.asarray(prefix.slot_lengths).reshape(num_layers, layout.num_devices, -1)
+    starts = (np.cumsum(by_slot, -1) - by_slot).reshape(num_layers, -1)
+
+    def of_head(layer: int, head: int) -> np.ndarray:
+        slot = layout.first_slot[layer, head]
+        start = starts[layer, slot]
+        return packed[layer, slot // layout.slots_per_device][start : start + lengths[layer, head]]
+
+    heads = range(layout.num_heads)
+    return KeptTokens(lengths, [[of_head(n, head) for head in heads] for n in range(num_layers)])
 
 
 @partial(jax.jit, static_argnames=("mesh", "policy", "packed_size"))
@@ -111,7 +143,8 @@ def _prefill_local(
     positions = jnp.arange(tokens.shape[0])
     x, _, outputs = model(tokens, positions, attend, None, (slot_head, first_slot))
     last = jax.lax.dynamic_slice_in_dim(x, length - 1, 1)
-    return Prefix(*outputs, model.logits(last)[0])
+    k, v, kept_at, slot_lengths, head_lengths = outputs
+    return Prefix(k, v, kept_at, slot_lengths, head_lengths, model.logits(last)[0])
 
 
 def _pack(
@@ -122,7 +155,7 @@ def _pack(
     size: int,
 ) -> tuple[Array, Array, Array, Array]:
     """The kept keys, values and positions of this device's slots, one after another."""
-    num_tokens, slots, width = k.shape
+    num_tokens, slots, _ = k.shape
     kept = keep[slot_head] & (slot_head >= 0)[:, None]
     # What the policy may keep is bounded over all heads, and by what the slots hold.
     size = min(size, slots * num_tokens)
@@ -141,7 +174,7 @@ def insert(
     *,
     mesh: Mesh,
 ) -> KVCache:
-    """Copies a prefix into the pages of a row; slots of length 0 do not own it and write nothing."""
+    """Copies a prefix into the pages of a row; slots of length 0 own nothing and write nothing."""
     run = jax.shard_map(
         _insert_local,
         mesh=mesh,

@@ -5,7 +5,6 @@ from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
 from fairkv_jax.sampling_params import MAX_LOGPROBS, SamplingParams
@@ -28,21 +27,18 @@ class SamplingState:
 
     @classmethod
     def stack(cls, rows: Sequence[tuple[SamplingParams, int]], vocab_size: int) -> "SamplingState":
-        """The options of (parameters, seed) pairs, one a row, as NumPy arrays."""
-
-        def array(values: list, dtype: type) -> Array:
-            return np.array(values, dtype)  # pyright: ignore[reportReturnType]
+        """The options of (parameters, seed) pairs, one a row."""
 
         params = [params for params, _ in rows]
-        seeds = [seed % 2**64 for _, seed in rows]
+        seeds = [divmod(seed % 2**64, 2**32) for _, seed in rows]
         top_k = [min(p.top_k, vocab_size) if p.top_k > 0 else vocab_size for p in params]
         return cls(
-            array([divmod(seed, 2**32) for seed in seeds], np.uint32),
-            array([p.temperature for p in params], np.float32),
-            array(top_k, np.int32),
-            array([p.top_p for p in params], np.float32),
-            array([p.min_p for p in params], np.float32),
-            array([p.logprobs is not None for p in params], np.bool_),
+            jnp.asarray(seeds, jnp.uint32),
+            jnp.asarray([p.temperature for p in params], jnp.float32),
+            jnp.asarray(top_k, jnp.int32),
+            jnp.asarray([p.top_p for p in params], jnp.float32),
+            jnp.asarray([p.min_p for p in params], jnp.float32),
+            jnp.asarray([p.logprobs is not None for p in params], jnp.bool_),
         )
 
 
@@ -58,9 +54,7 @@ class Sampled:
     top_logprobs: Float[Array, "B n"]
 
 
-def sample(
-    logits: Float[Array, "B V"], state: SamplingState, place: Int[Array, "B"]
-) -> Sampled:
+def sample(logits: Float[Array, "B V"], state: SamplingState, place: Int[Array, "B"]) -> Sampled:
     """Chooses a token per row: greedy where the temperature is 0, else by the Gumbel-max rule.
 
     `place` counts the tokens that the row has generated: a row's text depends on its logits, its
@@ -82,14 +76,16 @@ def sample(
     return Sampled(tokens, *logprobs)
 
 
+sample_first = jax.jit(sample)
+"""The same for the logits of a prefill, outside of a step."""
+
+
 def _draw(logits: Array, state: SamplingState, place: Array) -> Int[Array, "B"]:
     """Samples from the softmax of the scaled and truncated logits."""
     scaled = logits / jnp.where(state.temperature > 0, state.temperature, 1)[:, None]
     scaled = scaled - scaled.max(-1, keepdims=True)
     needs_cut = (state.top_k < logits.shape[-1]) | (state.top_p < 1) | (state.min_p > 0)
-    scaled = jax.lax.cond(
-        jnp.any(needs_cut), lambda: _truncate(scaled, state), lambda: scaled
-    )
+    scaled = jax.lax.cond(jnp.any(needs_cut), lambda: _truncate(scaled, state), lambda: scaled)
 
     def noise(key: Array, place: Array) -> Array:
         key = jax.random.fold_in(jax.random.wrap_key_data(key, impl="threefry2x32"), place)

@@ -25,7 +25,7 @@ class SamplingParams:
     top_p: float = 1.0
     min_p: float = 0.0
     seed: int | None = None
-    """The same seed gives the same text, whatever else is in the batch. None: drawn by the engine."""
+    """The same seed gives the same text, whatever else is in the batch. None: the engine draws."""
     stop: str | tuple[str, ...] | list[str] | None = None
     stop_token_ids: tuple[int, ...] | list[int] | None = None
     include_stop_str_in_output: bool = False

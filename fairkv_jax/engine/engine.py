@@ -1,23 +1,27 @@
-"""The engine's three verbs: prefill a prompt, insert it into a row, generate a token for all rows.
+"""The engine's three verbs: prefill a prompt, insert it into a row, generate a token per row.
 
-It owns the model and the cache, and knows rows, not requests: which request sits where, and what its
-tokens mean, is the scheduler's business.
+It owns the model and the cache, and knows rows, not requests: which request sits where, and what
+its tokens mean, is the scheduler's business.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.stages import Compiled
+from tqdm import tqdm
 
 from fairkv_jax.cache import KVCache, PageBook
 from fairkv_jax.checkpoint import Checkpoint
 from fairkv_jax.compress import make_policy
 from fairkv_jax.config import EngineConfig, KVConfig
-from fairkv_jax.decode import Rows, decode_step
+from fairkv_jax.decode import Rows, decode_step, idle_rows
 from fairkv_jax.plan import Plan, route
 from fairkv_jax.prefill import Prefix, insert, prefill, release
-from fairkv_jax.sampling import Sampled, SamplingState
+from fairkv_jax.sampling import Sampled
 from fairkv_jax.sharding.mesh import make_mesh
 from fairkv_jax.sharding.place import load_model
 from fairkv_jax.sharding.slots import SlotLayout
@@ -31,7 +35,7 @@ class Placement:
 
     lengths: np.ndarray
     missing_pages: np.ndarray
-    """[P] pages by which the devices fall short of it now."""
+    """[P] pages by which the devices fall short of it, the next step's pages included."""
 
 
 class Engine:
@@ -56,33 +60,15 @@ class Engine:
         self.layout = SlotLayout.from_plan(plan)
         self.mesh = make_mesh(config.tensor_parallel_size)
         self.book = self._make_book()
-        self.model = load_model(
-            checkpoint, self.layout, self.mesh, config.dtype, progress=progress
-        )
-        self.cache = KVCache.empty(
-            self.mesh, self.book, self.model_config.head_dim, config.dtype
-        )
+        self.model = load_model(checkpoint, self.layout, self.mesh, config.dtype, progress=progress)
+        self._progress = progress
+        self._programs: dict[tuple[str, int], Compiled] = {}
+        self.cache = KVCache.empty(self.mesh, self.book, self.model_config.head_dim, config.dtype)
 
     def prefill(self, token_ids: list[int]) -> Prefix:
         """Runs a prompt through the model and compresses its cache; the pool is not touched."""
-        num_tokens = len(token_ids)
-        bucket = prefill_bucket(num_tokens, self.config.max_model_len)
-        padded = np.zeros(bucket, np.int32)
-        padded[:num_tokens] = token_ids
-        num_heads = self.model_config.num_kv_heads
-        # Rounded quotas may exceed the budget by half a token a head.
-        packed_size = num_heads * min(self.kv_config.kept_tokens(bucket) + 1, bucket)
-        return prefill(
-            self.model,
-            padded,
-            np.int32(num_tokens),
-            np.int32(self.kv_config.kept_tokens(num_tokens)),
-            self.layout.slot_head,
-            self.layout.first_slot.astype(np.int32),
-            mesh=self.mesh,
-            policy=self.policy,
-            packed_size=packed_size,
-        )
+        bucket = prefill_bucket(len(token_ids), self.config.max_model_len)
+        return self._prefill_program(bucket)(*self._prefill_args(token_ids, bucket))
 
     def place(self, prefix: Prefix) -> Placement:
         """Routes a prefix's heads to their replicas, by the load of the devices at this moment."""
@@ -91,28 +77,21 @@ class Engine:
         slots = np.take_along_axis(self.layout.head_slot, owner[..., None], -1)[..., 0]
         lengths = np.zeros(self.layout.slot_head.shape, np.int32)
         np.put_along_axis(lengths, slots, head_lengths, axis=1)
-        missing = np.maximum(self.book.pages_for(lengths) - self.book.free_pages, 0)
+        needed = self.book.pages_for(lengths + (lengths > 0)) + self.book.growth
+        missing = np.maximum(needed - self.book.free_pages, 0)
         return Placement(lengths, missing)
 
     def insert(self, prefix: Prefix, row: int, placement: Placement) -> None:
         """Copies a prefix into an empty row, for which the placement has found pages."""
         self.book.insert(row, placement.lengths)
-        self.cache = insert(
-            self.cache,
-            prefix,
-            np.int32(row),
-            self.book.page_table[:, row],
-            placement.lengths,
-            mesh=self.mesh,
-        )
+        args = (prefix, np.int32(row), self.book.page_table[:, row], placement.lengths)
+        self.cache = self._insert_program(prefix)(self.cache, *args)
 
     def release(self, row: int) -> None:
         """Frees a row and its pages."""
         self.book.release(row)
         lengths = release(self.cache.lengths, np.int32(row))
-        self.cache = KVCache(
-            self.cache.k_pages, self.cache.v_pages, self.cache.page_table, lengths
-        )
+        self.cache = KVCache(self.cache.k_pages, self.cache.v_pages, self.cache.page_table, lengths)
 
     def generate(self, rows: Rows) -> Sampled:
         """Appends the given tokens to the first rows of the batch and samples their next ones.
@@ -120,10 +99,74 @@ class Engine:
         The caller has seen that no pages are missing (`book.missing_pages`).
         """
         new_pages = self.book.grow()[:, : len(rows.tokens)]
-        self.cache, sampled = decode_step(
-            self.model, self.cache, rows, new_pages, mesh=self.mesh
-        )
+        program = self._decode_program(rows)
+        self.cache, sampled = program(self.model, self.cache, rows, new_pages)
         return sampled
+
+    def warm_up(self, prompt_lengths: Iterable[int], num_rows: int) -> None:
+        """Compiles what prompts of these lengths and a batch of up to `num_rows` rows run."""
+        longest = self.config.max_model_len
+        prefills = sorted({prefill_bucket(length, longest) for length in prompt_lengths})
+        batches = sorted({self.batch_bucket(rows + 1) for rows in range(num_rows)})
+        missing = [b for b in prefills if ("prefill", b) not in self._programs]
+        missing += [b for b in batches if ("decode", b) not in self._programs]
+        if not missing:
+            return
+        with tqdm(
+            total=2 * len(prefills) + len(batches), desc="compiling", disable=not self._progress
+        ) as bar:
+            for bucket in prefills:
+                prefix = self._prefill_program(bucket).out_info
+                bar.update()
+                self._insert_program(prefix)
+                bar.update()
+            for batch in batches:
+                self._decode_program(idle_rows(batch, self.model_config.vocab_size))
+                bar.update()
+
+    def _prefill_args(self, token_ids: list[int], bucket: int) -> tuple:
+        padded = np.zeros(bucket, np.int32)
+        padded[: len(token_ids)] = token_ids
+        return (
+            self.model,
+            padded,
+            np.int32(len(token_ids)),
+            np.int32(self.kv_config.kept_tokens(len(token_ids))),
+            self.layout.slot_head,
+            self.layout.first_slot,
+        )
+
+    def _prefill_program(self, bucket: int) -> Compiled:
+        # Rounded quotas may exceed the budget by half a token a head.
+        kept = min(self.kv_config.kept_tokens(bucket) + 1, bucket)
+        return self._program(
+            ("prefill", bucket),
+            prefill,
+            *self._prefill_args([0], bucket),
+            mesh=self.mesh,
+            policy=self.policy,
+            packed_size=self.model_config.num_kv_heads * kept,
+        )
+
+    def _insert_program(self, prefix: Prefix) -> Compiled:
+        layers, slots = self.layout.slot_head.shape
+        table = jax.ShapeDtypeStruct((layers, slots, self.book.max_pages), jnp.int32)
+        lengths = jax.ShapeDtypeStruct((layers, slots), jnp.int32)
+        args = (self.cache, prefix, np.int32(0), table, lengths)
+        return self._program(("insert", prefix.k.shape[1]), insert, *args, mesh=self.mesh)
+
+    def _decode_program(self, rows: Rows) -> Compiled:
+        layers, slots = self.layout.slot_head.shape
+        batch = len(rows.tokens)
+        new_pages = jax.ShapeDtypeStruct((layers, batch, slots), jnp.int32)
+        args = (self.model, self.cache, rows, new_pages)
+        return self._program(("decode", batch), decode_step, *args, mesh=self.mesh)
+
+    def _program(self, key: tuple[str, int], step: Any, *args: Any, **static: Any) -> Compiled:
+        """The compiled step of that shape; compiled now if it is the first call."""
+        if key not in self._programs:
+            self._programs[key] = step.lower(*args, **static).compile()
+        return self._programs[key]
 
     def batch_bucket(self, num_rows: int) -> int:
         """The compiled batch that holds the first `num_rows` rows."""

@@ -27,7 +27,7 @@ class CompletionOutput:
     logprobs: list[dict[int, Logprob]] | None
     """For each token, itself and the likeliest ones by token id; None unless asked for."""
     finish_reason: str | None = None
-    """"stop", "length", "abort", or None while the request runs."""
+    """"stop", "length", or None while the request runs."""
     stop_reason: int | str | None = None
     """The stop token or stop string that ended it; None for the end-of-text token."""
     index: int = 0

@@ -1,8 +1,8 @@
 """The Llama family as Flax modules, one model for prefill and decode.
 
 The modules run inside `shard_map`: every device holds C head slots of each layer, an even part of
-the MLP and of the vocabulary, and sees all tokens. Attention is injected; it is called once per layer
-with the slots' queries, keys and values, and threads a cache of its own through the layers.
+the MLP and of the vocabulary, and sees all tokens. Attention is injected; it is called once per
+layer with the slots' queries, keys and values, and threads a cache of its own through the layers.
 """
 
 from collections.abc import Callable
@@ -142,7 +142,7 @@ class Llama(nnx.Module):
         return x, cache, outputs
 
     def _embed(self, tokens: Int[Array, "tokens"]) -> Float[Array, "tokens D"]:
-        """Looks the tokens up in this device's part of the vocabulary, and sums over the devices."""
+        """Looks tokens up in this device's part of the vocabulary, and sums over the devices."""
         rows = self.embed[...].shape[0]
         local = tokens - jax.lax.axis_index(TENSOR_AXIS) * rows
         is_here = (local >= 0) & (local < rows)

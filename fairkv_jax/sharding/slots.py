@@ -7,6 +7,7 @@ JAX shards evenly, so each of the P devices gets C slots a layer, some of them e
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
@@ -47,15 +48,16 @@ class SlotLayout:
     def slots_per_device(self) -> int:
         return self.num_slots // self.num_devices
 
-    @property
+    @cached_property
     def replicas(self) -> np.ndarray:
         """[L, K, P] bool: whether the device holds a replica of the head."""
         return self.head_slot != EMPTY
 
-    @property
+    @cached_property
     def first_slot(self) -> np.ndarray:
         """[L, K]: the first slot that holds the head, whose scores speak for all its replicas."""
-        return np.argmax(self.slot_head[:, None] == np.arange(self.num_heads)[:, None], axis=-1)
+        is_head = self.slot_head[:, None] == np.arange(self.num_heads)[:, None]
+        return np.argmax(is_head, axis=-1).astype(np.int32)
 
     def to_slots(self, by_head: np.ndarray, layer: int) -> np.ndarray:
         """Reorders an array [K, ...] to slots [P*C, ...]; empty slots are zero."""

@@ -1,0 +1,129 @@
+"""A request on its way: its tokens, its text, and whether it is over."""
+
+from fairkv_jax.engine.request import CompletionOutput, Logprob, Request, RequestOutput
+from fairkv_jax.prefill import KeptTokens
+from fairkv_jax.sampling_params import SamplingParams
+from fairkv_jax.tokenizer import Tokenizer
+
+
+class Sequence:
+    """One request while it waits and runs; the engine's threads never share it."""
+
+    def __init__(
+        self,
+        request: Request,
+        tokenizer: Tokenizer,
+        *,
+        arrival: int,
+        seed: int,
+        max_tokens: int,
+    ):
+        self.request = request
+        self.arrival = arrival
+        self.seed = seed
+        self.token_ids: list[int] = []
+        """Generated so far; they survive a preemption."""
+        self.num_cached = 0
+        """Generated tokens whose keys and values lie in the cache."""
+        self.kept: KeptTokens | None = None
+        self.finish_reason: str | None = None
+        self._stop_reason: int | str | None = None
+        self._tokenizer = tokenizer
+        self._max_tokens = max_tokens
+        self._detokenizer = tokenizer.detokenizer(self.params.skip_special_tokens)
+        self._text = ""
+        self._logprobs: list[dict[int, Logprob]] | None = (
+            None if self.params.logprobs is None else []
+        )
+
+    @property
+    def params(self) -> SamplingParams:
+        return self.request.sampling_params
+
+    @property
+    def next_input(self) -> tuple[int, int]:
+        """The token that the next step appends, and its position."""
+        position = len(self.request.prompt_token_ids) + self.num_cached
+        return self.token_ids[self.num_cached], position
+
+    @property
+    def is_replaying(self) -> bool:
+        """Whether the next step's token is known already, from before a preemption."""
+        return self.num_cached + 1 < len(self.token_ids)
+
+    def append(self, token_id: int, logprobs: dict[int, Logprob] | None) -> None:
+        """Takes a sampled token, and ends the sequence where it is due."""
+        self.token_ids.append(token_id)
+        if self._logprobs is not None and logprobs is not None:
+            self._logprobs.append(logprobs)
+        is_end = token_id in self._tokenizer.eos_token_ids and not self.params.ignore_eos
+        if is_end or token_id in (self.params.stop_token_ids or ()):
+            if self.params.include_stop_str_in_output:
+                self._text += self._detokenizer.push(token_id)
+            self._finish("stop", None if is_end else token_id)
+            return
+        searched = len(self._text)
+        self._text += self._detokenizer.push(token_id)
+        self._stop_at_string(searched)
+        if self.finish_reason is None and len(self.token_ids) >= self._max_tokens:
+            self._finish("length", None)
+
+    def output(self) -> RequestOutput:
+        """The request's state, safe to show."""
+        shown = len(self._text)
+        if self.finish_reason is None:
+            shown -= _held_back(self._text, self._stops)
+        completion = CompletionOutput(
+            text=self._text[:shown],
+            token_ids=list(self.token_ids),
+            logprobs=None if self._logprobs is None else list(self._logprobs),
+            finish_reason=self.finish_reason,
+            stop_reason=self._stop_reason,
+        )
+        return RequestOutput(
+            request_id=self.request.request_id,
+            prompt=self.request.prompt,
+            prompt_token_ids=self.request.prompt_token_ids,
+            outputs=[completion],
+            finished=self.finish_reason is not None,
+            kv_lengths=None if self.kept is None else self.kept.lengths,
+            kept_positions=None if self.kept is None else self.kept.positions,
+        )
+
+    @property
+    def _stops(self) -> tuple[str, ...]:
+        return tuple(self.params.stop or ())
+
+    def _finish(self, reason: str, stop_reason: int | str | None) -> None:
+        self.finish_reason, self._stop_reason = reason, stop_reason
+        searched = len(self._text)
+        self._text += self._detokenizer.flush()
+        if reason == "length":
+            self._stop_at_string(searched)
+
+    def _stop_at_string(self, searched: int) -> None:
+        """Ends at the first stop string that the text behind `searched` completes."""
+        found = [
+            (self._text.find(stop, max(0, searched - len(stop) + 1)), stop) for stop in self._stops
+        ]
+        found = [(at, stop) for at, stop in found if at >= 0]
+        if not found:
+            return
+        at, stop = min(found)
+        if self.params.include_stop_str_in_output:
+            at += len(stop)
+        self._text = self._text[:at]
+        self.finish_reason, self._stop_reason = "stop", stop
+
+
+def _held_back(text: str, stops: tuple[str, ...]) -> int:
+    """Characters at the text's end that may yet become a stop string."""
+    return max(
+        (
+            size
+            for stop in stops
+            for size in range(1, min(len(stop) - 1, len(text)) + 1)
+            if stop.startswith(text[-size:])
+        ),
+        default=0,
+    )
