@@ -5,9 +5,11 @@ import os
 import sys
 from functools import partial
 
+from fairkv_jax.serve.async_engine import Engine
 from fairkv_jax.serve.flags import Options, parse
 
 CPU_DEVICES_FLAG = "--xla_force_host_platform_device_count"
+CACHE_BYTES = 2 << 30
 
 
 def main() -> int:
@@ -18,27 +20,39 @@ def main() -> int:
         format="%(asctime)s %(levelname)s %(name)s: %(message)s",
         datefmt="%Y-%m-%d %H:%M:%S",
     )
-    _split_cpu(options.cpu_devices)
+    _prepare_jax(options)
     # Only now, as whatever imports JAX must find the environment that it reads.
     from fairkv_jax.serve.server import serve
 
     return serve(partial(_load, options), options.server)
 
 
-def _split_cpu(devices: int) -> None:
-    """Let JAX see so many CPU devices; it changes nothing where there are GPUs."""
+def _prepare_jax(options: Options) -> None:
+    """Set what JAX reads from the environment; what the user has set there stays.
+
+    The CPU is split into devices, which changes nothing where there are GPUs. Everything compiled
+    is kept on disk, however small, so that the next start only reads it.
+    """
     flags = os.environ.get("XLA_FLAGS", "")
     if CPU_DEVICES_FLAG not in flags:
-        os.environ["XLA_FLAGS"] = f"{flags} {CPU_DEVICES_FLAG}={devices}".strip()
+        os.environ["XLA_FLAGS"] = f"{flags} {CPU_DEVICES_FLAG}={options.cpu_devices}".strip()
+    if options.compilation_cache_dir:
+        os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", options.compilation_cache_dir)
+        os.environ.setdefault("JAX_COMPILATION_CACHE_MAX_SIZE", str(CACHE_BYTES))
+        os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+        os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 
 
-def _load(options: Options):
-    """The engine, on every device that there is unless fewer are asked for."""
+def _load(options: Options) -> Engine:
+    """The engine with all that it runs compiled, on every device unless fewer are asked for."""
     import jax
 
-    from fairkv_jax.engine.llm_engine import LLMEngine
+    from fairkv_jax.engine.build import build_engine
 
-    return LLMEngine.from_options(**{"tensor_parallel_size": len(jax.devices()), **options.engine})
+    engine = build_engine(**{"tensor_parallel_size": len(jax.devices()), **options.engine})
+    config = engine.engine_config
+    engine.warm_up(range(1, config.max_model_len), config.max_num_seqs)
+    return engine
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from fairkv_jax.serve.options import ServerOptions
 PROGRAM = "python -m fairkv_jax.serve"
 DEFAULT_BUDGET = 1024
 DEFAULT_CPU_DEVICES = 2
+DEFAULT_CACHE = "~/.cache/fairkv_jax/compiled"
 API_KEY_VARIABLE = "FAIRKV_API_KEY"
 
 
@@ -28,7 +29,7 @@ class _Flag(NamedTuple):
 _ENGINE_FLAGS = {
     "model": (
         _Flag("model", str, None, "checkpoint, a file or a folder (default: the demo checkpoint)"),
-        _Flag("dtype", str, EngineConfig.dtype, "type of the weights and of the cache"),
+        _Flag("dtype", str, "auto", "of weights and cache; auto: float32 on CPU, else bfloat16"),
         _Flag(
             "max_model_len", int, None, "most tokens of prompt and output (default: the model's)"
         ),
@@ -36,10 +37,13 @@ _ENGINE_FLAGS = {
     ),
     "devices and memory": (
         _Flag("tensor_parallel_size", int, None, "devices (default: all GPUs, or 2 on the CPU)"),
-        _Flag("head_plan", str, "fair_copying", "static, best_effort or fair_copying"),
-        _Flag("max_copies", int, None, "most copies of heads per layer"),
+        _Flag(
+            "head_plan", str, "fair_copying", "static, best_effort, fair_copying, or a plan's file"
+        ),
+        _Flag("max_copies", int, None, "most extra head copies a layer (default: devices - 1)"),
         _Flag("max_num_seqs", int, EngineConfig.max_num_seqs, "requests that run at a time"),
-        _Flag("kv_cache_memory_bytes", int, None, "size of the KV cache, over all devices"),
+        _Flag("gpu_memory_utilization", float, 0.9, "part of a GPU for weights and KV cache"),
+        _Flag("kv_cache_memory_bytes", int, None, "instead of it, of the KV cache on all devices"),
         _Flag("page_size", int, EngineConfig.page_size, "tokens per page of it"),
     ),
     "compression of the KV cache": (
@@ -52,6 +56,11 @@ _ENGINE_FLAGS = {
         _Flag("kv_pool_first", bool, KVConfig.pool_first, "pool before the mean over query heads"),
         _Flag("kv_floor", FLOORS, KVConfig.floor, "how ada_snapkv protects weak heads"),
         _Flag("kv_alpha", float, KVConfig.alpha, "protected fraction of a head's budget"),
+    ),
+}
+_PROCESS_FLAGS = {
+    "compiling": (
+        _Flag("compilation_cache_dir", str, DEFAULT_CACHE, "compiled programs; empty keeps none"),
     ),
 }
 _SERVER_FLAGS = {
@@ -75,6 +84,8 @@ class Options:
     engine: dict[str, Any]
     """Options of the engine by name; those that are missing have the engine's own defaults."""
     server: ServerOptions
+    compilation_cache_dir: str
+    """A folder for what has been compiled; empty: none."""
 
     @property
     def cpu_devices(self) -> int:
@@ -97,7 +108,8 @@ def parse(argv: Sequence[str], environ: Mapping[str, str] = os.environ) -> Optio
             raise SystemExit(0)
         if rest:
             raise ValueError(f"{rest[0]!r} is not understood: options begin with --")
-        return Options(_engine_options(given), _server_options(given, environ))
+        cache = os.path.expanduser(given["compilation_cache_dir"])
+        return Options(_engine_options(given), _server_options(given, environ), cache)
     except (flags.Error, ValueError) as error:
         raise SystemExit(f"{PROGRAM}: {error}. --help lists the options.") from error
 
@@ -123,7 +135,7 @@ def _define() -> flags.FlagValues:
 
 def _all_flags() -> Iterator[tuple[str, _Flag]]:
     """Every flag with its group."""
-    for group, members in (_ENGINE_FLAGS | _SERVER_FLAGS).items():
+    for group, members in (_ENGINE_FLAGS | _PROCESS_FLAGS | _SERVER_FLAGS).items():
         for flag in members:
             yield group, flag
 

@@ -17,7 +17,9 @@ def describe(engine: Engine) -> list[str]:
         f"context of {run.max_model_len} tokens",
         _compression(engine),
         *plan_table(engine.plan),
-        f"KV cache: {_tokens_per_head(engine)}, {run.max_num_seqs} requests at a time",
+        f"KV cache: {engine.kv_capacity_tokens:,} tokens of a sequence in all layers and heads, "
+        f"that is {engine.kv_capacity_tokens / run.max_model_len:.1f} requests of full length "
+        f"without compression; {run.max_num_seqs} requests run at a time",
     ]
 
 
@@ -27,12 +29,6 @@ def _compression(engine: Engine) -> str:
         return "KV policy full: every token is kept"
     kept = f"{kv.budget} tokens" if kv.budget else f"{1 - (kv.ratio or 0):.0%} of each prompt"
     return f"KV policy {kv.policy}: {kept} a head on average"
-
-
-def _tokens_per_head(engine: Engine) -> str:
-    heads = engine.model_config.num_layers * engine.model_config.num_kv_heads
-    capacity = engine.kv_capacity_tokens
-    return f"{capacity:,} tokens over all layers and heads, {capacity // heads:,} tokens a head"
 
 
 def plan_table(plan: Plan) -> list[str]:
