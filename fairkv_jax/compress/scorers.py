@@ -24,11 +24,10 @@ class PositionScorer:
         length: Int[Array, ""],
         budget: Int[Array, ""],
     ) -> Float[Array, "C T"]:
-        del length
+        del length, budget
         num_tokens, num_slots, _ = k.shape
         position = jnp.arange(num_tokens)
-        # A budget of a few tokens still keeps the newest one.
-        is_sink = position < jnp.minimum(self.sinks, budget - 1)
+        is_sink = position < self.sinks
         scores = jnp.where(is_sink, 2 * num_tokens, position).astype(jnp.float32)
         return jnp.broadcast_to(scores, (num_slots, num_tokens))
 

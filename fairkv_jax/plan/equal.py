@@ -4,8 +4,14 @@ import numpy as np
 
 from fairkv_jax.plan.pack import loads, local_search, longest_first
 
+CHUNK = 20_000
+SEARCHED = 4
+"""Choices per layer and number of copies that local search refines, of those that packed best."""
 
-def equal_splits(weights: np.ndarray, devices: int, slots: int, max_copies: int) -> np.ndarray:
+
+def equal_splits(
+    weights: np.ndarray, start: np.ndarray, devices: int, slots: int, max_copies: int
+) -> np.ndarray:
     """Adds copies one by one, each time of the head whose copy helps most.
 
     A step may not lower the fullest device (two heads can be equally heavy), so it also counts
@@ -13,27 +19,83 @@ def equal_splits(weights: np.ndarray, devices: int, slots: int, max_copies: int)
 
     Args:
         weights: [L, K] load of a head.
+        start: bool [L, K, P], a placement without copies that is also considered.
 
     Returns:
-        shares [copies + 1, L, K, P]: entry e uses at most e copies in every layer.
+        shares [max_copies + 1, L, K, P]: entry e uses at most e copies in every layer.
     """
     num_heads = weights.shape[1]
     replicas = np.ones(weights.shape, int)
     placed = local_search(longest_first(weights, replicas, devices, slots), weights, slots)
-    shares, peak = placed.astype(float), loads(placed, weights).max(1)
+    shares, peak = start.astype(float), loads(start, weights).max(1)
+    shares, peak = _better(shares, peak, placed, weights, replicas)
     found = [shares]
     for _ in range(min(max_copies, slots * devices - num_heads, num_heads * (devices - 1))):
         replicas = _one_more(weights, replicas, devices, slots)
         pieces = weights / replicas
         placed = local_search(longest_first(pieces, replicas, devices, slots), pieces, slots)
-        reached = loads(placed, pieces).max(1)
-        better = reached < peak * (1 - 1e-12)
-        peak = np.where(better, reached, peak)
-        shares = np.where(better[:, None, None], placed / replicas[:, :, None], shares)
+        shares, peak = _better(shares, peak, placed, pieces, replicas)
         found.append(shares)
     while len(found) <= max_copies:
         found.append(shares)
     return np.stack(found)
+
+
+def try_choices(
+    weights: np.ndarray,
+    found: np.ndarray,
+    choices: np.ndarray,
+    bounds: np.ndarray,
+    slots: int,
+) -> np.ndarray:
+    """Packs every choice of replicas whose bound leaves hope; improves `found` where one is better.
+
+    Args:
+        found: shares [max_copies + 1, L, K, P] as `equal_splits` gives them.
+        choices: int [R, K] replicas per head.
+        bounds: [L, R] what each choice cannot beat.
+    """
+    devices = found.shape[3]
+    copies = choices.sum(1) - choices.shape[1]
+    possible = (copies < len(found)) & (choices.sum(1) <= slots * devices)
+    peaks = np.einsum("elkp,lk->elp", found, weights).max(2)
+    reached = peaks[np.minimum(copies, len(found) - 1)].T
+    layers, rows = np.nonzero((bounds < reached * (1 - 1e-9)) & possible)
+    if not len(layers):
+        return found
+    packed = np.empty(len(layers))
+    for at in range(0, len(layers), CHUNK):
+        part = slice(at, at + CHUNK)
+        pieces = weights[layers[part]] / choices[rows[part]]
+        packed[part] = loads(
+            longest_first(pieces, choices[rows[part]], devices, slots), pieces
+        ).max(1)
+    order = np.lexsort((packed, copies[rows], layers))
+    group = layers[order] * len(found) + copies[rows[order]]
+    rank = np.arange(len(order)) - np.searchsorted(group, group)
+    order = order[(rank < SEARCHED) & np.isfinite(packed[order])]
+    layers, rows = layers[order], rows[order]
+    pieces = weights[layers] / choices[rows]
+    placed = longest_first(pieces, choices[rows], devices, slots)
+    placed = local_search(placed, pieces, slots)
+    packed = loads(placed, pieces).max(1)
+    found = found.copy()
+    for at, layer in enumerate(layers):
+        for extra in range(int(copies[rows[at]]), len(found)):
+            if packed[at] < peaks[extra, layer] * (1 - 1e-12):
+                peaks[extra, layer] = packed[at]
+                found[extra, layer] = placed[at] / choices[rows[at]][:, None]
+    return found
+
+
+def _better(
+    shares: np.ndarray, peak: np.ndarray, placed: np.ndarray, pieces: np.ndarray, counts: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Per layer the placement with the lower fullest device, and how full that is."""
+    reached = loads(placed, pieces).max(1)
+    better = reached < peak * (1 - 1e-12)
+    shares = np.where(better[:, None, None], placed / counts[:, :, None], shares)
+    return shares, np.where(better, reached, peak)
 
 
 def _one_more(weights: np.ndarray, replicas: np.ndarray, devices: int, slots: int) -> np.ndarray:

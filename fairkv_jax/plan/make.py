@@ -1,13 +1,14 @@
-"""Makes a plan: one registry of strategies, and the choice of the number of slots."""
+"""Makes a plan: checks what is asked, runs the strategy, and writes down what the plan costs."""
 
 import numpy as np
 
 from fairkv_jax.plan.cost import CostModel
-from fairkv_jax.plan.equal import equal_splits
+from fairkv_jax.plan.frontier import Candidate, find_frontier, relabel
 from fairkv_jax.plan.labels import balance_labels
+from fairkv_jax.plan.objective import Objective
 from fairkv_jax.plan.plan import Copy, Plan
 from fairkv_jax.plan.profile import Profile
-from fairkv_jax.plan.proportional import proportional_splits
+from fairkv_jax.plan.search import Search
 from fairkv_jax.plan.shape import find_shape
 
 STRATEGIES = ("static", "best_effort", "fair_copying")
@@ -21,27 +22,68 @@ def make_plan(
     *,
     row_split: str = "equal",
     max_copies: int | None = None,
+    max_slots: int | None = None,
+    device_bytes: float | None = None,
+    objective: str = "latency",
     cost: CostModel | None = None,
+    effort: int = 1,
 ) -> Plan:
-    """Assigns the heads of every layer to devices so that a decode step is short."""
-    if strategy not in STRATEGIES:
-        raise ValueError(f"strategy must be one of {', '.join(STRATEGIES)}, got {strategy!r}")
-    if row_split not in ROW_SPLITS:
-        raise ValueError(f"row_split must be one of {', '.join(ROW_SPLITS)}, got {row_split!r}")
-    if isinstance(n_devices, bool) or not isinstance(n_devices, int) or n_devices < 1:
-        raise ValueError(f"n_devices must be an integer of at least 1, got {n_devices!r}")
-    copies = n_devices - 1 if max_copies is None else max_copies
-    if copies < 0:
-        raise ValueError(f"max_copies must be at least 0, got {max_copies}")
+    """Assigns the heads of every layer to devices so that decoding is fast.
+
+    Args:
+        strategy: "static" (contiguous blocks), "best_effort" (no copies) or "fair_copying".
+        row_split: how replicas share a head's rows: "equal", or "proportional" to what is free.
+        max_copies: most copies per layer beyond one per head; by default P-1, with which free
+            shares can fill every device alike.
+        max_slots: most heads on a device in any layer.
+        device_bytes: most bytes on a device: weights, empty slots and cached tokens.
+        objective: "latency", or "throughput" at the batch that `device_bytes` allows.
+        cost: by default an H100's, at a batch of 16.
+        effort: how much more than usual is left to the exact solver.
+
+    Raises:
+        ValueError: an argument is out of range, or a limit cannot be met; the message says which,
+            and the nearest that can.
+    """
+    copies = _check(profile, n_devices, strategy, row_split, max_copies, max_slots, effort)
     cost = default_cost(profile, n_devices) if cost is None else cost
+    goal = Objective(cost, profile.num_layers, objective, device_bytes)
     weights = profile.array
+    order = np.argsort(-weights, axis=1, kind="stable")
+    sorted_weights = np.take_along_axis(weights, order, 1)
+    fixed = static_shares(profile.num_layers, profile.num_heads, n_devices)
+    heads_first = np.take_along_axis(fixed, order[:, :, None], 1)
+    search = Search(
+        weights=sorted_weights,
+        static=heads_first > 0,
+        max_copies=min(copies + 1, profile.num_heads * (n_devices - 1)) if copies else 0,
+        row_split=row_split,
+        effort=effort,
+    )
+    frontier = find_frontier(search, goal, max_slots or profile.num_heads)
+    copies = min(copies, search.max_copies)
+    as_is = _judged(sorted_weights, heads_first, goal)
     if strategy == "static":
-        shares = static_shares(weights, n_devices)
+        chosen = as_is
     else:
-        shares = _planned(
-            weights, n_devices, copies * (strategy == "fair_copying"), row_split, cost
-        )
-    return _to_plan(profile, shares, strategy, row_split, cost)
+        chosen = _balanced(sorted_weights, frontier.best[copies], goal)
+        chosen = min(chosen, as_is, key=lambda candidate: candidate.token_seconds)
+    batch = goal.batch(chosen.slots, chosen.fullest_tokens)
+    if not batch:
+        raise ValueError(_memory_error(goal, chosen, strategy))
+    more = frontier.best[-1].token_seconds if strategy == "fair_copying" else np.inf
+    shares = np.empty_like(chosen.shares)
+    np.put_along_axis(shares, np.broadcast_to(order[:, :, None], shares.shape), chosen.shares, 1)
+    return _describe(
+        profile,
+        shares,
+        goal,
+        batch,
+        strategy=strategy,
+        row_split=row_split,
+        bound=frontier.lower_bound(copies, batch),
+        gain=max(0.0, float(chosen.token_seconds / more - 1)),
+    )
 
 
 def default_cost(profile: Profile, n_devices: int) -> CostModel:
@@ -50,88 +92,105 @@ def default_cost(profile: Profile, n_devices: int) -> CostModel:
     return CostModel.tokens_only() if shape is None else CostModel.of(shape, n_devices)
 
 
-def static_shares(weights: np.ndarray, n_devices: int) -> np.ndarray:
+def static_shares(num_layers: int, num_heads: int, n_devices: int) -> np.ndarray:
     """Contiguous blocks of heads in checkpoint order, shares [L, K, P]: the baseline."""
-    num_layers, num_heads = weights.shape
     shares = np.zeros((num_layers, num_heads, n_devices))
     for device, heads in enumerate(np.array_split(np.arange(num_heads), n_devices)):
         shares[:, heads, device] = 1.0
     return shares
 
 
-def _planned(
-    weights: np.ndarray, n_devices: int, max_copies: int, row_split: str, cost: CostModel
-) -> np.ndarray:
-    """The cheapest shares [L, K, P] over the numbers of slots that can pay."""
-    num_layers, num_heads = weights.shape
-    order = np.argsort(-weights, axis=1, kind="stable")
-    heavy_first = np.take_along_axis(weights, order, 1)
-    least = -(-num_heads // n_devices)
-    best, best_seconds = static_shares(weights, n_devices), np.inf
-    best_seconds = step_seconds(weights, best, cost)
-    for slots in range(least, num_heads + 1):
-        floor = num_layers * slots * cost.a_seconds
-        floor += weights.sum() / n_devices * cost.batch * cost.b_seconds_per_token
-        if floor >= best_seconds * (1 - 1e-12):
-            break
-        shares = equal_splits(heavy_first, n_devices, slots, max_copies)[-1]
-        if row_split == "proportional" and max_copies:
-            start = equal_splits(heavy_first, n_devices, slots, 0)[-1]
-            level = [
-                proportional_splits(w, s, slots, max_copies)
-                for w, s in zip(heavy_first, start, strict=True)
-            ]
-            shares = np.stack(level)
-        seconds = step_seconds(heavy_first, shares, cost)
-        if seconds < best_seconds * (1 - 1e-12):
-            best_seconds, best = seconds, np.empty_like(shares)
-            np.put_along_axis(best, order[:, :, None], shares, 1)
-    return _relabel(weights, best)
+def _check(
+    profile: Profile,
+    n_devices: int,
+    strategy: str,
+    row_split: str,
+    max_copies: int | None,
+    max_slots: int | None,
+    effort: int,
+) -> int:
+    """The most copies per layer that the strategy may use; raises where an argument is wrong."""
+    if strategy not in STRATEGIES:
+        raise ValueError(f"strategy must be one of {', '.join(STRATEGIES)}, got {strategy!r}")
+    if row_split not in ROW_SPLITS:
+        raise ValueError(f"row_split must be one of {', '.join(ROW_SPLITS)}, got {row_split!r}")
+    limits = (("n_devices", n_devices, 1), ("max_copies", max_copies, 0), ("effort", effort, 0))
+    for name, value, low in (*limits, ("max_slots", max_slots, 1)):
+        whole = isinstance(value, int | np.integer) and not isinstance(value, bool)
+        if value is not None and (not whole or value < low):
+            raise ValueError(f"{name} must be an integer of at least {low}, got {value!r}")
+    least = -(-profile.num_heads // n_devices)
+    if max_slots is not None and max_slots < least:
+        raise ValueError(
+            f"max_slots {max_slots} cannot hold {profile.num_heads} heads on {n_devices} devices: "
+            f"the least is {least}"
+        )
+    if strategy != "fair_copying":
+        return 0
+    return n_devices - 1 if max_copies is None else int(max_copies)
 
 
-def step_seconds(weights: np.ndarray, shares: np.ndarray, cost: CostModel) -> float:
-    """Attention's part of a step: C slots and the fullest device's tokens, over all layers."""
+def _judged(weights: np.ndarray, shares: np.ndarray, goal: Objective) -> Candidate:
     load = np.einsum("lk,lkp->lp", weights, shares)
-    slots = int((shares > 0).sum(1).max())
-    tokens = load.max(1).sum()
-    return len(weights) * slots * cost.a_seconds + cost.batch * tokens * cost.b_seconds_per_token
+    slots, fullest = int((shares > 0).sum(1).max()), float(load.sum(0).max())
+    seconds = goal.token_seconds(slots, float(load.max(1).sum()), fullest)
+    return Candidate(seconds, shares, slots, fullest)
 
 
-def _relabel(weights: np.ndarray, shares: np.ndarray) -> np.ndarray:
-    labels = balance_labels(np.einsum("lk,lkp->lp", weights, shares))
-    moved = np.empty_like(shares)
-    np.put_along_axis(moved, labels[:, None, :], shares, 2)
-    return moved
+def _balanced(weights: np.ndarray, candidate: Candidate, goal: Objective) -> Candidate:
+    load = np.einsum("lk,lkp->lp", weights, candidate.shares)
+    return _judged(weights, relabel(candidate.shares, balance_labels(load)), goal)
 
 
-def _to_plan(
-    profile: Profile, shares: np.ndarray, strategy: str, row_split: str, cost: CostModel
+def _memory_error(goal: Objective, nearest: Candidate, strategy: str) -> str:
+    row = nearest.fullest_tokens * goal.cost.token_bytes
+    weights = goal.weight_bytes(nearest.slots)
+    batch = 1 if goal.name == "throughput" else goal.cost.batch
+    fits = max(0, int(((goal.device_bytes or 0) - weights) / row))
+    way_out = f"; a batch of {fits} fits" if 0 < fits < batch else ""
+    return (
+        f"device_bytes {goal.device_bytes:.6g} cannot be met by strategy {strategy!r}: a batch of "
+        f"{batch} needs {weights + batch * row:.6g} bytes on the fullest device, "
+        f"{weights:.6g} of them weights{way_out}"
+    )
+
+
+def _describe(
+    profile: Profile,
+    shares: np.ndarray,
+    goal: Objective,
+    batch: int,
+    *,
+    strategy: str,
+    row_split: str,
+    bound: float,
+    gain: float,
 ) -> Plan:
-    weights = profile.array
-    num_layers, num_heads, n_devices = shares.shape
-    load = np.einsum("lk,lkp->lp", weights, shares)
-    seconds = step_seconds(weights, shares, cost)
+    """The plan value, with everything it reports worked out from its shares [L, K, P]."""
+    cost = goal.at(batch)
+    load = np.einsum("lk,lkp->lp", profile.array, shares)
+    slots = int((shares > 0).sum(1).max())
+    seconds = goal.attention_seconds(slots, float(load.max(1).sum()), batch)
     busy = (shares > 0).sum() * cost.a_seconds
-    busy += cost.batch * weights.sum() * cost.b_seconds_per_token
-    slots = -(-num_heads // n_devices)
-    bound = num_layers * slots * cost.a_seconds
-    bound += cost.batch * weights.sum() / n_devices * cost.b_seconds_per_token
+    busy += batch * profile.array.sum() * cost.b_seconds_per_token
+    layers = tuple(
+        tuple(
+            Copy(int(head), int(device), float(layer[head, device]))
+            for device, head in np.argwhere(layer.T > 0)
+        )
+        for layer in shares
+    )
     return Plan(
         strategy=strategy,
         row_split=row_split,
-        n_devices=n_devices,
-        n_heads=num_heads,
-        layers=tuple(
-            tuple(
-                Copy(int(head), int(device), float(layer[head, device]))
-                for device, head in np.argwhere(layer.T > 0)
-            )
-            for layer in shares
-        ),
+        n_devices=shares.shape[2],
+        n_heads=profile.num_heads,
+        layers=layers,
         cost=cost,
-        utilization=float(busy / n_devices / seconds),
+        utilization=float(busy / shares.shape[2] / seconds),
         step_seconds=float(seconds),
         lower_bound_seconds=float(min(bound, seconds)),
+        one_more_copy_gain=gain,
         fullest_tokens=float(load.sum(0).max()),
         model=profile.model,
     )

@@ -48,8 +48,8 @@ class Plan:
     """Attention's part of a step: the fullest device of each layer, added over layers."""
     lower_bound_seconds: float
     """No plan within the same limits has a shorter attention part."""
-    one_more_copy_seconds: float = 0.0
-    """What one more copy per layer, beyond the limit, would save of `step_seconds`."""
+    one_more_copy_gain: float = 0.0
+    """By which fraction one more copy per layer, beyond the limit, would raise the tokens/s."""
     fullest_tokens: float = 0.0
     """Cached tokens of one row, over all layers, on the device that holds the most."""
     model: str = ""
@@ -130,7 +130,7 @@ class Plan:
             "rest_seconds": self.rest_seconds,
             "lower_bound_seconds": self.lower_bound_seconds,
             "gap": self.gap,
-            "one_more_copy_seconds": self.one_more_copy_seconds,
+            "one_more_copy_gain": self.one_more_copy_gain,
             "tokens_per_second": self.tokens_per_second,
             "fullest_tokens": self.fullest_tokens,
             "device_bytes": self.device_bytes,
@@ -164,7 +164,7 @@ class Plan:
         if not layers:
             raise ValueError("the plan has no layers")
         heads = 1 + max((copy.head for layer in layers for copy in layer), default=0)
-        optional = ("one_more_copy_seconds", "fullest_tokens", "model")
+        optional = ("one_more_copy_gain", "fullest_tokens", "model")
         return cls(
             **{name: record[name] for name in _FIELDS if name in cls.__dataclass_fields__}
             | {name: record[name] for name in optional if name in record}

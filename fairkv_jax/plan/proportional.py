@@ -1,83 +1,105 @@
 """Free shares: splits heads so that every device is filled to the same level.
 
 McNaughton's wrap-around rule (Scheduling with deadlines and loss functions, 1959) needs at most
-P-1 splits to fill P devices to exactly the mean. Here the splits start from a placement without
-copies, so that as few heads as possible move, and stop at the lowest level that the limits allow.
+P-1 splits to fill P devices to exactly the mean. Here the splits start from a placement of whole
+heads, so that few of them are cut and slots stay few, and stop at the lowest level that the
+limits allow: each split fills one device or relieves one, so P-1 still suffice for the mean.
 """
 
 import numpy as np
 
-BISECTIONS = 40
+BISECTIONS = 30
 
 
 def proportional_splits(
-    weights: np.ndarray, start: np.ndarray, slots: int, max_copies: int
+    weights: np.ndarray, start: np.ndarray, slots: int, max_copies: np.ndarray
 ) -> np.ndarray:
-    """Levels one layer by moving parts of heads from full devices to empty ones.
+    """Levels the devices by moving parts of heads from full ones to empty ones.
 
     Args:
-        weights: [K] load of a head.
-        start: shares [K, P] to begin with, within the limits.
+        weights: [N, K] load of a head, in N independent layers.
+        start: shares [N, K, P] to begin with, within the limits.
+        max_copies: [N] most copies beyond one per head.
 
     Returns:
-        shares [K, P] whose fullest device is at most as full as that of `start`.
+        shares [N, K, P] whose fullest device is at most as full as that of `start`.
     """
-    best, high = start, (weights @ start).max()
-    low = weights.sum() / start.shape[1]
+    best = start.copy()
+    low = weights.sum(1) / start.shape[2]
+    high = _loads(weights, start).max(1)
+    level = low.copy()
+    active = np.flatnonzero(high > low * (1 + 1e-12))
     for _ in range(BISECTIONS):
-        level = low if best is start else (low + high) / 2
-        shares = _fill_to(level, weights, start, slots, max_copies)
-        if shares is None:
-            low = level
-            if best is start:
-                low = level = (low + high) / 2
-                shares = _fill_to(level, weights, start, slots, max_copies)
-        if shares is not None:
-            best, high = shares, (weights @ shares).max()
-        if high - low <= 1e-9 * high:
+        if not active.size:
             break
+        shares, done = _fill_to(
+            level[active], weights[active], start[active], slots, max_copies[active]
+        )
+        reached, missed = active[done], active[~done]
+        best[reached] = shares[done]
+        high[reached] = _loads(weights[reached], shares[done]).max(1)
+        low[missed] = level[missed]
+        level = (low + high) / 2
+        active = active[high[active] > low[active] * (1 + 1e-7)]
     return best
 
 
+def _loads(weights: np.ndarray, shares: np.ndarray) -> np.ndarray:
+    return np.einsum("nk,nkp->np", weights, shares)
+
+
 def _fill_to(
-    level: float, weights: np.ndarray, start: np.ndarray, slots: int, max_copies: int
-) -> np.ndarray | None:
-    """Shares with no device above `level`, or None if the limits run out first."""
+    level: np.ndarray, weights: np.ndarray, start: np.ndarray, slots: int, max_copies: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Shares with no device above `level` [N], and for each layer whether the limits allowed it."""
     shares = start.copy()
-    load = weights @ shares
-    tolerance = 1e-12 * load.sum()
-    while load.max() > level + tolerance:
-        full = int(load.argmax())
-        part = shares[:, full] * weights
-        move = _best_move(part, shares, load, level, full, slots)
-        if move is None:
-            return None
-        head, device, amount = move
-        whole = amount >= part[head] * (1 - 1e-12)
-        share = shares[head, full] if whole else amount / weights[head]
-        shares[head, device] += share
-        shares[head, full] = 0.0 if whole else shares[head, full] - share
-        if (shares > 0).sum() - len(weights) > max_copies:
-            return None
-        load = weights @ shares
-    return shares
+    heads = weights.shape[1]
+    tolerance = 1e-12 * weights.sum(1)
+    done = np.zeros(len(level), bool)
+    active = np.arange(len(level))
+    while active.size:
+        load = _loads(weights[active], shares[active])
+        level_reached = load.max(1) <= (level + tolerance)[active]
+        done[active[level_reached]] = True
+        active, load = active[~level_reached], load[~level_reached]
+        if not active.size:
+            break
+        moved = _move(shares, weights, active, load, level[active], slots)
+        within = (shares[active] > 0).sum((1, 2)) - heads <= max_copies[active]
+        active = active[moved & within]
+    return shares, done
 
 
-def _best_move(
-    part: np.ndarray, shares: np.ndarray, load: np.ndarray, level: float, full: int, slots: int
-) -> tuple[int, int, float] | None:
-    """The head, the device and the amount that bring the fullest device down most."""
-    room = level - load
-    free = (shares > 0).sum(0) < slots
-    open_to = (free[None, :] | (shares > 0)) & (part > 0)[:, None]
-    open_to[:, full] = False
-    amount = np.minimum(np.minimum(part[:, None], room[None, :]), load[full] - level)
-    amount = np.where(open_to, amount, 0.0)
-    if amount.max() <= 1e-15 * load.sum():
-        return None
-    # Among moves of the same amount prefer one that needs no copy: the head is there already.
-    grows = (shares == 0) & (amount < part[:, None] * (1 - 1e-12))
-    top = amount >= amount.max() * (1 - 1e-12)
-    choice = int(np.where(top, grows, 2).argmin())
-    head, device = np.unravel_index(choice, amount.shape)
-    return int(head), int(device), float(amount[head, device])
+def _move(
+    shares: np.ndarray,
+    weights: np.ndarray,
+    active: np.ndarray,
+    load: np.ndarray,
+    level: np.ndarray,
+    slots: int,
+) -> np.ndarray:
+    """In each active layer moves what lowers the fullest device most; says where it could."""
+    rows = np.arange(len(active))
+    current = shares[active]
+    full = load.argmax(1)
+    part = current[rows, :, full] * weights[active]
+    room = np.minimum(level[:, None] - load, (load[rows, full] - level)[:, None])
+    free = (current > 0).sum(1) < slots
+    allowed = (free[:, None, :] | (current > 0)) & (part > 0)[:, :, None]
+    amount = np.where(allowed, np.minimum(part[:, :, None], room[:, None, :]), 0.0)
+    amount[rows, :, full] = 0.0
+    largest = amount.max((1, 2), keepdims=True)
+    # Among moves of the same amount prefer one that needs no copy: the head is there already, or
+    # leaves the fullest device altogether.
+    whole = amount >= part[:, :, None] * (1 - 1e-12)
+    grows = np.where((current == 0) & ~whole, 1, 0)
+    rank = np.where(amount >= largest * (1 - 1e-12), grows, 2).reshape(len(active), -1)
+    head, device = np.unravel_index(rank.argmin(1), amount.shape[1:])
+    share = current[rows, head, full]
+    given = amount[rows, head, device] / weights[active, head]
+    given = np.where(whole[rows, head, device], share, given)
+    movable = largest[:, 0, 0] > 1e-15 * weights[active].sum(1)
+    where = active[movable], head[movable]
+    shares[*where, device[movable]] += given[movable]
+    shares[*where, full[movable]] = (share - given)[movable]
+    return movable
