@@ -9,6 +9,7 @@ T prompt tokens, n kept tokens a head on average, w = min(window, n) of them in 
 
 import math
 from dataclasses import dataclass
+from fractions import Fraction
 
 import numpy as np
 
@@ -48,7 +49,7 @@ def kept_positions(q: np.ndarray, k: np.ndarray, options: Options) -> list[np.nd
     if n >= T:
         return [np.arange(T)] * K
     if options.policy == "streaming_llm":
-        sinks = min(NUM_SINKS, n)
+        sinks = min(NUM_SINKS, n - 1)  # the newest token always stays
         return [np.r_[:sinks, T - (n - sinks) : T]] * K
     w = min(options.window, n)
     scores = snapkv_scores(q, k, w, options)
@@ -109,11 +110,12 @@ def blended_quotas(scores: np.ndarray, c: int, alpha: float) -> list[int]:
     K, width = scores.shape
     winners = ranking(scores.ravel())[: K * c]
     shares = np.bincount(winners // width, minlength=K)
-    return [round((1 - alpha) * int(f) + math.floor(alpha * c)) for f in shares]
+    a = _exact(alpha)
+    return [round((1 - a) * int(f) + math.floor(a * c)) for f in shares]
 
 
 def reserved_positions(scores: np.ndarray, w: int, n: int, alpha: float) -> list[np.ndarray]:
-    """Each head first keeps its own top max(1, int(alpha*n)), the layer's top fill up to K*n.
+    """Each head first keeps its own top max(1, floor(alpha*n)), the layer's top fill up to K*n.
 
     The window takes part, above every score.
     """
@@ -122,9 +124,14 @@ def reserved_positions(scores: np.ndarray, w: int, n: int, alpha: float) -> list
     T = everything.shape[1]
     chosen = np.zeros((K, T), bool)
     for head in range(K):
-        chosen[head, ranking(everything[head])[: max(1, int(alpha * n))]] = True
+        chosen[head, ranking(everything[head])[: max(1, math.floor(_exact(alpha) * n))]] = True
     for index in ranking(everything.ravel()):
         if chosen.sum() == K * n:
             break
         chosen.flat[index] = True
     return [np.flatnonzero(row) for row in chosen]
+
+
+def _exact(alpha: float) -> Fraction:
+    """The decimal that was written: 0.29 * 100 is 29, in binary floats a little less."""
+    return Fraction(repr(alpha))

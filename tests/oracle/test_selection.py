@@ -80,7 +80,7 @@ def test_uniform(options, expected):
 
 @pytest.mark.parametrize(
     ("budget", "expected"),
-    [(1, [0]), (3, [0, 1, 2]), (4, [0, 1, 2, 3]), (6, [0, 1, 2, 3, 8, 9]), (10, list(range(10)))],
+    [(1, [9]), (3, [0, 1, 9]), (4, [0, 1, 2, 9]), (6, [0, 1, 2, 3, 8, 9]), (10, list(range(10)))],
 )
 def test_streaming(budget, expected):
     assert kept([[1.0] * 10], policy="streaming_llm", budget=budget) == [expected]
@@ -99,6 +99,13 @@ def test_blend_gives_heads_their_share_of_the_top_above_a_floor():
     assert blended_quotas(scores, 2, 1.0) == [2, 2]
     # floor(0.4 * 2) = 0, so the total falls below the budget: 1.8 and 0.6.
     assert blended_quotas(scores, 2, 0.4) == [2, 1]
+
+
+def test_quotas_are_exact_in_the_decimals_of_alpha():
+    scores = np.stack([np.full(200, 0.5), np.full(200, 0.1)])
+    assert blended_quotas(scores[:1], 15, 0.9) == [14]  # 1.5 + floor(13.5), to the even number
+    assert blended_quotas(scores[:1], 100, 0.29) == [100]  # 71 + 29
+    assert blended_quotas(scores, 50, 0.29) == [85, 14]  # 71 + 14, 0 + floor(14.5)
 
 
 def test_blend_keeps_each_head_its_quota_and_the_window():
