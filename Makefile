@@ -20,7 +20,7 @@ serve: $(CHECKPOINT)
 	$(BIN)/python -m fairkv_jax.serve $(ARGS)
 
 test: $(INSTALLED_DEV) $(CHECKPOINT)
-	$(BIN)/python -m pytest -n $(JOBS) $(ARGS)
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile $(ARGS)
 
 check: $(INSTALLED_DEV)
 	$(BIN)/ruff check .

@@ -1,0 +1,139 @@
+"""`python -m fairkv_jax.serve` as users start it, with a tiny model and the real engine."""
+
+import signal
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import httpx
+import pytest
+from openai import OpenAI
+
+from tests.serve.live import PATIENCE_S, Process
+
+START_S = 180.0
+FLAGS = (
+    "--port=0",
+    "--tensor-parallel-size=2",
+    "--max-model-len=128",
+    "--max-num-seqs=2",
+    "--kv_policy=ada_snapkv",
+    "--kv-budget=40",
+    "--head-plan=fair_copying",
+    "--served-model-name=tiny,other",
+)
+
+
+@pytest.fixture(scope="module")
+def process(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Process]:
+    cache = tmp_path_factory.mktemp("compiled")
+    arguments = [*FLAGS, f"--model={checkpoint}", f"--compilation-cache-dir={cache}"]
+    with Process("fairkv_jax.serve", arguments) as process:
+        yield process
+
+
+@pytest.fixture(scope="module")
+def client(process: Process) -> Iterator[httpx.Client]:
+    """Waits until the server is ready; it must answer 503 before."""
+    url = process.address(PATIENCE_S)
+    with httpx.Client(base_url=url, timeout=60) as client:
+        assert client.get("/health").status_code == 503
+        process.wait_ready(START_S)
+        assert client.get("/health").status_code == 200
+        yield client
+
+
+def test_it_logs_what_it_serves(process: Process, client: httpx.Client):
+    assert "3 KV heads, float32, context of 128 tokens" in process.log
+    assert "KV policy ada_snapkv: 40 tokens a head on average" in process.log
+    assert "head plan fair_copying: 3 KV heads on 2 devices" in process.log
+    assert [card["id"] for card in client.get("/v1/models").json()["data"]] == ["tiny", "other"]
+
+
+def test_streaming_equals_not_streaming_whatever_else_runs(client: httpx.Client):
+    """Greedy, and sampled with a seed; four at a time, where two run and two wait."""
+    bodies = [
+        {"prompt": prompt, "max_tokens": 24, "logprobs": 2, **sampling}
+        for prompt in ([5, 9, 30, 77] * 20, "the wall and the inn")
+        for sampling in ({"temperature": 0}, {"temperature": 1.0, "seed": 11, "top_p": 0.9})
+    ]
+
+    def ask(body: dict) -> dict:
+        response = client.post("/v1/completions", json=body)
+        assert response.status_code == 200, response.text
+        return response.json()
+
+    alone = [ask(body) for body in bodies]
+    with ThreadPoolExecutor(len(bodies)) as pool:
+        together = list(pool.map(ask, bodies))
+    sdk = OpenAI(base_url=f"{client.base_url}/v1", api_key="none", max_retries=0)
+    for body, one, other in zip(bodies, alone, together, strict=True):
+        assert one["choices"][0]["text"] == other["choices"][0]["text"]
+        assert one["usage"] == other["usage"]
+        chunks = [c.choices[0] for c in sdk.completions.create(model="tiny", stream=True, **body)]
+        assert "".join(chunk.text for chunk in chunks) == one["choices"][0]["text"]
+        logprobs = [chunk.logprobs for chunk in chunks if chunk.logprobs]
+        tokens = [token for part in logprobs for token in part.tokens or []]
+        assert tokens == one["choices"][0]["logprobs"]["tokens"]
+    sdk.close()
+
+
+def test_a_long_prompt_is_compressed_to_its_budget(client: httpx.Client):
+    body = {"prompt": [5, 9, 30, 77] * 20, "max_tokens": 1}
+    usage = client.post("/v1/completions", json=body).json()["usage"]
+    assert usage["prompt_tokens"] == 80
+    assert usage["kept_prompt_tokens"] == pytest.approx(40, abs=1)
+
+
+def test_chat_and_stop(client: httpx.Client):
+    body = {"messages": [{"role": "user", "content": "hello"}], "max_tokens": 30, "temperature": 0}
+    full = client.post("/v1/chat/completions", json=body).json()
+    text = full["choices"][0]["message"]["content"]
+    assert full["usage"]["prompt_tokens"] > 10
+    stop = text[3:5]
+    cut = client.post("/v1/chat/completions", json={**body, "stop": stop}).json()["choices"][0]
+    assert cut["message"]["content"] == text.split(stop)[0]
+    assert (cut["finish_reason"], cut["stop_reason"]) == ("stop", stop)
+
+
+@pytest.mark.parametrize("prompt", [[], [384], [-1], [5] * 128, "x" * 1000])
+def test_bad_prompts(client: httpx.Client, prompt: list[int] | str):
+    response = client.post("/v1/completions", json={"prompt": prompt, "max_tokens": 1})
+    assert response.status_code == 400
+    assert response.json()["error"]["type"] == "BadRequestError"
+
+
+def test_a_client_that_hangs_up_frees_its_row(client: httpx.Client):
+    """Both rows are taken and given up; the next request would otherwise wait for them."""
+    body = {"prompt": "the", "n": 2, "max_tokens": 120, "ignore_eos": True, "stream": True}
+    for _ in range(3):
+        with client.stream("POST", "/v1/completions", json=body) as response:
+            next(response.iter_lines())
+    body = {"prompt": "the", "max_tokens": 2}
+    assert client.post("/v1/completions", json=body).status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("flags", "sentence"),
+    [
+        (["--kv-policy=h2o"], "h2o"),
+        (["--head-plan=unfair"], "unfair"),
+        (["--kv-budget=16"], "16"),
+        (["--model=nowhere.gguf"], "nowhere.gguf"),
+    ],
+)
+def test_wrong_options_end_in_a_sentence(checkpoint: Path, flags: list[str], sentence: str):
+    arguments = ["--port=0", f"--model={checkpoint}", "--compilation-cache-dir=", *flags]
+    with Process("fairkv_jax.serve", arguments) as process:
+        assert process.status(60) == 1
+        last = [line for line in process.lines if "ERROR" in line]
+        assert len(last) == 1, process.log
+        assert sentence in last[0]
+        assert "Traceback" not in process.log
+
+
+def test_it_shuts_down_cleanly(process: Process, client: httpx.Client):
+    """The last test of this module: it ends the server."""
+    process.send(signal.SIGTERM)
+    assert process.status() == 0
+    assert "Traceback" not in process.log
