@@ -49,7 +49,7 @@ def kept_positions(q: np.ndarray, k: np.ndarray, options: Options) -> list[np.nd
     if n >= T:
         return [np.arange(T)] * K
     if options.policy == "streaming_llm":
-        sinks = min(NUM_SINKS, n - 1)  # the newest token always stays
+        sinks = min(NUM_SINKS, n)
         return [np.r_[:sinks, T - (n - sinks) : T]] * K
     w = min(options.window, n)
     scores = snapkv_scores(q, k, w, options)
