@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from fairkv_jax.plan.pack import loads, local_search, longest_first
+from fairkv_jax.plan.pack import loads, local_search, longest_first, tolerance
 
 CHUNK = 20_000
 SEARCHED = 4
@@ -30,11 +30,16 @@ def equal_splits(
     shares, peak = start.astype(float), loads(start, weights).max(1)
     shares, peak = _better(shares, peak, placed, weights, replicas)
     found = [shares]
+    mean = weights.sum(1) / devices
     for _ in range(min(max_copies, slots * devices - num_heads, num_heads * (devices - 1))):
-        replicas = _one_more(weights, replicas, devices, slots)
-        pieces = weights / replicas
-        placed = local_search(longest_first(pieces, replicas, devices, slots), pieces, slots)
-        shares, peak = _better(shares, peak, placed, pieces, replicas)
+        open_ = np.flatnonzero(peak > mean * (1 + tolerance(num_heads)))
+        if not open_.size:
+            break
+        replicas[open_] = _one_more(weights[open_], replicas[open_], devices, slots)
+        counts, pieces = replicas[open_], weights[open_] / replicas[open_]
+        placed = local_search(longest_first(pieces, counts, devices, slots), pieces, slots)
+        shares = shares.copy()
+        shares[open_], peak[open_] = _better(shares[open_], peak[open_], placed, pieces, counts)
         found.append(shares)
     while len(found) <= max_copies:
         found.append(shares)
@@ -60,7 +65,8 @@ def try_choices(
     possible = (copies < len(found)) & (choices.sum(1) <= slots * devices)
     peaks = np.einsum("elkp,lk->elp", found, weights).max(2)
     reached = peaks[np.minimum(copies, len(found) - 1)].T
-    layers, rows = np.nonzero((bounds < reached * (1 - 1e-9)) & possible)
+    worth = 1 - tolerance(choices.shape[1])
+    layers, rows = np.nonzero((bounds < reached * worth) & possible)
     if not len(layers):
         return found
     packed = np.empty(len(layers))

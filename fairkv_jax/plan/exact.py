@@ -1,0 +1,184 @@
+"""The layer problem as a mixed-integer program, for HiGHS: it closes what the search left open.
+
+For one layer: choose devices, and replicas or shares, so that the fullest device is least full,
+with at most C heads on a device and at most `max_copies` copies. Work is limited by a count of
+nodes, never by the clock, so that the same input gives the same plan on every machine.
+"""
+
+from dataclasses import dataclass, field
+
+import numpy as np
+from scipy.optimize import Bounds, LinearConstraint, milp
+from scipy.sparse import coo_array
+
+NODE_LIMIT = 1000
+GAP = 1e-6
+
+
+def equal_columns(
+    weights: np.ndarray, start: np.ndarray, slots: int, max_copies: int
+) -> np.ndarray:
+    """The (head, replicas, device) triples that may beat `start` [K, P], int [n, 3].
+
+    A head needs so many replicas that its piece fits below what is reached already; that leaves
+    few spare copies, and so few columns.
+    """
+    num_heads, devices = start.shape
+    least = np.maximum(1, np.ceil(weights / (weights @ start).max() * (1 - 1e-9)).astype(int))
+    spare = min(max_copies, slots * devices - num_heads) - int((least - 1).sum())
+    columns = [
+        (head, count, device)
+        for head in range(num_heads)
+        for count in range(least[head], min(devices, least[head] + spare) + 1)
+        for device in range(devices)
+    ]
+    return np.array(columns if spare >= 0 else [], int).reshape(-1, 3)
+
+
+def solve_equal(
+    weights: np.ndarray, start: np.ndarray, floor: float, slots: int, max_copies: int
+) -> tuple[np.ndarray, float]:
+    """Improves the shares `start` [K, P] of equally split heads, or proves that nothing can.
+
+    Args:
+        weights: [K] in descending order.
+        floor: a known lower bound on the fullest device.
+
+    Returns:
+        shares [K, P] no worse than `start`, and a lower bound no worse than `floor`.
+    """
+    devices = start.shape[1]
+    peak = float((weights @ start).max())
+    columns = equal_columns(weights, start, slots, max_copies)
+    if not len(columns):
+        return start, peak
+    head, count, device = columns.T
+    choices, choice = np.unique(columns[:, :2], axis=0, return_inverse=True)
+    n, m = len(columns), len(choices)
+    each, option = np.arange(n), n + np.arange(m)
+    program = Program(n + m + 1, n + m, floor / peak, 1.0)
+    program.add(choices[:, 0], option, 1.0, low=1.0, high=1.0)
+    program.add(
+        np.concatenate([choice, np.arange(m)]),
+        np.concatenate([each, option]),
+        np.concatenate([np.ones(n), -choices[:, 1]]),
+        low=0.0,
+        high=0.0,
+    )
+    program.add(
+        np.concatenate([each, each]),
+        np.concatenate([each, option[choice]]),
+        np.concatenate([np.ones(n), -np.ones(n)]),
+        high=0.0,
+    )
+    program.add_loads(device, each, weights[head] / count / peak, devices)
+    program.add(device, each, 1.0, high=slots)
+    program.add(np.zeros(m, int), option, choices[:, 1] - 1.0, high=max_copies)
+    # Devices are alike: let the heaviest head's replicas be on the first ones.
+    program.high[each[(head == 0) & (device >= count)]] = 0.0
+    values, bound = program.solve()
+    shares = start
+    if values is not None:
+        shares = np.zeros_like(start)
+        used = values[:n] > 0.5
+        shares[head[used], device[used]] = 1.0 / count[used]
+    return _no_worse(weights, start, shares, max(floor, bound * peak))
+
+
+def solve_proportional(
+    weights: np.ndarray, start: np.ndarray, floor: float, slots: int, max_copies: int
+) -> tuple[np.ndarray, float]:
+    """Like `solve_equal`, with free shares."""
+    num_heads, devices = start.shape
+    peak = float((weights @ start).max())
+    n = num_heads * devices
+    head, device = np.divmod(np.arange(n), devices)
+    share, there = np.arange(n), n + np.arange(n)
+    program = Program(2 * n + 1, 2 * n, floor / peak, 1.0)
+    program.integral[share] = 0
+    program.add(head, share, 1.0, low=1.0, high=1.0)
+    program.add(
+        np.concatenate([share, share]),
+        np.concatenate([share, there]),
+        np.concatenate([np.ones(n), -np.ones(n)]),
+        high=0.0,
+    )
+    program.add(head, there, 1.0, low=np.ceil(weights / peak * (1 - 1e-9)), high=devices)
+    program.add_loads(device, share, weights[head] / peak, devices)
+    program.add(device, there, 1.0, high=slots)
+    program.add_loads(device, share, weights[head] / peak, devices)
+    program.add(device, there, 1.0, high=slots)
+    program.add(np.zeros(n, int), there, 1.0, high=num_heads + max_copies)
+    program.low[there[0]] = 1.0
+    values, bound = program.solve()
+    shares = start
+    if values is not None:
+        shares = np.where(values[there] > 0.5, values[share], 0.0).reshape(start.shape)
+        shares[shares < 1e-9] = 0.0
+        shares /= shares.sum(1, keepdims=True)
+    return _no_worse(weights, start, shares, max(floor, bound * peak))
+
+
+def _no_worse(
+    weights: np.ndarray, start: np.ndarray, shares: np.ndarray, bound: float
+) -> tuple[np.ndarray, float]:
+    before, after = (weights @ start).max(), (weights @ shares).max()
+    better = after < before * (1 - 1e-9)
+    return (shares if better else start), float(min(bound, after, before))
+
+
+@dataclass
+class Program:
+    """A mixed-integer program that minimises one variable, gathered block by block."""
+
+    size: int
+    objective: int
+    floor: float
+    ceiling: float
+    entries: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = field(default_factory=list)
+    limits: list[tuple[np.ndarray, np.ndarray]] = field(default_factory=list)
+    count: int = 0
+
+    def __post_init__(self) -> None:
+        self.low, self.high = np.zeros(self.size), np.ones(self.size)
+        self.integral = np.ones(self.size)
+        self.low[self.objective], self.high[self.objective] = self.floor, self.ceiling
+        self.integral[self.objective] = 0
+
+    def add(self, row, column, value, *, low=-np.inf, high=np.inf) -> None:
+        """Adds the constraints low <= sum of value x variable[column] <= high of every row."""
+        rows = int(row.max()) + 1
+        self.entries.append((row + self.count, column, np.broadcast_to(value, row.shape)))
+        self.limits.append((np.broadcast_to(low, rows), np.broadcast_to(high, rows)))
+        self.count += rows
+
+    def add_loads(self, device, column, load, devices: int) -> None:
+        """No device is fuller than the objective says."""
+        self.add(
+            np.concatenate([device, np.arange(devices)]),
+            np.concatenate([column, np.full(devices, self.objective)]),
+            np.concatenate([load, -np.ones(devices)]),
+            high=0.0,
+        )
+
+    def solve(self) -> tuple[np.ndarray | None, float]:
+        """The best values found, if any, and the proven bound on the objective.
+
+        Infeasible means that nothing lies below the ceiling, which is then the bound.
+        """
+        row, column, value = (np.concatenate(part) for part in zip(*self.entries, strict=True))
+        matrix = coo_array((value, (row, column)), shape=(self.count, self.size)).tocsr()
+        low, high = (np.concatenate(part) for part in zip(*self.limits, strict=True))
+        objective = np.zeros(self.size)
+        objective[self.objective] = 1.0
+        result = milp(
+            objective,
+            integrality=self.integral,
+            bounds=Bounds(self.low, self.high),
+            constraints=LinearConstraint(matrix, low, high),
+            options={"node_limit": NODE_LIMIT, "mip_rel_gap": GAP},
+        )
+        if result.status == 2:
+            return None, self.ceiling
+        bound = result.mip_dual_bound
+        return result.x, self.floor if bound is None else max(self.floor, float(bound))
