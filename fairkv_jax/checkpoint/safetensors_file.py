@@ -67,16 +67,15 @@ class SafetensorsFile:
         try:
             kind, shape = entry["dtype"], tuple(entry["shape"])
             begin, end = entry["data_offsets"]
-            num_values = math.prod(shape)
-            intact = begin >= 0 and min(shape, default=0) >= 0
+            intact = all(isinstance(n, int) and n >= 0 for n in (*shape, begin, end))
         except (TypeError, KeyError, ValueError) as error:
             raise CheckpointError(f"{self.path}: the entry of {name!r} is damaged") from error
-        if kind not in DTYPES:
+        if not isinstance(kind, str) or kind not in DTYPES:
             raise CheckpointError(
                 f"{self.path}: tensor {name!r} is stored as {kind}, supported are "
                 f"{', '.join(DTYPES)}: take a checkpoint in one of these"
             )
-        if not intact or end - begin != num_values * np.dtype(DTYPES[kind]).itemsize:
+        if not intact or end - begin != math.prod(shape) * np.dtype(DTYPES[kind]).itemsize:
             raise CheckpointError(
                 f"{self.path}: tensor {name!r} of shape {shape} and type {kind} does not take "
                 f"the bytes {begin} to {end}: the file is damaged"
@@ -100,8 +99,10 @@ def open_safetensors(folder: Path) -> dict[str, SafetensorsFile]:
         single = SafetensorsFile(folder / SINGLE)
         return dict.fromkeys(single.tensors, single)
     weight_map = read_object(index).get("weight_map")
-    if not isinstance(weight_map, dict):
-        raise CheckpointError(f"{index} has no weight_map: fetch it again")
+    if not isinstance(weight_map, dict) or not all(
+        isinstance(part, str) for part in weight_map.values()
+    ):
+        raise CheckpointError(f"{index} has no weight_map of file names: fetch it again")
     parts = {name: SafetensorsFile(folder / Path(name).name) for name in set(weight_map.values())}
     for name, part in weight_map.items():
         if name not in parts[part].tensors:

@@ -160,6 +160,8 @@ def rewrite_header(path: Path, old: str, new: str) -> None:
         ('"F32"', '"F16"', "does not take the bytes"),
         ("[384, 48]", "[384, 47]", "does not take the bytes"),
         ("[384, 48]", "[-384, -48]", "does not take the bytes"),
+        ("[384, 48]", "[384, 48.0]", "does not take the bytes"),
+        ('"F32"', "[]", r"stored as \[\], supported"),
         ("[384, 48]", "null", "the entry of 'model.embed_tokens.weight' is damaged"),
         ("{", "[", "is damaged"),
     ],
@@ -178,6 +180,14 @@ def test_a_missing_part(gguf, tmp_path):
         open_checkpoint(folder)
     part.write_bytes((folder / "model-00001-of-00003.safetensors").read_bytes())
     with pytest.raises(CheckpointError, match=r"00002-of-00003.* lacks the tensor 'model"):
+        open_checkpoint(folder)
+
+
+@pytest.mark.parametrize("weight_map", [None, [], {"model.norm.weight": 1}])
+def test_an_index_that_is_damaged(folder, weight_map):
+    index = folder / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": weight_map}))
+    with pytest.raises(CheckpointError, match="has no weight_map of file names"):
         open_checkpoint(folder)
 
 
