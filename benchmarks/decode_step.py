@@ -1,0 +1,199 @@
+"""What pages, ragged lengths and compression cost and gain in a decode step and a prefill.
+
+    python -m benchmarks.decode_step --output result.json
+
+All on one mesh and in one process; the ratios are what counts.
+"""
+
+import json
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from absl import app, flags
+
+_MODEL = flags.DEFINE_string("model", None, "Checkpoint; the demo model by default.")
+_DEVICES = flags.DEFINE_integer("devices", 2, "Devices on the tensor axis.")
+_BATCH = flags.DEFINE_integer("batch", 8, "Rows of the batch.")
+_CACHED = flags.DEFINE_integer("cached", 512, "Cached tokens a head, against the dense step.")
+_PROMPT = flags.DEFINE_integer("prompt", 2048, "Prompt tokens, for the gain of compression.")
+_BUDGET = flags.DEFINE_integer("kv_budget", 256, "Kept tokens a head, for the same.")
+_PREFILL = flags.DEFINE_integer("prefill", 1024, "Prompt tokens, against the dense prefill.")
+_REPEATS = flags.DEFINE_integer("repeats", 21, "Timed runs; the median counts.")
+_TEXT = flags.DEFINE_string("text", None, "Text of the prompts; README.md by default.")
+_OUTPUT = flags.DEFINE_string("output", None, "Where to write the JSON; it is always printed.")
+
+STRATEGIES = ("static", "fair_copying")
+DISTINCT_PROMPTS = 4
+"""Prompts that are prefilled; further rows repeat them."""
+
+
+def make_engine(strategy: str, max_model_len: int, **options: Any) -> Any:
+    from fairkv_jax.checkpoint.fetch import DEMO_MODEL
+    from fairkv_jax.engine.build import build_engine
+
+    engine = build_engine(
+        _MODEL.value or DEMO_MODEL,
+        tensor_parallel_size=_DEVICES.value,
+        max_model_len=max_model_len,
+        max_num_seqs=_BATCH.value,
+        dtype="float32",
+        head_plan=strategy,
+        kv_cache_memory_bytes=8 << 30,
+        progress=False,
+        **options,
+    )
+    return engine.engine, engine.tokenizer
+
+
+def prompts(tokenizer: Any, num_tokens: int) -> list[list[int]]:
+    """Pieces of a real text: which heads keep how much depends on what they read."""
+    ids = tokenizer.encode(Path(_TEXT.value or "README.md").read_text())
+    ids *= 1 + (num_tokens + 97 * DISTINCT_PROMPTS) // len(ids)
+    return [ids[97 * i : 97 * i + num_tokens] for i in range(DISTINCT_PROMPTS)]
+
+
+def fill(engine: Any, prompts: list[list[int]]) -> Callable[[], Any]:
+    """Inserts a prompt in every row; the call that then generates a token for all of them."""
+    import jax.numpy as jnp
+
+    from fairkv_jax.decode import Rows, idle_rows
+
+    prefixes = [engine.prefill(prompt) for prompt in prompts]
+    for row in range(_BATCH.value):
+        prefix = prefixes[row % len(prefixes)]
+        engine.insert(prefix, row, engine.place(prefix))
+    idle = idle_rows(_BATCH.value, engine.model_config.vocab_size)
+    positions = jnp.full(_BATCH.value, len(prompts[0]), jnp.int32)
+    inputs = Rows(idle.tokens + 1, positions, idle.place, idle.sampling)
+    return lambda: engine.generate(inputs).tokens
+
+
+def memory(engine: Any) -> dict[str, Any]:
+    """Pages of the fullest device, in tokens, over the mean cached tokens of the devices."""
+    pages, tokens = engine.book.used_pages, engine.book.load.sum(0)
+    fullest = int(pages.max()) * engine.book.page_size
+    return {
+        "tokens_per_device": tokens.tolist(),
+        "page_tokens_per_device": (pages * engine.book.page_size).tolist(),
+        "fullest_over_mean": fullest / tokens.mean(),
+        "fullest_over_mean_without_rounding": float(tokens.max() / tokens.mean()),
+    }
+
+
+def against_dense(strategy: str) -> dict[str, float]:
+    """The paged step with all heads at the same length, beside the dense one."""
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+    from jax.sharding import NamedSharding, PartitionSpec
+
+    from benchmarks.dense import dense_step
+    from benchmarks.timing import median_ms
+
+    room = _CACHED.value + _REPEATS.value + 8
+    plain, _ = make_engine("static", room)
+    paged, tokenizer = make_engine(strategy, room)
+    model = plain.model_config
+    shape = (model.num_layers, plain.layout.num_slots, _BATCH.value, room, model.head_dim)
+    by_slot = NamedSharding(plain.mesh, PartitionSpec(None, "tensor"))
+    caches = [jnp.zeros(shape, device=by_slot) for _ in range(2)]
+    tokens = np.ones(_BATCH.value, np.int32)
+    position = _CACHED.value
+
+    def dense() -> jax.Array:
+        nonlocal caches, position
+        at = np.int32(position)
+        caches, out = dense_step(plain.model, tuple(caches), tokens, at, mesh=plain.mesh)
+        position += 1
+        return out
+
+    step = fill(paged, prompts(tokenizer, _CACHED.value)[:1])
+    return median_ms({"dense": dense, "paged": step}, _REPEATS.value)
+
+
+def against_full(strategy: str, results: dict[str, Any]) -> dict[str, float]:
+    """Steps after long prompts, compressed beside full."""
+    from benchmarks.timing import median_ms
+
+    room = _PROMPT.value + _REPEATS.value + 8
+    steps = {}
+    for policy, options in (("full", {}), ("ada_snapkv", {"kv_budget": _BUDGET.value})):
+        engine, tokenizer = make_engine(strategy, room, kv_policy=policy, **options)
+        count = 1 if policy == "full" else DISTINCT_PROMPTS  # full keeps the same of all
+        steps[policy] = fill(engine, prompts(tokenizer, _PROMPT.value)[:count])
+        results["memory"][f"{strategy} {policy}"] = memory(engine)
+    return median_ms(steps, _REPEATS.value)
+
+
+def prefills() -> dict[str, float]:
+    """A prefill with everything kept, with compression, and the dense one."""
+    from benchmarks.dense import dense_prefill
+    from benchmarks.timing import median_ms
+
+    full, tokenizer = make_engine("static", _PREFILL.value)
+    ada, _ = make_engine("static", _PREFILL.value, kv_policy="ada_snapkv", kv_budget=_BUDGET.value)
+    import numpy as np
+
+    prompt = prompts(tokenizer, _PREFILL.value)[0]
+    tokens = np.array(prompt, np.int32)
+    return median_ms(
+        {
+            "dense": lambda: dense_prefill(full.model, tokens, mesh=full.mesh),
+            "full": lambda: full.prefill(prompt),
+            "ada_snapkv": lambda: ada.prefill(prompt),
+        },
+        max(3, _REPEATS.value // 4),
+    )
+
+
+def print_table(results: dict[str, Any]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("what", "ms", "ratio", title="decode step and prefill")
+    for strategy, ms in results["step_against_dense"].items():
+        ratio = ms["paged"] / ms["dense"]
+        table.add_row(f"step, dense ({_CACHED.value} tokens a head)", f"{ms['dense']:.1f}", "1")
+        table.add_row(f"step, {strategy}", f"{ms['paged']:.1f}", f"{ratio:.2f} x dense")
+    for strategy, ms in results["step_against_full"].items():
+        ratio = ms["full"] / ms["ada_snapkv"]
+        table.add_row(f"step after {_PROMPT.value}, {strategy} full", f"{ms['full']:.1f}", "1")
+        name = f"step after {_PROMPT.value}, {strategy} ada_snapkv {_BUDGET.value}"
+        table.add_row(name, f"{ms['ada_snapkv']:.1f}", f"{ratio:.2f} x faster")
+    for name, ms in results["prefill"].items():
+        ratio = ms / results["prefill"]["dense"]
+        table.add_row(f"prefill of {_PREFILL.value}, {name}", f"{ms:.0f}", f"{ratio:.2f} x dense")
+    for name, figures in results["memory"].items():
+        ratio = f"{figures['fullest_over_mean']:.3f} x mean"
+        table.add_row(f"pool of the fullest device, {name}", "", ratio)
+    Console(width=110).print(table)
+
+
+def main(argv: list[str]) -> None:
+    if len(argv) > 1:
+        raise app.UsageError(f"unexpected arguments: {' '.join(argv[1:])}")
+    device_count = f"--xla_force_host_platform_device_count={_DEVICES.value}"
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {device_count}"
+    import jax
+
+    results: dict[str, Any] = {
+        "flags": {f.name: f.value for f in flags.FLAGS.get_key_flags_for_module(sys.argv[0])},
+        "jax": jax.__version__,
+        "device": jax.devices()[0].device_kind,
+        "memory": {},
+    }
+    results["step_against_dense"] = {s: against_dense(s) for s in STRATEGIES}
+    results["step_against_full"] = {s: against_full(s, results) for s in STRATEGIES}
+    results["prefill"] = prefills()
+    print_table(results)
+    text = json.dumps(results, indent=2)
+    print(text)
+    if _OUTPUT.value:
+        Path(_OUTPUT.value).write_text(text + "\n")
+
+
+if __name__ == "__main__":
+    app.run(main)

@@ -1,0 +1,21 @@
+"""Timings as ratios within one process: rivals take turns, so that noise meets them alike."""
+
+import time
+from collections.abc import Callable, Mapping
+from statistics import median
+from typing import Any
+
+import jax
+
+
+def median_ms(runs: Mapping[str, Callable[[], Any]], repeats: int) -> dict[str, float]:
+    """The median milliseconds of each run; each has been run once before any is timed."""
+    for run in runs.values():
+        jax.block_until_ready(run())
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    for _ in range(repeats):
+        for name, run in runs.items():
+            start = time.perf_counter()
+            jax.block_until_ready(run())
+            seconds[name].append(time.perf_counter() - start)
+    return {name: 1e3 * median(values) for name, values in seconds.items()}
