@@ -8,9 +8,17 @@ import jax.numpy as jnp
 from fairkv_jax.checkpoint import open_checkpoint
 from fairkv_jax.checkpoint.fetch import DEMO_MODEL
 from fairkv_jax.compress import make_policy
-from fairkv_jax.config import EngineConfig, KVConfig, ModelConfig
+from fairkv_jax.config import EngineConfig, KVConfig
 from fairkv_jax.engine.llm_engine import LLMEngine
-from fairkv_jax.plan import STRATEGIES, Plan, Profile, make_plan
+from fairkv_jax.plan import (
+    HARDWARE,
+    STRATEGIES,
+    CostModel,
+    ModelShape,
+    Plan,
+    Profile,
+    make_plan,
+)
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 _CPU_KV_BYTES = 1 << 30
@@ -76,13 +84,18 @@ def build_engine(
     context = config.max_position_embeddings
     if max_model_len is not None and max_model_len > context:
         raise ValueError(f"max_model_len {max_model_len} is beyond the model's context {context}")
-    plan = _make_plan(
-        head_plan, config, checkpoint.name, kv_config, tensor_parallel_size, max_copies
+    itemsize = jnp.dtype(dtype).itemsize
+    shape = ModelShape.from_config(config)
+    cost = CostModel.of(
+        shape, tensor_parallel_size, _hardware(), batch=max_num_seqs, itemsize=itemsize
     )
+    profile = _profile(checkpoint.name, shape, kv_config, config.max_position_embeddings)
+    plan = _plan(head_plan, profile, checkpoint.name, cost, tensor_parallel_size, max_copies)
     if kv_cache_memory_bytes is None:
-        kv_cache_memory_bytes = _kv_bytes(
-            config, plan, jnp.dtype(dtype).itemsize, gpu_memory_utilization
-        )
+        embedding = 0 if config.tie_word_embeddings else config.vocab_size * config.hidden_size
+        weights = plan.slots * plan.n_devices * config.num_layers * shape.head_params
+        weights = itemsize * (weights + shape.rest_params + embedding)
+        kv_cache_memory_bytes = _kv_bytes(weights, plan.n_devices, gpu_memory_utilization)
     engine_config = EngineConfig(
         tensor_parallel_size=tensor_parallel_size,
         max_model_len=max_model_len or context,
@@ -95,11 +108,30 @@ def build_engine(
     return LLMEngine(checkpoint, plan, engine_config, kv_config, progress=progress)
 
 
-def _make_plan(
+def _hardware() -> str:
+    """The cost model's name for the devices that are here; an H100 where it has none."""
+    kind = jax.devices()[0].device_kind.upper()
+    return next((name for name in HARDWARE if name in kind), "H100")
+
+
+def _profile(name: str, shape: ModelShape, kv_config: KVConfig, context: int) -> Profile:
+    """What each head is expected to hold: alike, until somebody has measured it."""
+    tokens = (float(kv_config.kept_tokens(context)),) * shape.num_kv_heads
+    return Profile(
+        model=name,
+        policy=kv_config.policy,
+        budget=kv_config.budget,
+        tokens=(tokens,) * shape.num_layers,
+        source="uniform",
+        shape=shape,
+    )
+
+
+def _plan(
     head_plan: str | Path | Plan,
-    config: ModelConfig,
+    profile: Profile,
     name: str,
-    kv_config: KVConfig,
+    cost: CostModel,
     num_devices: int,
     max_copies: int | None,
 ) -> Plan:
@@ -107,9 +139,7 @@ def _make_plan(
     if isinstance(head_plan, Plan):
         plan = head_plan
     elif head_plan in STRATEGIES:
-        tokens = kv_config.kept_tokens(config.max_position_embeddings)
-        profile = Profile.uniform(config.num_layers, config.num_kv_heads, tokens)
-        plan = make_plan(profile, num_devices, str(head_plan), max_copies=max_copies)
+        plan = make_plan(profile, num_devices, str(head_plan), max_copies=max_copies, cost=cost)
     elif Path(head_plan).is_file():
         plan = Plan.from_json(Path(head_plan).read_text())
     else:
@@ -117,7 +147,7 @@ def _make_plan(
             f"head_plan {str(head_plan)!r} is neither one of {', '.join(STRATEGIES)} nor a file"
         )
     has = (len(plan.layers), plan.n_heads, plan.n_devices)
-    needs = (config.num_layers, config.num_kv_heads, num_devices)
+    needs = (profile.num_layers, profile.num_heads, num_devices)
     if has != needs:
         raise ValueError(
             f"the plan is for (layers, KV heads, devices) = {has}, but {name} on "
@@ -126,23 +156,22 @@ def _make_plan(
     return plan
 
 
-def _kv_bytes(config: ModelConfig, plan: Plan, itemsize: int, utilization: float) -> int:
-    """Bytes for the pool over all devices: what is left of them, or a fixed size on CPU."""
+def _kv_bytes(weight_bytes: int, num_devices: int, utilization: float) -> int:
+    """Bytes for the pool over all devices: what the weights leave of them, or a fixed size on CPU.
+
+    Raises:
+        ValueError: the weights leave nothing.
+    """
     if not 0 < utilization <= 1:
         raise ValueError(f"gpu_memory_utilization must lie in (0, 1], got {utilization}")
     stats = jax.local_devices()[0].memory_stats()
     if not stats:
         return _CPU_KV_BYTES
-    heads = plan.slots * plan.n_devices * config.num_layers
-    per_head = (2 * config.group_size + 2) * config.head_dim * config.hidden_size
-    mlp = 3 * config.num_layers * config.intermediate_size * config.hidden_size
-    vocab = (2 - config.tie_word_embeddings) * config.vocab_size * config.hidden_size
-    weights = itemsize * (heads * per_head + mlp + vocab)
-    granted = int(stats["bytes_limit"] * utilization) * plan.n_devices
-    if granted <= weights:
+    granted = int(stats["bytes_limit"] * utilization) * num_devices
+    if granted <= weight_bytes:
         raise ValueError(
-            f"the weights need {weights / 2**30:.1f} GiB, gpu_memory_utilization {utilization} "
-            f"grants {granted / 2**30:.1f} GiB over {plan.n_devices} device(s): raise it, or use "
-            "more devices"
+            f"the weights need {weight_bytes / 2**30:.1f} GiB, gpu_memory_utilization "
+            f"{utilization} grants {granted / 2**30:.1f} GiB over {num_devices} device(s): "
+            "raise it, or use more devices"
         )
-    return granted - weights
+    return granted - weight_bytes
