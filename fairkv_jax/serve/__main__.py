@@ -5,6 +5,8 @@ import os
 import sys
 from functools import partial
 
+from fairkv_jax.engine.request import Request
+from fairkv_jax.sampling_params import SamplingParams
 from fairkv_jax.serve.async_engine import Engine
 from fairkv_jax.serve.flags import Options, parse
 
@@ -52,7 +54,17 @@ def _load(options: Options) -> Engine:
     engine = build_engine(**{"tensor_parallel_size": len(jax.devices()), **options.engine})
     config = engine.engine_config
     engine.warm_up(range(1, config.max_model_len), config.max_num_seqs)
+    _rehearse(engine, config.max_num_seqs)
     return engine
+
+
+def _rehearse(engine: Engine, rows: int) -> None:
+    """Fill the batch row by row: what is left to be compiled, or to fail, shows before ready."""
+    params = SamplingParams(max_tokens=rows + 1, ignore_eos=True)
+    for row in range(rows):
+        engine.add_request(Request(f"rehearsal-{row}", [0], params))
+    while engine.has_unfinished_requests():
+        engine.step()
 
 
 if __name__ == "__main__":

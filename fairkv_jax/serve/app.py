@@ -5,8 +5,9 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
 
-from fastapi import FastAPI
+from fastapi import FastAPI, Response
 from fastapi.responses import JSONResponse
+from prometheus_client import CONTENT_TYPE_LATEST
 
 from fairkv_jax import __version__
 from fairkv_jax.serve import chat, completions, tokenization
@@ -53,6 +54,10 @@ def _add_status_routes(app: FastAPI, service: Service) -> None:
         if state is State.READY:
             return JSONResponse({"status": state.value})
         return error_response(503, f"the engine is not ready, its state is: {state.value}")
+
+    @app.get("/metrics")
+    async def metrics() -> Response:
+        return Response(service.metrics.exposition(), media_type=CONTENT_TYPE_LATEST)
 
     @app.get("/version")
     async def version() -> dict[str, str]:

@@ -42,6 +42,14 @@ class Engine(Protocol):
     def step(self) -> list[RequestOutput]: ...
 
 
+class Observer(Protocol):
+    """Who is told of every request; called in the event loop."""
+
+    def submitted(self, requests: Sequence[Request]) -> None: ...
+    def stepped(self, outputs: Sequence[RequestOutput]) -> None: ...
+    def dropped(self, request_ids: Iterable[str]) -> None: ...
+
+
 class State(Enum):
     """The life of an engine; requests are taken only while it is ready."""
 
@@ -141,12 +149,14 @@ class AsyncEngine:
     def __init__(
         self,
         load: Callable[[], Engine],
+        observer: Observer,
         *,
         max_queued: int = 1024,
         on_ready: Callable[[Engine], None] = lambda engine: None,
         on_failure: Callable[[BaseException, bool], None] = lambda error, was_ready: None,
     ):
         self._load = load
+        self._observer = observer
         self._max_queued = max_queued
         self._on_ready = on_ready
         self._on_failure = on_failure
@@ -203,9 +213,11 @@ class AsyncEngine:
         for request in requests:
             self._streams[request.request_id] = stream
             self._mailbox.put(_Add(request))
+        self._observer.submitted(requests)
         return stream
 
     def abort(self, request_ids: Iterable[str]) -> None:
+        self._observer.dropped(request_ids)
         for request_id in request_ids:
             self._mailbox.put(_Abort(request_id))
 
@@ -228,6 +240,7 @@ class AsyncEngine:
         self._on_ready(engine)
 
     def _deliver(self, outputs: list[RequestOutput]) -> None:
+        self._observer.stepped(outputs)
         for output in outputs:
             stream = self._streams.get(output.request_id)
             if stream is not None:
@@ -243,16 +256,19 @@ class AsyncEngine:
     def _fail(self, error: BaseException) -> None:
         was_ready = self.state is State.READY
         self.state, self.failure = State.FAILED, error
-        streams = set(self._streams.values())
-        self._streams.clear()
-        for stream in streams:
-            stream.fail(EngineUnavailable(_WHY_NOT[State.FAILED]))
+        self._fail_all()
         self._on_failure(error, was_ready)
 
     def _stopped(self) -> None:
         self.state = State.STOPPED
-        for stream in set(self._streams.values()):
-            stream.fail(EngineUnavailable(_WHY_NOT[State.STOPPED]))
+        self._fail_all()
+
+    def _fail_all(self) -> None:
+        """Tell every client why nothing more comes."""
+        streams, self._streams = self._streams, {}
+        self._observer.dropped(streams)
+        for stream in set(streams.values()):
+            stream.fail(EngineUnavailable(_WHY_NOT[self.state]))
 
     # -- the engine thread's side ---------------------------------------------------------------
 

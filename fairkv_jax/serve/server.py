@@ -14,12 +14,14 @@ from starlette.types import ASGIApp
 
 from fairkv_jax.serve.app import create_app
 from fairkv_jax.serve.async_engine import AsyncEngine, Engine
+from fairkv_jax.serve.metrics import Metrics
 from fairkv_jax.serve.options import ServerOptions
 from fairkv_jax.serve.service import Service
 from fairkv_jax.serve.startup import describe
 
 log = logging.getLogger(__name__)
 
+BACKLOG = 2048
 FAILED = 1
 ABORTED = 130
 FAILURE_GRACE_S = 2.0
@@ -38,6 +40,7 @@ def serve(load: Callable[[], Engine], options: ServerOptions) -> int:
     address = f"http://{host}:{listener.getsockname()[1]}"
 
     def on_ready(engine: Engine) -> None:
+        metrics.describe(service.model_name, engine.plan.utilization, engine.plan.n_copies)
         for line in describe(engine):
             log.info("%s", line)
         log.info("ready: serving on %s", address)
@@ -49,12 +52,17 @@ def serve(load: Callable[[], Engine], options: ServerOptions) -> int:
         log.error("%s: %s", what, error, exc_info=None if foreseen else error)
         server.exit_after(FAILURE_GRACE_S if was_ready else 0.0)
 
+    metrics = Metrics()
     engine = AsyncEngine(
-        load, max_queued=options.max_num_queued_reqs, on_ready=on_ready, on_failure=on_failure
+        load,
+        metrics,
+        max_queued=options.max_num_queued_reqs,
+        on_ready=on_ready,
+        on_failure=on_failure,
     )
-    server = _Server(create_app(Service(engine, options)), options)
+    service = Service(engine, options, metrics)
     log.info("listening on %s, loading: /health answers 503 until ready", address)
-    server = _Server(create_app(Service(engine, options)), options)
+    server = _Server(create_app(service), options)
     server.run(sockets=[listener])
     status = FAILED if engine.failure is not None else 0
     if not engine.join(THREAD_GRACE_S):
@@ -90,7 +98,7 @@ class _Server(uvicorn.Server):
 
 
 def _listen(host: str, port: int) -> socket.socket:
-    """A bound socket.
+    """A socket that takes connections from now on; they wait until they are served.
 
     Raises:
         SystemExit: the address is taken or is none of this machine's.
@@ -99,6 +107,7 @@ def _listen(host: str, port: int) -> socket.socket:
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listener.bind((host, port))
+        listener.listen(BACKLOG)
     except OSError as error:
         listener.close()
         reason = os.strerror(error.errno) if error.errno else error

@@ -10,6 +10,7 @@ from fastapi.routing import APIRoute
 
 from fairkv_jax.serve.async_engine import AsyncEngine
 from fairkv_jax.serve.errors import ApiError
+from fairkv_jax.serve.metrics import Metrics
 from fairkv_jax.serve.options import ServerOptions
 
 
@@ -19,6 +20,7 @@ class Service:
 
     engine: AsyncEngine
     options: ServerOptions
+    metrics: Metrics
 
     @property
     def model_name(self) -> str:

@@ -18,6 +18,7 @@ import uvicorn
 
 from fairkv_jax.serve.app import create_app
 from fairkv_jax.serve.async_engine import AsyncEngine, Engine
+from fairkv_jax.serve.metrics import Metrics
 from fairkv_jax.serve.options import ServerOptions
 from fairkv_jax.serve.service import Service
 
@@ -44,8 +45,14 @@ def eventually(condition: Callable[[], object], patience_s: float = PATIENCE_S) 
 def running(load: Callable[[], Engine], *, wait: bool = True, **options) -> Iterator[Server]:
     """A server in a thread, ready unless `wait` is false."""
     settings = ServerOptions(**options)
-    engine = AsyncEngine(load, max_queued=settings.max_num_queued_reqs)
-    app = create_app(Service(engine, settings))
+    metrics = Metrics()
+    engine = AsyncEngine(
+        load,
+        metrics,
+        max_queued=settings.max_num_queued_reqs,
+        on_ready=lambda engine: metrics.describe(engine.model_name, 1.0, 0),
+    )
+    app = create_app(Service(engine, settings, metrics))
     listener = socket.create_server(("127.0.0.1", 0))
     url = f"http://127.0.0.1:{listener.getsockname()[1]}"
     config = uvicorn.Config(app, log_config=None, timeout_graceful_shutdown=1, lifespan="on")

@@ -28,7 +28,7 @@ FLAGS = (
 def process(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Process]:
     cache = tmp_path_factory.mktemp("compiled")
     arguments = [*FLAGS, f"--model={checkpoint}", f"--compilation-cache-dir={cache}"]
-    with Process("fairkv_jax.serve", arguments) as process:
+    with Process("fairkv_jax.serve", arguments, JAX_LOG_COMPILES="1") as process:
         yield process
 
 
@@ -130,6 +130,18 @@ def test_wrong_options_end_in_a_sentence(checkpoint: Path, flags: list[str], sen
         assert len(last) == 1, process.log
         assert sentence in last[0]
         assert "Traceback" not in process.log
+
+
+def test_nothing_is_compiled_once_it_is_ready(process: Process, client: httpx.Client):
+    """Over all requests above, and over more shapes; the log says what JAX compiles."""
+    assert client.get("/health").status_code == 200
+    for length in (1, 31, 33, 64, 100, 127):
+        body = {"prompt": [7] * length, "max_tokens": 3, "logprobs": 5, "top_k": 4, "top_p": 0.7}
+        assert client.post("/v1/completions", json=body).status_code == 200
+    compiled = "Finished XLA compilation"
+    before, _, after = process.log.partition("ready: serving on")
+    assert compiled in before
+    assert compiled not in after
 
 
 def test_it_shuts_down_cleanly(process: Process, client: httpx.Client):

@@ -1,0 +1,107 @@
+"""The figures at /metrics, from requests whose timing the test decides."""
+
+from pathlib import Path
+
+import httpx
+import numpy as np
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+from fairkv_jax.engine.request import CompletionOutput, Request, RequestOutput
+from fairkv_jax.serve.metrics import Metrics
+from tests.serve.live import Server, eventually, running
+from tests.serve.scripted import ScriptedEngine
+
+
+class Clock:
+    now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def output(request_id: str, tokens: int, reason: str | None = None) -> RequestOutput:
+    completion = CompletionOutput("", list(range(tokens)), None, finish_reason=reason)
+    kept = np.array([[2, 4], [6, 8]])
+    return RequestOutput(request_id, None, [1] * 10, [completion], reason is not None, kept)
+
+
+def read(text: str) -> dict[str, float]:
+    """Samples by name and, after it, what labels there are beside the model's name."""
+    samples = {}
+    for family in text_string_to_metric_families(text):
+        for sample in family.samples:
+            labels = [f"{k}={v}" for k, v in sample.labels.items() if k != "model_name"]
+            samples[" ".join([sample.name, *labels])] = sample.value
+    return samples
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
+
+
+@pytest.fixture
+def metrics(clock: Clock) -> Metrics:
+    metrics = Metrics(clock)
+    metrics.describe("model", 0.9, 4)
+    return metrics
+
+
+def test_the_life_of_a_request(metrics: Metrics, clock: Clock):
+    def now() -> dict[str, float]:
+        return read(metrics.exposition().decode())
+
+    metrics.submitted([Request("a", [1] * 10), Request("b", [1] * 10)])
+    assert (now()["vllm:num_requests_waiting"], now()["vllm:num_requests_running"]) == (2, 0)
+    clock.now += 2
+    metrics.stepped([output("a", 1)])
+    assert (now()["vllm:num_requests_waiting"], now()["vllm:num_requests_running"]) == (1, 1)
+    clock.now += 3
+    metrics.stepped([output("a", 3)])  # two tokens at a time
+    clock.now += 1
+    metrics.stepped([output("a", 4, "length")])
+    metrics.dropped(["b", "a", "never seen"])
+    final = now()
+    assert (final["vllm:num_requests_waiting"], final["vllm:num_requests_running"]) == (0, 0)
+    assert final["vllm:prompt_tokens_total"] == 10
+    assert final["vllm:generation_tokens_total"] == 4
+    assert final["vllm:request_success_total finished_reason=length"] == 1
+    assert final["vllm:request_success_total finished_reason=abort"] == 1
+    assert final["vllm:time_to_first_token_seconds_sum"] == 2
+    assert final["vllm:inter_token_latency_seconds_count"] == 3
+    assert final["vllm:inter_token_latency_seconds_sum"] == 4
+    assert final["vllm:request_time_per_output_token_seconds_sum"] == pytest.approx(4 / 3)
+    assert final["vllm:e2e_request_latency_seconds_sum"] == 6
+    assert final["vllm:request_decode_time_seconds_sum"] == 4
+    assert final["vllm:iteration_tokens_total_sum"] == 14
+    assert final["fairkv:kept_fraction_sum"] == 0.5
+    assert (final["fairkv:plan_utilization"], final["fairkv:plan_copies"]) == (0.9, 4)
+
+
+def test_a_server_counts_what_it_serves(checkpoint: Path):
+    slow = ScriptedEngine(checkpoint, step_seconds=0.02)
+
+    def now(server: Server) -> dict[str, float]:
+        return read(server.client.get("/metrics").text)
+
+    with running(lambda: slow) as server:
+        body = {"prompt": "x", "max_tokens": 5, "n": 2}
+        assert server.client.post("/v1/completions", json=body).status_code == 200
+        counted = now(server)
+        assert counted["vllm:generation_tokens_total"] == 10
+        assert counted["vllm:request_success_total finished_reason=length"] == 2
+        assert counted["vllm:e2e_request_latency_seconds_count"] == 2
+        long = {"prompt": "x", "max_tokens": 500, "stream": True}
+        with server.client.stream("POST", "/v1/completions", json=long) as response:
+            lines = response.iter_lines()  # which hangs up once it is forgotten
+            next(lines)
+            assert now(server)["vllm:num_requests_running"] == 1
+        eventually(lambda: now(server)["vllm:num_requests_running"] == 0)
+        assert now(server)["vllm:request_success_total finished_reason=abort"] == 1
+
+
+def test_metrics_are_there_before_the_model_is(client: httpx.Client):
+    assert "process_resident_memory_bytes" in read(Metrics().exposition().decode())
+    response = client.get("/metrics")
+    assert response.headers["content-type"].startswith("text/plain")
