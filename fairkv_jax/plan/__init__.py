@@ -1,22 +1,36 @@
 """Head profiles and plans in pure NumPy and SciPy: importing this imports no JAX."""
 
+from fairkv_jax.plan.calibrate import Calibration, Step, calibrate
 from fairkv_jax.plan.cost import HARDWARE, CostModel
-from fairkv_jax.plan.make import ROW_SPLITS, STRATEGIES, make_plan
+from fairkv_jax.plan.make import ROW_SPLITS, STRATEGIES, default_cost, make_plan
+from fairkv_jax.plan.objective import OBJECTIVES
 from fairkv_jax.plan.plan import Copy, Plan
 from fairkv_jax.plan.profile import Profile
 from fairkv_jax.plan.route import route
-from fairkv_jax.plan.shape import SHAPES, ModelShape
+from fairkv_jax.plan.rows import row_counts
+from fairkv_jax.plan.shape import SHAPES, ModelShape, find_shape
+from fairkv_jax.plan.simulate import Trace, Workload, simulate
 
 __all__ = [
     "HARDWARE",
+    "OBJECTIVES",
     "ROW_SPLITS",
     "SHAPES",
     "STRATEGIES",
+    "Calibration",
     "Copy",
     "CostModel",
     "ModelShape",
     "Plan",
     "Profile",
+    "Step",
+    "Trace",
+    "Workload",
+    "calibrate",
+    "default_cost",
+    "find_shape",
     "make_plan",
     "route",
+    "row_counts",
+    "simulate",
 ]

@@ -13,6 +13,7 @@ from scipy.sparse import coo_array
 
 NODE_LIMIT = 1000
 GAP = 1e-6
+Values = float | np.ndarray
 
 
 def equal_columns(
@@ -145,14 +146,24 @@ class Program:
         self.low[self.objective], self.high[self.objective] = self.floor, self.ceiling
         self.integral[self.objective] = 0
 
-    def add(self, row, column, value, *, low=-np.inf, high=np.inf) -> None:
+    def add(
+        self,
+        row: np.ndarray,
+        column: np.ndarray,
+        value: Values,
+        *,
+        low: Values = -np.inf,
+        high: Values = np.inf,
+    ) -> None:
         """Adds the constraints low <= sum of value x variable[column] <= high of every row."""
         rows = int(row.max()) + 1
         self.entries.append((row + self.count, column, np.broadcast_to(value, row.shape)))
         self.limits.append((np.broadcast_to(low, rows), np.broadcast_to(high, rows)))
         self.count += rows
 
-    def add_loads(self, device, column, load, devices: int) -> None:
+    def add_loads(
+        self, device: np.ndarray, column: np.ndarray, load: np.ndarray, devices: int
+    ) -> None:
         """No device is fuller than the objective says."""
         self.add(
             np.concatenate([device, np.arange(devices)]),
@@ -174,8 +185,8 @@ class Program:
         result = milp(
             objective,
             integrality=self.integral,
-            bounds=Bounds(self.low, self.high),
-            constraints=LinearConstraint(matrix, low, high),
+            bounds=Bounds(self.low, self.high),  # pyright: ignore[reportArgumentType]
+            constraints=LinearConstraint(matrix, low, high),  # pyright: ignore[reportArgumentType]
             options={"node_limit": NODE_LIMIT, "mip_rel_gap": GAP},
         )
         if result.status == 2:

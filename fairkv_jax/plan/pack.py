@@ -42,7 +42,7 @@ def longest_first(pieces: np.ndarray, replicas: np.ndarray, devices: int, slots:
 
 def loads(placed: np.ndarray, pieces: np.ndarray) -> np.ndarray:
     """Load of every device [N, P]; infinite where a head is placed nowhere."""
-    whole = placed.any(2).all(1)
+    whole = placed.any(2).sum(1) == placed.shape[1]
     load = np.einsum("nkp,nk->np", placed, pieces)
     return np.where(whole[:, None], load, np.inf)
 
@@ -61,7 +61,7 @@ def local_search(placed: np.ndarray, pieces: np.ndarray, slots: int) -> np.ndarr
     placed = placed.copy()
     load = loads(placed, pieces)
     open_ = load.max(1) > load.mean(1) * (1 + tolerance(pieces.shape[1]))
-    active = np.flatnonzero(placed.any(2).all(1) & open_)
+    active = np.flatnonzero((placed.any(2).sum(1) == placed.shape[1]) & open_)
     for _ in range(MAX_ROUNDS):
         if not active.size:
             break

@@ -57,13 +57,13 @@ class ModelShape:
 SHAPES: dict[str, ModelShape] = {
     "smollm2-135m": ModelShape(30, 576, 9, 3, 64, 1536, 49152),
     "llama-3-8b": ModelShape(32, 4096, 32, 8, 128, 14336, 128256),
+    "llama-3.1-8b": ModelShape(32, 4096, 32, 8, 128, 14336, 128256),
     "llama-3.3-70b": ModelShape(80, 8192, 64, 8, 128, 28672, 128256),
     "mistral-small-24b": ModelShape(40, 5120, 32, 8, 128, 32768, 131072),
 }
-"""By name, in lower case; `find_shape` looks up what a profile calls its model."""
+"""By name, in lower case."""
 
 
 def find_shape(model: str) -> ModelShape | None:
-    """The shape whose name `model` begins with or ends a path with, or None if none is known."""
-    name = model.lower().rsplit("/", 1)[-1]
-    return next((shape for known, shape in SHAPES.items() if name.startswith(known)), None)
+    """The shape whose name is part of what a profile calls its model, or None if none is."""
+    return next((shape for known, shape in SHAPES.items() if known in model.lower()), None)

@@ -1,0 +1,181 @@
+"""`python -m fairkv_jax.plan`: plan a profile's heads over devices; show, save and report it."""
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+from absl import flags
+from rich.console import Console
+
+from fairkv_jax.plan.cost import HARDWARE, CostModel
+from fairkv_jax.plan.make import ROW_SPLITS, STRATEGIES, make_plan
+from fairkv_jax.plan.objective import OBJECTIVES
+from fairkv_jax.plan.plan import Plan
+from fairkv_jax.plan.profile import Profile
+from fairkv_jax.plan.report import report_page
+from fairkv_jax.plan.shape import find_shape
+from fairkv_jax.plan.simulate import Workload, simulate
+from fairkv_jax.plan.table import plan_tables, simulation_table
+
+COMPARED = (
+    ("static", "equal"),
+    ("best_effort", "equal"),
+    ("fair_copying", "equal"),
+    ("fair_copying", "proportional"),
+)
+GIB = 1 << 30
+
+
+def define_flags() -> flags.FlagValues:
+    """The command line, as a value of its own: importing this defines no flags."""
+    values = flags.FlagValues()
+    shared = {"flag_values": values}
+    flags.DEFINE_string("profile", None, "a profile's JSON file", **shared)
+    flags.DEFINE_integer("devices", 2, "devices that share each layer's heads", **shared)
+    flags.DEFINE_enum("strategy", "fair_copying", STRATEGIES, "how heads are placed", **shared)
+    flags.DEFINE_enum("row_split", "equal", ROW_SPLITS, "how replicas share rows", **shared)
+    flags.DEFINE_integer(
+        "max_copies", None, "most copies per layer beyond one per head; default devices - 1",
+        **shared,
+    )  # fmt: skip
+    flags.DEFINE_integer("max_slots", None, "most heads on a device in a layer", **shared)
+    flags.DEFINE_enum(
+        "objective", "latency", OBJECTIVES, "least step time, or most tokens/s", **shared
+    )
+    flags.DEFINE_integer("batch", 16, "rows of the decode batch (latency)", **shared)
+    flags.DEFINE_float(
+        "device_memory", None,
+        "GiB for weights and cache on a device; under throughput the default is the hardware's",
+        **shared,
+    )  # fmt: skip
+    flags.DEFINE_enum("hardware", "H100", list(HARDWARE), "sets what weights cost", **shared)
+    flags.DEFINE_integer("itemsize", 2, "bytes of a weight and of a cached number", **shared)
+    flags.DEFINE_integer("effort", 1, "more leaves more to the exact solver", **shared)
+    flags.DEFINE_integer(
+        "simulate", 0, "replay so many requests drawn from the profile's prompts", **shared
+    )
+    flags.DEFINE_string("output", None, "where to write the plan's JSON", **shared)
+    flags.DEFINE_string("report", None, "where to write the HTML report", **shared)
+    flags.DEFINE_bool("help", False, "show this and exit", **shared)
+    return values
+
+
+def parse(arguments: list[str]) -> flags.FlagValues:
+    """Reads the command line; --row-split and --row_split are the same flag.
+
+    Raises:
+        ValueError: an unknown flag, a bad value or a missing profile.
+    """
+    values = define_flags()
+    names = [_with_underscores(argument) for argument in arguments]
+    try:
+        rest = values(["plan", *names])[1:]
+    except flags.Error as error:
+        raise ValueError(str(error)) from None
+    if rest:
+        raise ValueError(f"unexpected argument {rest[0]!r}")
+    if not values.help and not values.profile:
+        raise ValueError(
+            "--profile is required: a JSON file that python -m fairkv_jax.profile made"
+        )
+    return values
+
+
+def run(values: flags.FlagValues, console: Console) -> None:
+    """Plans with every strategy, shows the chosen one among them, writes what is asked for."""
+    profile = Profile.from_json(Path(values.profile).read_text(encoding="utf-8"))
+    cost = _cost(profile, values)
+    memory = None if values.device_memory is None else values.device_memory * GIB
+    if values.objective == "throughput" and memory is None:
+        memory = HARDWARE[values.hardware].memory_bytes
+
+    def plan_with(strategy: str, row_split: str) -> Plan:
+        return make_plan(
+            profile,
+            values.devices,
+            strategy,
+            row_split=row_split,
+            max_copies=values.max_copies,
+            max_slots=values.max_slots,
+            device_bytes=memory,
+            objective=values.objective,
+            cost=cost,
+            effort=values.effort,
+        )
+
+    chosen = plan_with(values.strategy, values.row_split)
+    others = _compare(plan_with, chosen)
+    for table in plan_tables(profile, chosen, others):
+        console.print(table)
+    if profile.shape is None and find_shape(profile.model) is None:
+        console.print("The model's widths are unknown, so weights count nothing here, only tokens.")
+    if values.simulate:
+        console.print(_simulated(profile, chosen, values.simulate))
+    if values.output:
+        Path(values.output).write_text(chosen.to_json(), encoding="utf-8")
+        console.print(f"plan written to {values.output}")
+    if values.report:
+        Path(values.report).write_text(report_page(profile, chosen, others), encoding="utf-8")
+        console.print(f"report written to {values.report}")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs the command line; an error is one line on stderr and the exit status 1."""
+    try:
+        values = parse(sys.argv[1:] if arguments is None else arguments)
+        if values.help:
+            print(__doc__, values.get_help(), sep="\n")
+            return 0
+        # Tables in a file or a pipe need no narrow screen.
+        run(values, Console(width=None if sys.stdout.isatty() else 120))
+    except (OSError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _with_underscores(argument: str) -> str:
+    if not argument.startswith("--"):
+        return argument
+    name, equals, value = argument.partition("=")
+    return "--" + name[2:].replace("-", "_") + equals + value
+
+
+def _cost(profile: Profile, values: flags.FlagValues) -> CostModel:
+    shape = profile.shape or find_shape(profile.model)
+    if shape is None:
+        return CostModel.tokens_only(values.hardware, batch=values.batch)
+    return CostModel.of(
+        shape, values.devices, values.hardware, batch=values.batch, itemsize=values.itemsize
+    )
+
+
+def _compare(plan_with: Callable[[str, str], Plan], chosen: Plan) -> list[Plan]:
+    """Every strategy within the same limits; one that cannot meet them is left out."""
+    plans = []
+    for strategy, row_split in COMPARED:
+        if strategy == chosen.strategy and row_split == chosen.row_split:
+            plans.append(chosen)
+            continue
+        try:
+            plans.append(plan_with(strategy, row_split))
+        except ValueError:
+            continue
+    return plans if chosen in plans else [*plans, chosen]
+
+
+def _simulated(profile: Profile, plan: Plan, requests: int):
+    if profile.samples is None:
+        raise ValueError(
+            "--simulate needs a profile with the kept tokens of each prompt: measure one with "
+            "python -m fairkv_jax.profile"
+        )
+    workload = Workload.drawn(np.array(profile.samples), requests, rate=1.0, new_tokens=64)
+    batch = plan.cost.batch
+    routed, fixed = (simulate(plan, workload, batch, routed=routed) for routed in (True, False))
+    return simulation_table(routed, fixed, batch, requests)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

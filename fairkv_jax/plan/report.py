@@ -1,0 +1,169 @@
+"""A plan as one self-contained HTML page: what is uneven, what the plan does, what it gains."""
+
+from collections.abc import Sequence
+from html import escape
+
+import numpy as np
+
+from fairkv_jax.plan.chart import bars, heat_map
+from fairkv_jax.plan.plan import Plan
+from fairkv_jax.plan.profile import Profile
+from fairkv_jax.plan.table import plan_name
+
+STYLE = """
+:root { color-scheme: light dark; --ink: #1d2430; --soft: #5d6675; --line: #d9dee6;
+  --paper: #ffffff; --panel: #f5f7fa; --heat: #1f5fbf; --mark: #d9480f; --cell: #e9eef5; }
+@media (prefers-color-scheme: dark) { :root { --ink: #e6e9ef; --soft: #9aa4b2; --line: #333b47;
+  --paper: #14181f; --panel: #1c222b; --heat: #6aa5ff; --mark: #ff9257; --cell: #232b36; } }
+body { font: 15px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--paper);
+  max-width: 1100px; margin: 2.5rem auto; padding: 0 1.25rem; }
+h1 { font-size: 1.6rem; margin: 0; } h2 { font-size: 1.1rem; margin: 2.5rem 0 .25rem; }
+p { margin: .25rem 0 .75rem; max-width: 75ch; } .soft { color: var(--soft); }
+.figures { display: flex; flex-wrap: wrap; gap: 1rem; margin: 1.5rem 0; }
+.figure { background: var(--panel); border-radius: 8px; padding: .75rem 1.25rem; flex: 1 1 9rem; }
+.figure b { display: block; font-size: 1.6rem; line-height: 1.3; }
+.side { display: flex; flex-wrap: wrap; gap: 2.5rem; align-items: flex-start; }
+.scroll { overflow-x: auto; }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
+th, td { padding: .3rem .8rem; text-align: right; border-bottom: 1px solid var(--line);
+  white-space: nowrap; }
+th { font-weight: 600; color: var(--soft); } th:first-child, td:first-child { text-align: left;
+  padding-left: 0; } tr.chosen { font-weight: 600; }
+svg { display: block; max-width: 100%; height: auto; } svg text { font: 11px system-ui, sans-serif; fill: var(--soft); }
+svg .cell { fill: var(--cell); } svg .heat { fill: var(--heat); } svg .mark { fill: none;
+  stroke: var(--mark); stroke-width: 1.6; } svg text.count { fill: var(--mark); font-weight: 700; }
+svg .bar { fill: var(--heat); } svg .mean { stroke: var(--mark); stroke-dasharray: 4 3; }
+"""  # noqa: E501
+
+
+def report_page(profile: Profile, chosen: Plan, plans: Sequence[Plan]) -> str:
+    """The whole page; `plans` are what it is compared with, `static` first."""
+    title = f"{profile.model or 'A model'} on {chosen.n_devices} devices"
+    body = [
+        f"<h1>{escape(title)}</h1>",
+        f'<p class="soft">{escape(_subtitle(profile, chosen))}</p>',
+        _figures(chosen, plans[0]),
+        _heads(profile, chosen),
+        _devices(profile, plans[0], chosen),
+        _strategies(chosen, plans),
+    ]
+    return (
+        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<title>{escape(title)}</title><style>{STYLE}</style></head>\n<body>"
+        + "\n".join(body)
+        + "</body></html>\n"
+    )
+
+
+def _subtitle(profile: Profile, plan: Plan) -> str:
+    budget = "" if profile.budget is None else f", {profile.budget} tokens a head on average"
+    cost = plan.cost.hardware or "a measured cost"
+    return (
+        f"{profile.num_layers} layers of {profile.num_heads} KV heads, {profile.policy}{budget}; "
+        f"planned with {plan_name(plan)} for {cost} at batch {plan.cost.batch}."
+    )
+
+
+def _figures(plan: Plan, static: Plan) -> str:
+    speed = plan.tokens_per_second / static.tokens_per_second
+    attention = static.step_seconds / static.cost.batch * plan.cost.batch / plan.step_seconds
+    shown = (
+        (f"{speed:.2f}×", f"tokens/s of {plan_name(static)}"),
+        (f"{attention:.2f}×", "as fast in attention alone, per row"),
+        (f"{static.utilization:.0%} → {plan.utilization:.0%}", "utilisation in attention"),
+        (f"{plan.n_copies}", f"copies in {plan.n_layers} layers, {plan.slots} slots a device"),
+        (f"{plan.gap:.1%}", "at most above the best possible plan"),
+    )
+    cells = (f'<div class="figure"><b>{value}</b>{escape(text)}</div>' for value, text in shown)
+    return f'<div class="figures">{"".join(cells)}</div>'
+
+
+def _heads(profile: Profile, plan: Plan) -> str:
+    tokens = profile.array
+    replicas = plan.copies().sum(2)
+    hints = [
+        [
+            f"layer {layer}, head {head}: {tokens[layer, head]:.0f} tokens, "
+            + ", ".join(
+                f"device {copy.device} ({copy.share:.0%})"
+                for copy in plan.layers[layer]
+                if copy.head == head
+            )
+            for head in range(profile.num_heads)
+        ]
+        for layer in range(profile.num_layers)
+    ]
+    spread = tokens.max(1) / tokens.mean(1)
+    return (
+        "<h2>Heads</h2><p>Cached tokens of one row, darker for more: "
+        f"{tokens.min():.0f} to {tokens.max():.0f}. In the median layer the heaviest head holds "
+        f"{np.median(spread):.2f} times the mean. Framed heads are copied; the number says on how "
+        "many devices they are.</p>"
+        + heat_map(tokens / tokens.max(), hints, "head", np.where(replicas > 1, replicas, 0))
+    )
+
+
+def _devices(profile: Profile, before: Plan, after: Plan) -> str:
+    loads = [np.einsum("lk,lkp->lp", profile.array, plan.shares()) for plan in (before, after)]
+    most = max(float((load / load.mean(1, keepdims=True)).max()) for load in loads)
+    total = max(float(load.sum(0).max()) for load in loads)
+    parts = []
+    for plan, load in zip((before, after), loads, strict=True):
+        relative = load / load.mean(1, keepdims=True)
+        hints = [
+            [
+                f"layer {layer}, device {device}: {load[layer, device]:.0f} tokens, "
+                f"{relative[layer, device]:.2f} times the mean; heads "
+                + ", ".join(str(copy.head) for copy in plan.layers[layer] if copy.device == device)
+                for device in range(plan.n_devices)
+            ]
+            for layer in range(plan.n_layers)
+        ]
+        peak = load.max(1).sum() / load.mean(1).sum()
+        parts.append(
+            f"<div><p><b>{escape(plan_name(plan))}</b><br>the fullest device holds "
+            f"{peak:.2f} times the mean</p>"
+            + heat_map(relative / most, hints, "device")
+            + '<p class="soft">all layers together, dashed: the mean</p>'
+            + bars(load.sum(0), total)
+            + "</div>"
+        )
+    return (
+        "<h2>Devices, before and after</h2><p>Each layer waits for its fullest device: an even "
+        f"row is a fast one. The darkest shade is {most:.2f} times the layer's mean.</p>"
+        f'<div class="side">{"".join(parts)}</div>'
+    )
+
+
+def _strategies(chosen: Plan, plans: Sequence[Plan]) -> str:
+    heads = (
+        "strategy", "attention", "whole step", "utilisation", "batch", "tokens/s", "ratio",
+        "copies", "slots", "one more copy", "fullest device",
+    )  # fmt: skip
+    rows = []
+    for plan in plans:
+        cells = (
+            escape(plan_name(plan)),
+            f"{plan.step_seconds * 1e3:.3g} ms",
+            f"{(plan.step_seconds + plan.rest_seconds) * 1e3:.3g} ms",
+            f"{plan.utilization:.1%}",
+            str(plan.cost.batch),
+            f"{plan.tokens_per_second:,.0f}",
+            f"{plan.tokens_per_second / plans[0].tokens_per_second:.2f}×",
+            str(plan.n_copies),
+            str(plan.slots),
+            f"+{plan.one_more_copy_gain:.2%}",
+            f"{plan.device_bytes / 2**30:.2f} GiB",
+        )
+        mark = ' class="chosen"' if plan is chosen else ""
+        rows.append(f"<tr{mark}>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>")
+    head = "".join(f"<th>{escape(text)}</th>" for text in heads)
+    slot = chosen.cost.a_seconds / chosen.cost.b_seconds_per_token
+    return (
+        "<h2>Every strategy</h2><p>Reading one head's weights takes as long as reading "
+        f"{slot:,.0f} cached tokens, and every slot costs that, empty or not: with a batch of "
+        f"{chosen.cost.batch} that is {slot / chosen.cost.batch:,.0f} tokens of each row. Copies "
+        "pay where they move more than that, or where they fill a slot that is there anyway.</p>"
+        f'<div class="scroll"><table><tr>{head}</tr>{"".join(rows)}</table></div>'
+    )

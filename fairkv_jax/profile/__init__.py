@@ -1,0 +1,17 @@
+"""Head profiles: imported from published scores, or drawn for a given imbalance."""
+
+from fairkv_jax.profile.head_scores import (
+    from_duo_attention,
+    from_headkv,
+    read_headkv_json,
+    read_table,
+)
+from fairkv_jax.profile.synthetic import synthetic_profile
+
+__all__ = [
+    "from_duo_attention",
+    "from_headkv",
+    "read_headkv_json",
+    "read_table",
+    "synthetic_profile",
+]
