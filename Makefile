@@ -14,7 +14,7 @@ INSTALLED := $(VENV)/.installed
 INSTALLED_DEV := $(VENV)/.installed-dev
 CHECKPOINT := checkpoints/SmolLM2-135M-Instruct/SmolLM2-135M-Instruct.Q4_1.gguf
 
-.PHONY: serve test check clean
+.PHONY: serve test check lint format types layers clean
 
 serve: $(CHECKPOINT)
 	$(BIN)/python -m fairkv_jax.serve $(ARGS)
@@ -22,10 +22,18 @@ serve: $(CHECKPOINT)
 test: $(INSTALLED_DEV) $(CHECKPOINT)
 	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile $(ARGS)
 
-check: $(INSTALLED_DEV)
+check: lint format types layers
+
+lint: $(INSTALLED_DEV)
 	$(BIN)/ruff check .
+
+format: $(INSTALLED_DEV)
 	$(BIN)/ruff format --check .
+
+types: $(INSTALLED_DEV)
 	$(BIN)/pyright --pythonpath $(BIN)/python
+
+layers: $(INSTALLED_DEV)
 	$(BIN)/lint-imports
 
 clean:

@@ -98,7 +98,8 @@ class ScriptedEngine:
         for stop in params.stop or ():
             if stop in text:
                 return text[: text.index(stop)], "stop", stop
-        if len(token_ids) >= (params.max_tokens or self.engine_config.max_model_len):
+        room = self.engine_config.max_model_len - len(request.prompt_token_ids)
+        if len(token_ids) >= min(params.max_tokens or room, room):
             return text, "length", None
         held_back = max((len(stop) - 1 for stop in params.stop or ()), default=0)
         return text[: len(text) - held_back], None, None

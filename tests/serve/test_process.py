@@ -41,6 +41,12 @@ class Asking(threading.Thread):
             self.failed = True
 
 
+def busy(url: str) -> str:
+    """The gauge of running requests where it is not 0."""
+    lines = httpx.get(f"{url}/metrics", timeout=20).text.splitlines()
+    return "".join(line for line in lines if "num_requests_running{" in line and " 0" not in line)
+
+
 def reachable(url: str) -> bool:
     host, port = url.removeprefix("http://").split(":")
     try:
@@ -54,7 +60,7 @@ def reachable(url: str) -> bool:
 def test_a_signal_lets_running_requests_finish(process: Process, number: signal.Signals):
     url = process.wait_ready(20)
     asking = Asking(url, LONG)
-    time.sleep(0.3)
+    eventually(lambda: "num_requests_running" in busy(url))
     process.send(number)
     eventually(lambda: not reachable(url), patience_s=1)
     assert process.status() == 0
@@ -65,8 +71,8 @@ def test_a_signal_lets_running_requests_finish(process: Process, number: signal.
 
 def test_what_takes_longer_than_the_time_out_is_cut(process: Process):
     url = process.wait_ready(20)
-    asking = Asking(url, {**LONG, "n": 64})
-    time.sleep(0.3)
+    asking = Asking(url, {**LONG, "max_tokens": 500, "n": 32})
+    eventually(lambda: "num_requests_running" in busy(url))
     began = time.monotonic()
     process.send(signal.SIGTERM)
     assert process.status() == 0
@@ -78,7 +84,7 @@ def test_what_takes_longer_than_the_time_out_is_cut(process: Process):
 def test_a_second_signal_aborts(process: Process):
     url = process.wait_ready(20)
     asking = Asking(url, LONG)
-    time.sleep(0.3)
+    eventually(lambda: "num_requests_running" in busy(url))
     process.send(signal.SIGTERM)
     time.sleep(0.2)
     process.send(signal.SIGTERM)
