@@ -25,11 +25,24 @@ class ModelConfig:
     rope_theta: float
     rms_norm_eps: float
     tie_word_embeddings: bool
+    qkv_bias: bool = False
+    """Whether queries, keys and values have biases (Qwen 2)."""
+    qk_norm: bool = False
+    """Whether every query and key head is normalised before its rotation (Qwen 3)."""
+    rope_divisors: tuple[float, ...] | None = None
+    """What each of the H/2 rotary frequencies is divided by (Llama 3.1); None: they stay."""
 
     def __post_init__(self) -> None:
         if self.num_heads % self.num_kv_heads:
             raise ValueError(
                 f"{self.num_heads} query heads do not divide over {self.num_kv_heads} KV heads"
+            )
+        if self.head_dim % 2:
+            raise ValueError(f"head_dim must be even for rotary positions, got {self.head_dim}")
+        if self.rope_divisors is not None and len(self.rope_divisors) != self.head_dim // 2:
+            raise ValueError(
+                f"{len(self.rope_divisors)} divisors of rotary frequencies do not fit the "
+                f"{self.head_dim // 2} frequencies of head_dim {self.head_dim}"
             )
 
     @property

@@ -1,14 +1,13 @@
 """The tokenizer that lies in a GGUF file's metadata."""
 
-from collections.abc import Callable
 from typing import Any
 
-from tokenizers import AddedToken, decoders, models, pre_tokenizers, processors
+from tokenizers import AddedToken, decoders, models, processors
 from tokenizers import Tokenizer as Backend
-from tokenizers.pre_tokenizers import PreTokenizer
 
 from fairkv_jax.checkpoint.base import CheckpointError
 from fairkv_jax.checkpoint.gguf_file import GGUFFile
+from fairkv_jax.checkpoint.pre_tokenizers import PRE_TOKENIZERS
 from fairkv_jax.tokenizer import Tokenizer
 
 CONTROL, USER_DEFINED = 3, 4  # of the format's token types
@@ -18,30 +17,16 @@ _END_TEXTS = ("<|im_end|>", "<|eot_id|>", "<|endoftext|>", "<|end_of_text|>")
 _END_KEYS = ("eos_token_id", "eot_token_id", "eom_token_id")
 
 
-def _smollm() -> PreTokenizer:
-    """Every digit by itself, then GPT-2's words."""
-    digits = pre_tokenizers.Digits(individual_digits=True)
-    return pre_tokenizers.Sequence([digits, _gpt2()])
-
-
-def _gpt2() -> PreTokenizer:
-    return pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
-
-
-PRE_TOKENIZERS: dict[str, Callable[[], PreTokenizer]] = {"smollm": _smollm, "gpt-2": _gpt2}
-"""How text is cut into words before merging, by `tokenizer.ggml.pre`."""
-
-
 def build_tokenizer(file: GGUFFile) -> Tokenizer:
     """Builds the byte-level BPE tokenizer of a GGUF file.
 
     Raises:
         CheckpointError: the file has none, or one of another kind; what is supported is named.
     """
-    model = _get(file, "model", str)
-    if model != "gpt2":
+    kind = _get(file, "model", str)
+    if kind != "gpt2":
         raise CheckpointError(
-            f"{file.path} has a tokenizer of the kind {model!r}, supported is 'gpt2' "
+            f"{file.path} has a tokenizer of the kind {kind!r}, supported is 'gpt2' "
             "(byte-level BPE): choose a checkpoint that has one"
         )
     pre = _get(file, "pre", str)
@@ -50,12 +35,17 @@ def build_tokenizer(file: GGUFFile) -> Tokenizer:
             f"{file.path} has the pre-tokenizer {pre!r}, supported are "
             f"{', '.join(PRE_TOKENIZERS)}: choose a checkpoint that has one of these"
         )
+    rules = PRE_TOKENIZERS[pre]
     texts, kinds = _tokens(file)
+    vocabulary, merges = _vocabulary(file, texts), _merges(file)
     try:
-        backend = Backend(models.BPE(_vocabulary(file, texts), _merges(file)))
+        model = models.BPE(vocabulary, merges, ignore_merges=rules.whole_words_first)
+        backend = Backend(model)
     except Exception as error:  # the package raises no narrower type
         raise CheckpointError(f"{file.path}: the tokenizer's merges are broken: {error}") from error
-    backend.pre_tokenizer = PRE_TOKENIZERS[pre]()  # type: ignore[assignment]
+    if rules.normalizer is not None:
+        backend.normalizer = rules.normalizer()  # type: ignore[assignment]
+    backend.pre_tokenizer = rules.pre_tokenizer()  # type: ignore[assignment]
     backend.decoder = decoders.ByteLevel()  # type: ignore[assignment]
     backend.add_tokens(
         [
@@ -65,7 +55,7 @@ def build_tokenizer(file: GGUFFile) -> Tokenizer:
         ]
     )
     tokens = _special_tokens(file, texts)
-    if file.metadata.get("tokenizer.ggml.add_bos_token") and "bos_token" in tokens:
+    if file.metadata.get("tokenizer.ggml.add_bos_token", rules.adds_bos) and "bos_token" in tokens:
         bos = tokens["bos_token"]
         backend.post_processor = processors.TemplateProcessing(  # type: ignore[assignment]
             single=f"{bos} $A", special_tokens=[(bos, texts.index(bos))]

@@ -7,24 +7,26 @@ axes, grouped by KV head, and the model width last everywhere (letters as in `sh
     norm            [D]             layers.{l}.k, .v           [K, H, D]
     layers.{l}.attn_norm            layers.{l}.gate, .up       [F, D]
     layers.{l}.mlp_norm  [D]        layers.{l}.down            [F, D]
+    layers.{l}.q_bias  [K, G, H]    layers.{l}.k_bias, .v_bias [K, H]
+    layers.{l}.q_norm, .k_norm      [H]
 
-`o` and `down` are therefore the transposes of what is stored; `unembed` exists only where the
-embedding is not tied.
+`o` and `down` are therefore the transposes of what is stored. Biases, norms of heads and
+`unembed` exist only where the configuration says so.
 """
 
 import numpy as np
 
 from fairkv_jax.config import ModelConfig
 
-LAYER_TENSORS = ("attn_norm", "q", "k", "v", "o", "mlp_norm", "gate", "up", "down")
 _TRANSPOSED = ("o", "down")
+_BIASES = ("q_bias", "k_bias", "v_bias")
 
 
 def tensor_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """The shape of every tensor in head order, by canonical name."""
     K, G, H = config.num_kv_heads, config.group_size, config.head_dim
     D, F, V = config.hidden_size, config.intermediate_size, config.vocab_size
-    layer = {
+    layer: dict[str, tuple[int, ...]] = {
         "attn_norm": (D,),
         "q": (K, G, H, D),
         "k": (K, H, D),
@@ -35,9 +37,13 @@ def tensor_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
         "up": (F, D),
         "down": (F, D),
     }
+    if config.qkv_bias:
+        layer |= {"q_bias": (K, G, H), "k_bias": (K, H), "v_bias": (K, H)}
+    if config.qk_norm:
+        layer |= {"q_norm": (H,), "k_norm": (H,)}
     shapes: dict[str, tuple[int, ...]] = {"embed": (V, D)}
     for index in range(config.num_layers):
-        shapes |= {f"layers.{index}.{kind}": layer[kind] for kind in LAYER_TENSORS}
+        shapes |= {f"layers.{index}.{kind}": shape for kind, shape in layer.items()}
     shapes["norm"] = (D,)
     if not config.tie_word_embeddings:
         shapes["unembed"] = (V, D)
@@ -53,9 +59,11 @@ def split_name(name: str) -> tuple[str, int | None]:
 
 
 def stored_shape(name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
-    """The [out, in] shape under which published checkpoints store a tensor."""
+    """The [out, in] shape under which published checkpoints store a tensor; biases are [out]."""
     if len(shape) == 1:
         return shape
+    if split_name(name)[0] in _BIASES:
+        return (int(np.prod(shape)),)
     rows, columns = int(np.prod(shape[:-1])), shape[-1]
     return (columns, rows) if split_name(name)[0] in _TRANSPOSED else (rows, columns)
 

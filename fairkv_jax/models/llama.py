@@ -1,11 +1,15 @@
 """The Llama family as Flax modules, one model for prefill and decode.
 
+Its relatives differ in what their configuration says: the width of a head, biases of queries, keys
+and values, norms of query and key heads, divided rotary frequencies, tied embeddings.
+
 The modules run inside `shard_map`: every device holds C head slots of each layer, an even part of
 the MLP and of the vocabulary, and sees all tokens. Attention is injected; it is called once per
 layer with the slots' queries, keys and values, and threads a cache of its own through the layers.
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -24,11 +28,11 @@ Attend = Callable[[Array, Array, Array, Any, Any], tuple[Array, Any, Any]]
 class RMSNorm(nnx.Module):
     """Root-mean-square normalisation (Zhang and Sennrich, 2019), computed in float32."""
 
-    def __init__(self, width: int, eps: float, dtype: jnp.dtype):
+    def __init__(self, width: int, eps: float, dtype: jnp.dtype, axis: str = "model"):
         self.eps = eps
-        self.scale = nnx.Param(jnp.zeros(width, dtype), axes=("model",))
+        self.scale = nnx.Param(jnp.zeros(width, dtype), axes=(axis,))
 
-    def __call__(self, x: Float[Array, "tokens D"]) -> Float[Array, "tokens D"]:
+    def __call__(self, x: Float[Array, "*axes width"]) -> Float[Array, "*axes width"]:
         wide = x.astype(jnp.float32)
         wide *= jax.lax.rsqrt(jnp.mean(wide * wide, -1, keepdims=True) + self.eps)
         return (wide * self.scale[...]).astype(x.dtype)
@@ -37,7 +41,8 @@ class RMSNorm(nnx.Module):
 class Attention(nnx.Module):
     """Projections of the local head slots: a slot is one KV head with its G query heads.
 
-    `qkv` stacks, for every slot, its G query heads, its key head and its value head.
+    `qkv` stacks, for every slot, its G query heads, its key head and its value head; the biases,
+    where the model has them, alike.
     """
 
     def __init__(self, config: ModelConfig, slots: int, dtype: jnp.dtype):
@@ -45,6 +50,11 @@ class Attention(nnx.Module):
         axes = ("slot", None, "head_dim", "model")
         self.qkv = nnx.Param(jnp.zeros((slots, group + 2, width, model), dtype), axes=axes)
         self.out = nnx.Param(jnp.zeros((slots, group, width, model), dtype), axes=axes)
+        bias = jnp.zeros((slots, group + 2, width), dtype)
+        self.bias = nnx.Param(bias, axes=axes[:-1]) if config.qkv_bias else None
+        norm = partial(RMSNorm, width, config.rms_norm_eps, dtype, "head_dim")
+        self.q_norm = norm() if config.qk_norm else None
+        self.k_norm = norm() if config.qk_norm else None
 
     def project(
         self, x: Float[Array, "tokens D"], angles: Float[Array, "tokens half"]
@@ -52,9 +62,15 @@ class Attention(nnx.Module):
         """Rotated q [tokens, C, G, H] and k [tokens, C, H], and v [tokens, C, H]."""
         slots, heads, width, _ = self.qkv[...].shape
         qkv = _matmul_transposed(x, self.qkv[...]).reshape(-1, slots, heads, width)
-        qk = rotate(qkv[:, :, :-1].reshape(-1, slots * (heads - 1), width), angles)
+        if self.bias is not None:
+            qkv += self.bias[...]
+        qk, v = qkv[:, :, :-1], qkv[:, :, -1]
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(qk[:, :, :-1]), self.k_norm(qk[:, :, -1:])
+            qk = jnp.concatenate([q, k], axis=2)
+        qk = rotate(qk.reshape(-1, slots * (heads - 1), width), angles)
         qk = qk.reshape(-1, slots, heads - 1, width)
-        return qk[:, :, :-1], qk[:, :, -1], qkv[:, :, -1]
+        return qk[:, :, :-1], qk[:, :, -1], v
 
     def merge(self, out: Float[Array, "tokens C G H"]) -> Float[Array, "tokens D"]:
         """This device's part of the output projection; empty slots have zero weights."""
@@ -127,7 +143,7 @@ class Llama(nnx.Module):
 
         `inputs` is a pytree of arrays with a leading layer axis; attention gets its layer's part.
         """
-        angles = rope_angles(positions, self.config.head_dim, self.config.rope_theta)
+        angles = rope_angles(positions, self.config)
 
         def run_layer(
             carry: tuple[Array, Any], xs: tuple[DecoderLayer, Any]

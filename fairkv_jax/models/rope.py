@@ -1,15 +1,24 @@
 """Rotary position embeddings (Su et al., 2021) in the rotate-half convention."""
 
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int
+
+from fairkv_jax.config import ModelConfig
 
 
 def rope_angles(
-    positions: Int[Array, "tokens"], head_dim: int, theta: float
+    positions: Int[Array, "tokens"], config: ModelConfig
 ) -> Float[Array, "tokens half"]:
-    """Angles in radians: position / theta**(2i/H) for the H/2 pairs of a head."""
-    frequencies = theta ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
-    return positions[:, None].astype(jnp.float32) * frequencies
+    """Angles in radians: position / theta**(2i/H) for the H/2 pairs of a head.
+
+    Where the model divides its frequencies further, as Llama 3.1 does for long contexts, so do
+    the angles.
+    """
+    frequencies = config.rope_theta ** (-np.arange(0, config.head_dim, 2) / config.head_dim)
+    if config.rope_divisors is not None:
+        frequencies /= np.array(config.rope_divisors)
+    return positions[:, None].astype(jnp.float32) * frequencies.astype(np.float32)
 
 
 def rotate(

@@ -43,7 +43,8 @@ def load_model(
     model = jax.tree.map(
         lambda p, s: _zeros(p, NamedSharding(mesh, s)), shapes, partition_specs(shapes)
     )
-    total = 7 * checkpoint.config.num_layers + 3 - checkpoint.config.tie_word_embeddings
+    total = len(jax.tree.leaves(shapes.layers)) * checkpoint.config.num_layers
+    total += 3 - checkpoint.config.tie_word_embeddings
     tensors = _tensors(model, checkpoint, layout)
     for param, layer, value in tqdm(tensors, "loading", total, disable=not progress):
         param.set_value(_put(param.get_value(), value, layer))
@@ -64,10 +65,18 @@ def _tensors(
         def read(name: str, layer: int = layer) -> np.ndarray:
             return checkpoint.tensor(f"layers.{layer}.{name}")
 
-        heads = [read("q"), read("k")[:, None], read("v")[:, None]]
-        qkv = np.concatenate(heads, axis=1)
-        yield layers.attention.qkv, layer, layout.to_slots(qkv, layer)
-        yield layers.attention.out, layer, layout.to_slots(read("o"), layer)
+        def stacked(q: str, k: str, v: str, layer: int = layer) -> np.ndarray:
+            heads = [read(q), read(k)[:, None], read(v)[:, None]]
+            return layout.to_slots(np.concatenate(heads, axis=1), layer)
+
+        attention = layers.attention
+        yield attention.qkv, layer, stacked("q", "k", "v")
+        yield attention.out, layer, layout.to_slots(read("o"), layer)
+        if attention.bias is not None:
+            yield attention.bias, layer, stacked("q_bias", "k_bias", "v_bias")
+        if attention.q_norm is not None and attention.k_norm is not None:
+            yield attention.q_norm.scale, layer, read("q_norm")
+            yield attention.k_norm.scale, layer, read("k_norm")
         yield layers.attn_norm.scale, layer, read("attn_norm")
         yield layers.mlp_norm.scale, layer, read("mlp_norm")
         yield layers.mlp.gate, layer, read("gate")

@@ -281,7 +281,7 @@ def test_files_that_are_another_model(tiny, tmp_path, change, complaint):
     ("old", "new", "complaint"),
     [
         (b"\x04\0\0\0\0\0\0\0gpt2", b"\x04\0\0\0\0\0\0\0bert", "of the kind 'bert'"),
-        (b"smollm", b"falcon", "pre-tokenizer 'falcon', supported are smollm"),
+        (b"smollm", b"falcon", "pre-tokenizer 'falcon', supported are smollm, gpt-2, llama"),
         (b"tokenizer.ggml.merges", b"tokenizer.ggml.mergez", "carries no usable tokenizer"),
         (b"\x04\0\0\0\0\0\0\0\xc4\xa0 t", b"\x04\0\0\0\0\0\0\0\xc4\xa0 \x01", "merges are broken"),
         (b"[unused7]", b"[unused8]", "1 of 384 tokens repeat"),

@@ -11,6 +11,13 @@ from fairkv_jax.checkpoint import Checkpoint, CheckpointError, open_checkpoint
 from tests.oracle.tiny import write_tiny_checkpoint
 from tests.oracle.tiny_hf import write_tiny_folder
 
+LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
 TEXTS = ["the cat and 12 hats", "<|im_start|>user\nhé 漢字 😀<|im_end|>", ""]
 
 
@@ -95,9 +102,10 @@ def test_a_chat_template_file_goes_first(folder):
         ({"num_key_value_heads": 3, "head_dim": 16, "rope_theta": 1000000}, 2048),
     ],
 )
-def test_configurations_in_other_words(gguf, tmp_path, changes, expected):
+def test_configurations_in_other_words(gguf, tmp_path, changes, expected, caplog):
     config = open_checkpoint(write_tiny_folder(tmp_path / "model", gguf, changes=changes)).config
     assert config.max_position_embeddings == expected
+    assert ("window of 512 tokens" in caplog.text) == (expected == 512)
     mistral = changes.get("architectures") == ["MistralForCausalLM"]
     assert config.architecture == ("mistral" if mistral else "llama")
     rope = changes.get("rope_parameters", changes)
@@ -105,15 +113,49 @@ def test_configurations_in_other_words(gguf, tmp_path, changes, expected):
     assert isinstance(config.rope_theta, float)
 
 
+def test_the_stretching_of_llama_3_1(gguf, tmp_path):
+    wide = write_tiny_checkpoint(tmp_path / "wide.gguf", head_dim=128, num_layers=1)
+    changes = {"rope_parameters": LLAMA3 | {"rope_theta": 500000.0}}
+    config = open_checkpoint(write_tiny_folder(tmp_path / "m", wide, changes=changes)).config
+    # The published model: pairs 0 to 28 turn fast, from 35 on they are 8 times as slow.
+    assert config.rope_divisors is not None
+    assert config.rope_divisors[:29] == (1.0,) * 29
+    assert config.rope_divisors[35:] == (8.0,) * 29
+    # Pair 32: wavelength 2 pi sqrt(5e5) = 4443, 8192 / 4443 = 1.844 turns, (1.844 - 1) / 3 = 0.281.
+    assert config.rope_divisors[32] == pytest.approx(1 / (0.2813 + 0.7187 / 8), rel=1e-3)
+    assert config.rope_theta == 500000.0
+
+
 @pytest.mark.parametrize(
     ("changes", "complaint"),
     [
         (
             {"architectures": ["MambaForCausalLM"]},
-            "is MambaForCausalLM, supported are LlamaForCausalLM, MistralForCausalLM",
+            "is MambaForCausalLM, supported are LlamaForCausalLM, MistralForCausalLM, Qwen2For",
         ),
         ({"architectures": None}, "architecture is None"),
-        ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "rope_type is 'llama3'"),
+        (
+            {"rope_scaling": {"rope_type": "llama3", "factor": 8.0}},
+            "low_freq_factor must be float, got None",
+        ),
+        (
+            {"rope_scaling": LLAMA3 | {"low_freq_factor": 4.0, "high_freq_factor": 4.0}},
+            r"low_freq_factor 4\.0 must be below high_freq_factor 4\.0",
+        ),
+        ({"rope_scaling": LLAMA3 | {"factor": float("nan")}}, "factor must be positive, got nan"),
+        (
+            {"rope_scaling": LLAMA3, "architectures": ["MistralForCausalLM"]},
+            "rope_type is 'llama3', supported for mistral is 'default'",
+        ),
+        ({"head_dim": 15}, "head_dim must be even for rotary positions, got 15"),
+        (
+            {"architectures": ["Qwen2ForCausalLM"], "attention_bias": None},
+            r"lacks 6 of 27 tensors, the first 'model\.layers\.0\.self_attn\.q_proj\.bias'",
+        ),
+        (
+            {"architectures": ["Qwen3ForCausalLM"], "attention_bias": True},
+            "attention_bias is True, supported for qwen3 is False",
+        ),
         ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_type is 'linear'"),
         ({"rope_scaling": 2.0}, "must be an object"),
         ({"attention_bias": True}, "attention_bias is True, supported for llama is False"),

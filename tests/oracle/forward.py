@@ -1,11 +1,12 @@
-"""A Llama forward pass in NumPy, for a whole sequence at once.
+"""The forward pass of Llama and its relatives in NumPy, for a whole sequence at once.
 
 Written from the formulas, with the head order and the RoPE convention in which Llama models are
 published: projections are [out, in], query head n attends to KV head n // G, RoPE rotates the
-halves of a head (row i with row i + H/2).
+halves of a head (row i with row i + H/2). What a model has beside, its weights say: biases of
+queries, keys and values, norms of query and key heads.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,6 +22,8 @@ _NAMES = {
     "attn_q": "q_proj",
     "attn_k": "k_proj",
     "attn_v": "v_proj",
+    "attn_q_norm": "q_norm",
+    "attn_k_norm": "k_norm",
     "attn_output": "o_proj",
     "ffn_norm": "post_attention_layernorm",
     "ffn_gate": "gate_proj",
@@ -31,7 +34,10 @@ _NAMES = {
 
 @dataclass(frozen=True)
 class Llama:
-    """Published-layout weights by name ("embed_tokens", "layers.0.q_proj", ...) and sizes."""
+    """Published-layout weights by name ("embed_tokens", "layers.0.q_proj", ...) and sizes.
+
+    A bias of "q_proj" is "q_proj.bias".
+    """
 
     weights: dict[str, np.ndarray]
     num_layers: int
@@ -40,6 +46,8 @@ class Llama:
     head_dim: int
     rope_theta: float
     rms_norm_eps: float
+    rope_divisors: np.ndarray | None = None
+    """[H/2], what the frequencies of a stretched model are divided by."""
 
 
 @dataclass(frozen=True)
@@ -55,21 +63,25 @@ class Forward:
 
 
 def read_llama(path: Path) -> Llama:
-    """Reads a Llama GGUF file, dequantised to float32, with q and k rows in published order."""
+    """Reads a GGUF file, dequantised to float32, with q and k rows in published order."""
     reader = GGUFReader(path)
+    architecture = reader.fields["general.architecture"].contents()
 
     def meta(key: str):
-        return reader.fields[f"llama.{key}"].contents()
+        return reader.fields[f"{architecture}.{key}"].contents()
 
     num_heads, num_kv_heads = meta("attention.head_count"), meta("attention.head_count_kv")
-    weights = {}
+    weights, divisors = {}, None
     for tensor in reader.tensors:
         value = np.array(dequantize(tensor.data, tensor.tensor_type), np.float32)
         parts = tensor.name.split(".")
-        if parts[0] == "blk":
-            if parts[2] in ("attn_q", "attn_k"):
+        if parts[0] == "rope_freqs":
+            divisors = value
+        elif parts[0] == "blk":
+            if parts[2] in ("attn_q", "attn_k") and architecture == "llama":
                 value = _deinterleave(value, num_heads if parts[2] == "attn_q" else num_kv_heads)
-            weights[f"layers.{parts[1]}.{_NAMES[parts[2]]}"] = value
+            bias = ".bias" if parts[3] == "bias" else ""
+            weights[f"layers.{parts[1]}.{_NAMES[parts[2]]}{bias}"] = value
         else:
             names = {"token_embd": "embed_tokens", "output_norm": "norm", "output": "lm_head"}
             weights[names[parts[0]]] = value
@@ -81,6 +93,7 @@ def read_llama(path: Path) -> Llama:
         head_dim=weights["layers.0.q_proj"].shape[0] // num_heads,
         rope_theta=meta("rope.freq_base"),
         rms_norm_eps=meta("attention.layer_norm_rms_epsilon"),
+        rope_divisors=divisors,
     )
 
 
@@ -97,16 +110,23 @@ def forward(model: Llama, token_ids: Sequence[int], dtype: type = np.float32) ->
         return model.weights[name].astype(dtype, copy=False)
 
     N, K, T = model.num_heads, model.num_kv_heads, len(token_ids)
-    cos, sin = rope_table(T, model.head_dim, model.rope_theta, dtype)
+    cos, sin = rope_table(T, model.head_dim, model.rope_theta, dtype, model.rope_divisors)
     eps = dtype(model.rms_norm_eps)
     x = weight("embed_tokens")[np.asarray(token_ids)]
     queries, keys = [], []
     for index in range(model.num_layers):
         layer = f"layers.{index}"
         h = rms_norm(x, weight(f"{layer}.input_layernorm"), eps)
-        q = rotate(_split_heads(h @ weight(f"{layer}.q_proj").T, N), cos, sin)
-        k = rotate(_split_heads(h @ weight(f"{layer}.k_proj").T, K), cos, sin)
-        v = _split_heads(h @ weight(f"{layer}.v_proj").T, K)
+        q, k, v = (h @ weight(f"{layer}.{name}_proj").T for name in "qkv")
+        if f"{layer}.q_proj.bias" in model.weights:
+            q = q + weight(f"{layer}.q_proj.bias")
+            k = k + weight(f"{layer}.k_proj.bias")
+            v = v + weight(f"{layer}.v_proj.bias")
+        q, k, v = _split_heads(q, N), _split_heads(k, K), _split_heads(v, K)
+        if f"{layer}.q_norm" in model.weights:
+            q = rms_norm(q, weight(f"{layer}.q_norm"), eps)
+            k = rms_norm(k, weight(f"{layer}.k_norm"), eps)
+        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         attended = attention(q, k, v).transpose(1, 0, 2).reshape(T, -1)
         x = x + attended @ weight(f"{layer}.o_proj").T
         h = rms_norm(x, weight(f"{layer}.post_attention_layernorm"), eps)
@@ -134,11 +154,32 @@ def silu(x: np.ndarray) -> np.ndarray:
     return x * np.exp(np.minimum(x, 0)) / (1 + np.exp(-np.abs(x)))
 
 
-def rope_table(T: int, H: int, theta: float, dtype: type) -> tuple[np.ndarray, np.ndarray]:
-    """cos and sin [T, H/2] of position * theta^(-2i/H); the angles are exact to float64."""
+def rope_table(
+    T: int, H: int, theta: float, dtype: type, divisors: np.ndarray | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """cos and sin [T, H/2] of position * theta^(-2i/H) / divisor; angles exact to float64."""
     frequencies = theta ** (-2 * np.arange(H // 2, dtype=np.float64) / H)
+    if divisors is not None:
+        frequencies = frequencies / divisors
     angles = np.arange(T, dtype=np.float64)[:, None] * frequencies
     return np.cos(angles).astype(dtype), np.sin(angles).astype(dtype)
+
+
+def llama3_divisors(H: int, theta: float, scaling: Mapping[str, float]) -> np.ndarray:
+    """Llama 3.1's stretching, pair by pair, with the names of config.json; float32 [H/2]."""
+    context = scaling["original_max_position_embeddings"]
+    low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+    divisors = []
+    for i in range(H // 2):
+        wavelength = 2 * np.pi * theta ** (2 * i / H)
+        if wavelength < context / high:
+            divisors.append(1.0)
+        elif wavelength > context / low:
+            divisors.append(scaling["factor"])
+        else:
+            smooth = (context / wavelength - low) / (high - low)
+            divisors.append(1 / ((1 - smooth) / scaling["factor"] + smooth))
+    return np.array(divisors, np.float32)
 
 
 def rotate(x: np.ndarray, cos: np.ndarray, sin: np.ndarray) -> np.ndarray:

@@ -1,10 +1,13 @@
-"""Writes tiny random Llama checkpoints as real GGUF files, so that tests load what users load."""
+"""Writes tiny random checkpoints as real GGUF files, so that tests load what users load."""
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 from gguf import GGUFWriter, TokenType
 from tokenizers.pre_tokenizers import ByteLevel
+
+from tests.oracle.forward import llama3_divisors
 
 CONTROL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 MERGES = ("Ġ t", "h e", "Ġt he", "i n", "Ġ a", "a n", "an d", "o n", "e r", "r e", "Ġ w", "l l")
@@ -29,15 +32,21 @@ def write_tiny_checkpoint(
     max_position_embeddings: int = 2048,
     rope_theta: float = 10000.0,
     tie_word_embeddings: bool = True,
+    architecture: str = "llama",
+    rope_scaling: Mapping[str, float] | None = None,
+    pre_tokenizer: str = "smollm",
     seed: int = 0,
 ) -> Path:
     """Writes a model with random float32 weights and a byte-level tokenizer; returns `path`.
 
+    The architecture is "llama", "qwen2" (with biases) or "qwen3" (with norms of heads); only the
+    first one's q and k rows are interleaved. `rope_scaling` is Llama 3.1's, as in config.json.
+
     Queries and keys are large enough for attention to prefer some tokens clearly, the residual
     branches for the context to decide the next token: greedy outputs vary, without near-ties.
     """
-    writer = GGUFWriter(path, "llama")
-    writer.add_name("Tiny Llama")
+    writer = GGUFWriter(path, architecture)
+    writer.add_name("Tiny")
     writer.add_block_count(num_layers)
     writer.add_context_length(max_position_embeddings)
     writer.add_embedding_length(hidden_size)
@@ -50,7 +59,10 @@ def write_tiny_checkpoint(
     writer.add_rope_freq_base(rope_theta)
     writer.add_layer_norm_rms_eps(1e-5)
     writer.add_vocab_size(vocab_size)
-    _add_tokenizer(writer, vocab_size)
+    _add_tokenizer(writer, vocab_size, pre_tokenizer)
+    if rope_scaling is not None:
+        divisors = llama3_divisors(head_dim, rope_theta, rope_scaling)
+        writer.add_tensor("rope_freqs.weight", divisors)
 
     rng = np.random.default_rng(seed)
     D, F = hidden_size, intermediate_size
@@ -58,11 +70,15 @@ def write_tiny_checkpoint(
     def add_matrix(name: str, rows: int, columns: int, gain: float, heads: int = 0) -> None:
         matrix = rng.standard_normal((rows, columns), dtype=np.float32)
         matrix *= np.float32(gain / np.sqrt(columns))
-        writer.add_tensor(f"{name}.weight", _interleave(matrix, heads) if heads else matrix)
+        interleaved = heads and architecture == "llama"
+        writer.add_tensor(f"{name}.weight", _interleave(matrix, heads) if interleaved else matrix)
 
-    def add_norm(name: str) -> None:
-        noise = rng.standard_normal(D, dtype=np.float32)
-        writer.add_tensor(f"{name}.weight", 1 + np.float32(0.1) * noise)
+    def add_norm(name: str, width: int = D, noise: float = 0.1) -> None:
+        deviations = rng.standard_normal(width, dtype=np.float32)
+        writer.add_tensor(f"{name}.weight", 1 + np.float32(noise) * deviations)
+
+    def add_bias(name: str, rows: int) -> None:
+        writer.add_tensor(f"{name}.bias", rng.standard_normal(rows, dtype=np.float32))
 
     add_matrix("token_embd", vocab_size, D, gain=np.sqrt(D))
     for layer in range(num_layers):
@@ -71,6 +87,12 @@ def write_tiny_checkpoint(
         add_matrix(f"{block}.attn_q", num_heads * head_dim, D, 1.5, heads=num_heads)
         add_matrix(f"{block}.attn_k", num_kv_heads * head_dim, D, 1.5, heads=num_kv_heads)
         add_matrix(f"{block}.attn_v", num_kv_heads * head_dim, D, 2.0)
+        if architecture == "qwen2":
+            for name, heads in (("q", num_heads), ("k", num_kv_heads), ("v", num_kv_heads)):
+                add_bias(f"{block}.attn_{name}", heads * head_dim)
+        if architecture == "qwen3":
+            for name in ("q", "k"):
+                add_norm(f"{block}.attn_{name}_norm", head_dim, noise=0.5)
         add_matrix(f"{block}.attn_output", D, num_heads * head_dim, 2.0)
         add_norm(f"{block}.ffn_norm")
         add_matrix(f"{block}.ffn_gate", F, D, 1.5)
@@ -114,10 +136,10 @@ def _token_type(text: str) -> TokenType:
     return TokenType.UNUSED if text.startswith("[unused") else TokenType.NORMAL
 
 
-def _add_tokenizer(writer: GGUFWriter, vocab_size: int) -> None:
+def _add_tokenizer(writer: GGUFWriter, vocab_size: int, pre_tokenizer: str) -> None:
     texts = token_texts(vocab_size)
     writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("smollm")
+    writer.add_tokenizer_pre(pre_tokenizer)
     writer.add_token_list(texts)
     writer.add_token_types([_token_type(text) for text in texts])
     writer.add_token_merges(MERGES)

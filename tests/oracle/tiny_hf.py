@@ -12,7 +12,7 @@ from tests.oracle.forward import Llama, read_llama
 from tests.oracle.tiny import CHAT_TEMPLATE, CONTROL_TOKENS, MERGES, token_texts
 
 _DTYPES = {"F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
-_IN_ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
+_IN_ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj", "q_norm", "k_norm")
 _IN_MLP = ("gate_proj", "up_proj", "down_proj")
 
 
@@ -50,9 +50,11 @@ def published_name(name: str) -> str:
     """The name that transformers gives the weight: "layers.0.q_proj" is in "self_attn"."""
     if name == "lm_head":
         return "lm_head.weight"
+    name, is_bias, _ = name.partition(".bias")
     kind = name.rsplit(".", 1)[-1]
     block = "self_attn." if kind in _IN_ATTENTION else "mlp." if kind in _IN_MLP else ""
-    return f"model.{name.removesuffix(kind)}{block}{kind}.weight"
+    ending = "bias" if is_bias else "weight"
+    return f"model.{name.removesuffix(kind)}{block}{kind}.{ending}"
 
 
 def config(model: Llama) -> dict[str, Any]:

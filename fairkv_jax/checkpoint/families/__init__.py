@@ -7,7 +7,9 @@ value, and a line in `FAMILIES`.
 from fairkv_jax.checkpoint.families.family import Family
 from fairkv_jax.checkpoint.families.llama import LLAMA
 from fairkv_jax.checkpoint.families.mistral import MISTRAL
+from fairkv_jax.checkpoint.families.qwen2 import QWEN2
+from fairkv_jax.checkpoint.families.qwen3 import QWEN3
 
-FAMILIES = (LLAMA, MISTRAL)
+FAMILIES = (LLAMA, MISTRAL, QWEN2, QWEN3)
 
 __all__ = ["FAMILIES", "Family"]

@@ -7,7 +7,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Family:
-    """How a family's files name it, and which of its options the engine can run."""
+    """How a family's files name it, what its models have, and which options the engine can run."""
 
     name: str
     """`ModelConfig.architecture` of its models."""
@@ -17,6 +17,8 @@ class Family:
     """What keys of config.json mean where they are left out."""
     required: Mapping[str, tuple[Any, ...]]
     """Keys of config.json that must hold one of these values, or be left out."""
+    qkv_bias: bool = False
+    qk_norm: bool = False
     gguf_architecture: str | None = None
     """Its `general.architecture`, None where the converters write another family's."""
     gguf_interleaves: bool = False

@@ -10,7 +10,7 @@ LLAMA = Family(
         "hidden_act": ("silu",),
         "attention_bias": (False,),
         "mlp_bias": (False,),
-        "rope_type": ("default",),
+        "rope_type": ("default", "llama3"),
     },
     gguf_architecture="llama",
     gguf_interleaves=True,
