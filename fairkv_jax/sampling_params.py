@@ -35,9 +35,10 @@ class SamplingParams:
     skip_special_tokens: bool = True
 
     def __post_init__(self) -> None:
-        stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
+        stop = _as_tuple("stop", (self.stop,) if isinstance(self.stop, str) else self.stop)
+        stop_token_ids = _as_tuple("stop_token_ids", self.stop_token_ids)
         object.__setattr__(self, "stop", stop)
-        object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids or ()))
+        object.__setattr__(self, "stop_token_ids", stop_token_ids)
         if self.max_tokens is not None:
             _check_int("max_tokens", self.max_tokens, 1)
         _check_float("temperature", self.temperature, 0.0, math.inf)
@@ -50,12 +51,20 @@ class SamplingParams:
             _check_int("logprobs", self.logprobs, 0, MAX_LOGPROBS)
         if any(not isinstance(s, str) or not s for s in stop):
             raise ValueError(f"stop must be non-empty strings, got {self.stop!r}")
-        for token_id in self.stop_token_ids or ():
+        for token_id in stop_token_ids:
             _check_int("stop_token_ids", token_id, 0)
 
     @property
     def greedy(self) -> bool:
         return self.temperature == 0.0
+
+
+def _as_tuple(name: str, value: object) -> tuple:
+    if value is None:
+        return ()
+    if not isinstance(value, list | tuple):
+        raise ValueError(f"{name} must be a list, got {value!r}")
+    return tuple(value)
 
 
 def _check_int(name: str, value: object, low: int, high: int | None = None) -> None:
