@@ -5,8 +5,8 @@ from html import escape
 
 import numpy as np
 
-CELL_WIDTH, CELL_HEIGHT, MARGIN, HEADER = 26, 13, 34, 18
-WIDEST = 1000
+CELL_HEIGHT, MARGIN, HEADER = 13, 34, 18
+WIDE, WIDEST_CELL, NARROWEST_CELL = 260, 64, 14
 
 
 def heat_map(
@@ -14,9 +14,8 @@ def heat_map(
 ) -> str:
     """One row a layer; `shade` [L, n] in [0, 1]; positive `marks` [L, n] are framed and written."""
     layers, columns = shade.shape
-    width = min(CELL_WIDTH, (WIDEST - MARGIN) // columns)
-    label_width = 16 if columns < 100 else 24
-    every = max(1, -(-label_width // width))
+    width = min(max(WIDE // columns, NARROWEST_CELL), WIDEST_CELL)
+    every = 1 if columns <= 16 else 4
     parts = ['<text x="0" y="12">layer</text>']
     for column in range(0, columns, every):
         x = MARGIN + column * width + width / 2
@@ -55,11 +54,10 @@ def _cell(x: float, y: float, width: float, shade: float, hint: str, mark: int) 
     cell = f'<rect class="cell" {box}/><rect class="heat" {box} opacity="{shade:.3f}"/>'
     if mark:
         cell += f'<rect class="mark" {box}/>'
-        if width >= 16:
-            cell += (
-                f'<text class="count" x="{x + width / 2 - 0.75}" y="{y + 10}" '
-                f'text-anchor="middle">{mark}</text>'
-            )
+        cell += (
+            f'<text class="{"light" if shade > 0.5 else "dark"}" x="{x + width / 2 - 0.75}" '
+            f'y="{y + 10}" text-anchor="middle">{mark}</text>'
+        )
     return f"<g><title>{escape(hint)}</title>{cell}</g>"
 
 

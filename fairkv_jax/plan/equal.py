@@ -27,8 +27,8 @@ def equal_splits(
     num_heads = weights.shape[1]
     replicas = np.ones(weights.shape, int)
     placed = local_search(longest_first(weights, replicas, devices, slots), weights, slots)
-    shares, peak = start.astype(float), loads(start, weights).max(1)
-    shares, peak = _better(shares, peak, placed, weights, replicas)
+    shares, peak = placed.astype(float), loads(placed, weights).max(1)
+    shares, peak = _better(shares, peak, start, weights, replicas)
     found = [shares]
     mean = weights.sum(1) / devices
     for _ in range(min(max_copies, slots * devices - num_heads, num_heads * (devices - 1))):

@@ -53,10 +53,12 @@ def make_plan(
     sorted_weights = np.take_along_axis(weights, order, 1)
     fixed = static_shares(profile.num_layers, profile.num_heads, n_devices)
     heads_first = np.take_along_axis(fixed, order[:, :, None], 1)
+    most_copies = profile.num_heads * (n_devices - 1)
+    # One copy more than asked for, to say what it would gain.
     search = Search(
         weights=sorted_weights,
         static=heads_first > 0,
-        max_copies=min(copies + 1, profile.num_heads * (n_devices - 1)) if copies else 0,
+        max_copies=min(copies + 1, most_copies) if strategy == "fair_copying" else 0,
         row_split=row_split,
         effort=effort,
     )

@@ -164,11 +164,14 @@ class Plan:
         if not layers:
             raise ValueError("the plan has no layers")
         heads = 1 + max((copy.head for layer in layers for copy in layer), default=0)
+        heads = record.get("n_heads", heads)
+        if isinstance(heads, bool) or not isinstance(heads, int):
+            raise ValueError(f"the plan's n_heads must be of type int, got {heads!r}")
         optional = ("one_more_copy_gain", "fullest_tokens", "model")
         return cls(
             **{name: record[name] for name in _FIELDS if name in cls.__dataclass_fields__}
             | {name: record[name] for name in optional if name in record}
-            | {"n_heads": record.get("n_heads", heads), "layers": layers, "cost": cost}
+            | {"n_heads": heads, "layers": layers, "cost": cost}
         )
 
 

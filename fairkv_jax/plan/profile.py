@@ -47,6 +47,11 @@ class Profile:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "tokens", _table("tokens", self.tokens, positive=True))
+        whole = isinstance(self.budget, int) and not isinstance(self.budget, bool)
+        if self.budget is not None and not (whole and self.budget > 0):
+            raise ValueError(
+                f"the profile's budget must be a positive integer or null, got {self.budget!r}"
+            )
         size = (len(self.tokens), len(self.tokens[0]))
         if self.spread is not None:
             object.__setattr__(self, "spread", _table("spread", self.spread, size=size))
@@ -130,10 +135,13 @@ class Profile:
             if not isinstance(record[key], str):
                 raise ValueError(f"the profile's {key} must be a string, got {record[key]!r}")
         known = {key: record[key] for key in cls.__dataclass_fields__ if key in record}
-        if isinstance(known.get("shape"), Mapping):
+        for key in ("shape", "held_out"):
+            if not isinstance(known.get(key, {}), Mapping):
+                raise ValueError(f"the profile's {key} must be an object, got {known[key]!r}")
+        if "shape" in known:
             known["shape"] = ModelShape.from_record(known["shape"])
         if "held_out" in known:
-            known["held_out"] = tuple(dict(known["held_out"]).items())
+            known["held_out"] = tuple(known["held_out"].items())
         return cls(**known)
 
 

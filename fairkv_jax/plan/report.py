@@ -16,24 +16,26 @@ STYLE = """
 @media (prefers-color-scheme: dark) { :root { --ink: #e6e9ef; --soft: #9aa4b2; --line: #333b47;
   --paper: #14181f; --panel: #1c222b; --heat: #6aa5ff; --mark: #ff9257; --cell: #232b36; } }
 body { font: 15px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--paper);
-  max-width: 1100px; margin: 2.5rem auto; padding: 0 1.25rem; }
+  max-width: 1120px; margin: 2.5rem auto; padding: 0 1.25rem; }
 h1 { font-size: 1.6rem; margin: 0; } h2 { font-size: 1.1rem; margin: 2.5rem 0 .25rem; }
 p { margin: .25rem 0 .75rem; max-width: 75ch; } .soft { color: var(--soft); }
 .figures { display: flex; flex-wrap: wrap; gap: 1rem; margin: 1.5rem 0; }
 .figure { background: var(--panel); border-radius: 8px; padding: .75rem 1.25rem; flex: 1 1 9rem; }
-.figure b { display: block; font-size: 1.6rem; line-height: 1.3; }
+.figure b { display: block; font-size: 1.35rem; line-height: 1.4; white-space: nowrap; }
 .side { display: flex; flex-wrap: wrap; gap: 2.5rem; align-items: flex-start; }
 .scroll { overflow-x: auto; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
-th, td { padding: .3rem .8rem; text-align: right; border-bottom: 1px solid var(--line);
+th, td { padding: .3rem .55rem; text-align: right; border-bottom: 1px solid var(--line);
   white-space: nowrap; }
 th { font-weight: 600; color: var(--soft); } th:first-child, td:first-child { text-align: left;
   padding-left: 0; } tr.chosen { font-weight: 600; }
-svg { display: block; max-width: 100%; height: auto; } svg text { font: 11px system-ui, sans-serif; fill: var(--soft); }
+svg { display: block; max-width: 100%; height: auto; }
+svg text { font: 11px system-ui, sans-serif; fill: var(--soft); }
 svg .cell { fill: var(--cell); } svg .heat { fill: var(--heat); } svg .mark { fill: none;
-  stroke: var(--mark); stroke-width: 1.6; } svg text.count { fill: var(--mark); font-weight: 700; }
+  stroke: var(--mark); stroke-width: 1.6; } svg text.light { fill: var(--paper); font-weight: 600; }
+svg text.dark { fill: var(--ink); font-weight: 600; }
 svg .bar { fill: var(--heat); } svg .mean { stroke: var(--mark); stroke-dasharray: 4 3; }
-"""  # noqa: E501
+"""
 
 
 def report_page(profile: Profile, chosen: Plan, plans: Sequence[Plan]) -> str:
@@ -139,7 +141,7 @@ def _devices(profile: Profile, before: Plan, after: Plan) -> str:
 def _strategies(chosen: Plan, plans: Sequence[Plan]) -> str:
     heads = (
         "strategy", "attention", "whole step", "utilisation", "batch", "tokens/s", "ratio",
-        "copies", "slots", "one more copy", "fullest device",
+        "copies", "slots", "one more", "fullest",
     )  # fmt: skip
     rows = []
     for plan in plans:
@@ -164,6 +166,8 @@ def _strategies(chosen: Plan, plans: Sequence[Plan]) -> str:
         "<h2>Every strategy</h2><p>Reading one head's weights takes as long as reading "
         f"{slot:,.0f} cached tokens, and every slot costs that, empty or not: with a batch of "
         f"{chosen.cost.batch} that is {slot / chosen.cost.batch:,.0f} tokens of each row. Copies "
-        "pay where they move more than that, or where they fill a slot that is there anyway.</p>"
+        "pay where they move more than that, or where they fill a slot that is there anyway. "
+        "<i>Ratio</i> is of tokens/s; <i>one more</i> is what one more copy per layer would add to "
+        "it; <i>fullest</i> is the device with the most weights and cache.</p>"
         f'<div class="scroll"><table><tr>{head}</tr>{"".join(rows)}</table></div>'
     )
