@@ -17,6 +17,8 @@ TILE_TOKENS = 64
 CHUNK_TILES = 32
 _NEVER = -1e30  # a finite minus infinity: the difference of two of them is 0, not NaN
 
+Pool = tuple[Float[Array, "pages page_size H"], Float[Array, "pages page_size H"]]
+
 
 def ragged_decode(
     q: Float[Array, "B C G H"],
@@ -77,3 +79,24 @@ def ragged_decode(
     total, _, mass = jax.lax.fori_loop(0, num_chunks, chunk, start)
     out = total / jnp.where(mass == 0, 1, mass)[..., None]
     return out.reshape(batch, slots, group, width)
+
+
+def append_and_decode(
+    q: Float[Array, "B C G H"],
+    k: Float[Array, "B C H"],
+    v: Float[Array, "B C H"],
+    pool: Pool,
+    page_table: Int[Array, "B C max_pages"],
+    lengths: Int[Array, "B C"],
+) -> tuple[Float[Array, "B C G H"], Pool]:
+    """Writes each owned row's new key and value behind its tokens, then attends over the row."""
+    k_pages, v_pages = pool
+    num_pages, page_size, _ = k_pages.shape
+    owned = lengths > 0
+    page = jnp.take_along_axis(page_table, (lengths // page_size)[..., None], -1)[..., 0]
+    page = jnp.where(owned, page, num_pages)  # beyond the pool: dropped
+    at = lengths % page_size
+    k_pages = k_pages.at[page, at].set(k, mode="drop")
+    v_pages = v_pages.at[page, at].set(v, mode="drop")
+    out = ragged_decode(q, k_pages, v_pages, page_table, lengths + owned)
+    return out, (k_pages, v_pages)
