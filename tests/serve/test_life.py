@@ -33,7 +33,7 @@ def test_health_turns_from_503_to_200(slow: ScriptedEngine):
     may_load = threading.Event()
 
     def load() -> ScriptedEngine:
-        assert may_load.wait(20)
+        assert may_load.wait(60)
         return slow
 
     with running(load, wait=False) as server:
@@ -73,7 +73,7 @@ def test_a_client_that_hangs_up_is_aborted(
         eventually(lambda: slow.requests)
         if stream:
             assert connection.recv(100).startswith(b"HTTP/1.1 200")
-    eventually(lambda: not slow.requests, patience_s=1)
+    eventually(lambda: not slow.requests, patience_s=5)
     assert len(slow.aborted) == 1
     assert slow_server.engine.num_requests == 0
 
@@ -82,7 +82,7 @@ def test_all_choices_of_an_abandoned_stream_are_aborted(slow: ScriptedEngine, sl
     body = {**LONG, "n": 3, "stream": True}
     with slow_server.client.stream("POST", COMPLETIONS, json=body) as response:
         assert next(response.iter_lines()).startswith("data: ")
-    eventually(lambda: len(slow.aborted) == 3, patience_s=1)
+    eventually(lambda: len(slow.aborted) == 3, patience_s=5)
 
 
 def test_more_than_may_wait_are_told_to_try_again(slow: ScriptedEngine, slow_server: Server):
@@ -93,7 +93,7 @@ def test_more_than_may_wait_are_told_to_try_again(slow: ScriptedEngine, slow_ser
         assert response.status_code == 503
         assert response.headers["Retry-After"]
         assert "--max-num-queued-reqs" in response.json()["error"]["message"]
-        assert response.elapsed.total_seconds() < 0.5
+        assert response.elapsed.total_seconds() < 2
     eventually(lambda: not slow.requests)
     short = {"prompt": "x", "max_tokens": 1}
     assert slow_server.client.post(COMPLETIONS, json=short).status_code == 200
@@ -103,7 +103,7 @@ def test_a_failing_step_reaches_every_client(slow: ScriptedEngine, slow_server: 
     results: dict[str, httpx.Response] = {}
 
     def ask() -> None:
-        results["whole"] = httpx.post(slow_server.url + COMPLETIONS, json=LONG, timeout=20)
+        results["whole"] = httpx.post(slow_server.url + COMPLETIONS, json=LONG, timeout=60)
 
     waiting = threading.Thread(target=ask)
     waiting.start()
@@ -112,9 +112,9 @@ def test_a_failing_step_reaches_every_client(slow: ScriptedEngine, slow_server: 
         assert "error" not in json.loads(next(lines).removeprefix("data: "))
         eventually(lambda: len(slow.requests) == 2)
         slow.engine_config = type(slow.engine_config)(max_model_len=512, max_num_seqs=3)
-        crash = httpx.post(slow_server.url + COMPLETIONS, json={"prompt": CRASH}, timeout=20)
+        crash = httpx.post(slow_server.url + COMPLETIONS, json={"prompt": CRASH}, timeout=60)
         rest = [line.removeprefix("data: ") for line in lines if line]
-    waiting.join(20)
+    waiting.join(60)
     assert crash.status_code == results["whole"].status_code == 503
     for error in (crash.json(), results["whole"].json(), json.loads(rest[-2])):
         assert "the engine has failed" in error["error"]["message"]

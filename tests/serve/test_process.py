@@ -10,7 +10,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from tests.serve.live import ROOT, Process, eventually
+from tests.serve.live import PATIENCE_S, ROOT, Process, eventually
 from tests.serve.scripted import CRASH
 
 LONG = {"prompt": "a private text", "max_tokens": 100}
@@ -36,14 +36,16 @@ class Asking(threading.Thread):
 
     def run(self) -> None:
         try:
-            self.response = httpx.post(f"{self._url}/v1/completions", json=self._body, timeout=20)
+            self.response = httpx.post(
+                f"{self._url}/v1/completions", json=self._body, timeout=PATIENCE_S
+            )
         except httpx.TransportError:
             self.failed = True
 
 
 def busy(url: str) -> str:
     """The gauge of running requests where it is not 0."""
-    lines = httpx.get(f"{url}/metrics", timeout=20).text.splitlines()
+    lines = httpx.get(f"{url}/metrics", timeout=PATIENCE_S).text.splitlines()
     return "".join(line for line in lines if "num_requests_running{" in line and " 0" not in line)
 
 
@@ -58,38 +60,38 @@ def reachable(url: str) -> bool:
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_lets_running_requests_finish(process: Process, number: signal.Signals):
-    url = process.wait_ready(20)
+    url = process.wait_ready(PATIENCE_S)
     asking = Asking(url, LONG)
     eventually(lambda: "num_requests_running" in busy(url))
     process.send(number)
-    eventually(lambda: not reachable(url), patience_s=1)
+    eventually(lambda: not reachable(url), patience_s=5)
     assert process.status() == 0
-    asking.join(5)
+    asking.join(PATIENCE_S)
     assert asking.response is not None
     assert asking.response.json()["usage"]["completion_tokens"] == 100
 
 
 def test_what_takes_longer_than_the_time_out_is_cut(process: Process):
-    url = process.wait_ready(20)
+    url = process.wait_ready(PATIENCE_S)
     asking = Asking(url, {**LONG, "max_tokens": 500, "n": 32})
     eventually(lambda: "num_requests_running" in busy(url))
     began = time.monotonic()
     process.send(signal.SIGTERM)
     assert process.status() == 0
-    assert 4 < time.monotonic() - began < 12
-    asking.join(5)
+    assert 4 < time.monotonic() - began < 30
+    asking.join(PATIENCE_S)
     assert asking.failed or (asking.response is not None and asking.response.status_code >= 500)
 
 
 def test_a_second_signal_aborts(process: Process):
-    url = process.wait_ready(20)
+    url = process.wait_ready(PATIENCE_S)
     asking = Asking(url, LONG)
     eventually(lambda: "num_requests_running" in busy(url))
     process.send(signal.SIGTERM)
     time.sleep(0.2)
     process.send(signal.SIGTERM)
-    assert process.status(2) == 130
-    asking.join(5)
+    assert process.status() == 130
+    asking.join(PATIENCE_S)
     assert asking.failed
 
 
@@ -97,14 +99,14 @@ def test_a_signal_while_loading_ends_it(checkpoint: Path):
     with Process(SCRIPTED, [str(checkpoint), "loading"]) as process:
         url = process.address()
         eventually(lambda: reachable(url))
-        assert httpx.get(f"{url}/health", timeout=20).status_code == 503
+        assert httpx.get(f"{url}/health", timeout=PATIENCE_S).status_code == 503
         process.send(signal.SIGTERM)
         assert process.status() == 0
 
 
 def test_a_failing_step_ends_the_process_after_everybody_knows(process: Process):
-    url = process.wait_ready(20)
-    with httpx.Client(base_url=url, timeout=20) as client:
+    url = process.wait_ready(PATIENCE_S)
+    with httpx.Client(base_url=url, timeout=PATIENCE_S) as client:
         assert client.post("/v1/completions", json={"prompt": CRASH}).status_code == 503
         assert client.get("/health").status_code == 503
     assert process.status() == 1
@@ -129,8 +131,8 @@ def test_a_port_that_is_taken_is_a_sentence():
 
 
 def test_the_log_says_what_runs_and_quotes_no_prompt(process: Process):
-    url = process.wait_ready(20)
-    assert httpx.post(f"{url}/v1/completions", json=LONG, timeout=20).status_code == 200
+    url = process.wait_ready(PATIENCE_S)
+    assert httpx.post(f"{url}/v1/completions", json=LONG, timeout=PATIENCE_S).status_code == 200
     process.send(signal.SIGTERM)
     assert process.status() == 0
     assert "model scripted: llama, 2 layers, 6 query heads, 3 KV heads" in process.log

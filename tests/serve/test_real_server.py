@@ -11,7 +11,7 @@ from openai import OpenAI
 
 from tests.serve.live import PATIENCE_S, Process
 
-START_S = 180.0
+START_S = 400.0
 FLAGS = (
     "--port=0",
     "--tensor-parallel-size=2",
@@ -36,7 +36,7 @@ def process(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Itera
 def client(process: Process) -> Iterator[httpx.Client]:
     """Waits until the server is ready; it must answer 503 before."""
     url = process.address(PATIENCE_S)
-    with httpx.Client(base_url=url, timeout=60) as client:
+    with httpx.Client(base_url=url, timeout=PATIENCE_S) as client:
         assert client.get("/health").status_code == 503
         process.wait_ready(START_S)
         assert client.get("/health").status_code == 200
@@ -125,7 +125,7 @@ def test_a_client_that_hangs_up_frees_its_row(client: httpx.Client):
 def test_wrong_options_end_in_a_sentence(checkpoint: Path, flags: list[str], sentence: str):
     arguments = ["--port=0", f"--model={checkpoint}", "--compilation-cache-dir=", *flags]
     with Process("fairkv_jax.serve", arguments) as process:
-        assert process.status(60) == 1
+        assert process.status(120) == 1
         last = [line for line in process.lines if "ERROR" in line]
         assert len(last) == 1, process.log
         assert sentence in last[0]
