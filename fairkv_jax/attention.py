@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from fairkv_jax.pallas.ragged_decode import ragged_decode
+from fairkv_jax.pallas.ragged_decode import AUTO, Device, append_and_decode
 
 BLOCK_TOKENS = 256
 """Queries, and keys, of a prompt that meet at a time."""
@@ -66,19 +66,16 @@ def append_and_attend(
     v: Float[Array, "B C H"],
     pool: tuple[Float[Array, "pages page_size H"], Float[Array, "pages page_size H"]],
     layer: tuple[Int[Array, "B C max_pages"], Int[Array, "B C"]],
+    *,
+    backend: str = AUTO,
+    device: Device | None = None,
 ) -> tuple[Float[Array, "B C G H"], tuple[Array, Array], None]:
     """Writes each owned row's new key and value to its page, then attends over the row.
 
     Rows that a slot does not own have length 0: nothing is written and zeros come out.
     """
-    k_pages, v_pages = pool
     page_table, lengths = layer
-    num_pages, page_size, _ = k_pages.shape
-    owned = lengths > 0
-    page = jnp.take_along_axis(page_table, (lengths // page_size)[..., None], -1)[..., 0]
-    page = jnp.where(owned, page, num_pages)  # beyond the pool: dropped
-    at = lengths % page_size
-    k_pages = k_pages.at[page, at].set(k, mode="drop")
-    v_pages = v_pages.at[page, at].set(v, mode="drop")
-    out = ragged_decode(q, k_pages, v_pages, page_table, lengths + owned)
-    return out, (k_pages, v_pages), None
+    out, pool = append_and_decode(
+        q, k, v, pool, page_table, lengths, backend=backend, device=device
+    )
+    return out, pool, None

@@ -130,6 +130,8 @@ class EngineConfig:
     """Bytes of the KV pool, over all devices."""
     dtype: str = "float32"
     seed: int = 0
+    attention_backend: str = "auto"
+    """The implementation of decode attention; "auto" goes by the kind of device."""
 
     def __post_init__(self) -> None:
         for name in ("tensor_parallel_size", "max_model_len", "max_num_seqs", "kv_cache_bytes"):

@@ -10,7 +10,8 @@ from jaxtyping import Array, Int
 
 from fairkv_jax.attention import append_and_attend
 from fairkv_jax.cache import KVCache
-from fairkv_jax.models import Llama
+from fairkv_jax.models.llama import Attend, Llama
+from fairkv_jax.pallas.ragged_decode import AUTO, device_of
 from fairkv_jax.sampling import Sampled, SamplingState, sample
 from fairkv_jax.sampling_params import SamplingParams
 from fairkv_jax.shapes import TENSOR_AXIS
@@ -38,7 +39,7 @@ def idle_rows(batch: int, vocab_size: int) -> Rows:
     return Rows(zeros, zeros, zeros, sampling)
 
 
-@partial(jax.jit, static_argnames="mesh", donate_argnums=1)
+@partial(jax.jit, static_argnames=("mesh", "attention_backend"), donate_argnums=1)
 def decode_step(
     model: Llama,
     cache: KVCache,
@@ -46,6 +47,7 @@ def decode_step(
     new_pages: Int[Array, "L B PC"],
     *,
     mesh: Mesh,
+    attention_backend: str = AUTO,
 ) -> tuple[KVCache, Sampled]:
     """Appends one token to the first b rows of the cache and samples the next ones.
 
@@ -54,8 +56,9 @@ def decode_step(
     """
     by_slot = PartitionSpec(None, None, TENSOR_AXIS)
     whole = PartitionSpec()
+    attend = partial(append_and_attend, backend=attention_backend, device=device_of(mesh))
     run = jax.shard_map(
-        _decode_local,
+        partial(_decode_local, attend=attend),
         mesh=mesh,
         in_specs=(partition_specs(model), KVCache.partition(), whole, by_slot),
         out_specs=(KVCache.partition(), whole),
@@ -65,7 +68,7 @@ def decode_step(
 
 
 def _decode_local(
-    model: Llama, cache: KVCache, rows: Rows, new_pages: Int[Array, "L b C"]
+    model: Llama, cache: KVCache, rows: Rows, new_pages: Int[Array, "L b C"], *, attend: Attend
 ) -> tuple[KVCache, Sampled]:
     """The part of one device, inside `shard_map`."""
     batch = len(rows.tokens)
@@ -79,7 +82,7 @@ def _decode_local(
     x, (k_pages, v_pages), _ = model(
         rows.tokens,
         rows.positions,
-        append_and_attend,
+        attend,
         (cache.k_pages, cache.v_pages),
         (page_table[:, :batch], lengths),
     )

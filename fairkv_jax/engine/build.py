@@ -10,6 +10,7 @@ from fairkv_jax.checkpoint.fetch import DEMO_MODEL
 from fairkv_jax.compress import make_policy
 from fairkv_jax.config import EngineConfig, KVConfig
 from fairkv_jax.engine.llm_engine import LLMEngine
+from fairkv_jax.pallas.ragged_decode import AUTO, check_backend
 from fairkv_jax.plan import (
     HARDWARE,
     STRATEGIES,
@@ -46,6 +47,7 @@ def build_engine(
     page_size: int = 16,
     kv_cache_memory_bytes: int | None = None,
     gpu_memory_utilization: float = 0.9,
+    attention_backend: str = AUTO,
     progress: bool = True,
 ) -> LLMEngine:
     """Opens a checkpoint, plans its heads, loads it onto the devices.
@@ -59,6 +61,7 @@ def build_engine(
         max_copies: most extra head copies a layer, for `fair_copying`; None: one less than devices.
         kv_cache_memory_bytes: of the KV pool over all devices; None: 1 GiB on CPU, and on GPUs
             what `gpu_memory_utilization` leaves beside the weights.
+        attention_backend: the implementation of decode attention; "auto" goes by the device.
 
     Raises:
         ValueError: an option is out of its limits, or the checkpoint cannot be read.
@@ -75,6 +78,7 @@ def build_engine(
         alpha=kv_alpha,
     )
     make_policy(kv_config)  # a wrong option shows before anything is loaded
+    check_backend(attention_backend)
     if dtype not in DTYPES:
         raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
     if dtype == "auto":
@@ -104,6 +108,7 @@ def build_engine(
         kv_cache_bytes=kv_cache_memory_bytes,
         dtype=dtype,
         seed=seed,
+        attention_backend=attention_backend,
     )
     return LLMEngine(checkpoint, plan, engine_config, kv_config, progress=progress)
 

@@ -160,7 +160,13 @@ class Engine:
         batch = len(rows.tokens)
         new_pages = jax.ShapeDtypeStruct((layers, batch, slots), jnp.int32)
         args = (self.model, self.cache, rows, new_pages)
-        return self._program(("decode", batch), decode_step, *args, mesh=self.mesh)
+        return self._program(
+            ("decode", batch),
+            decode_step,
+            *args,
+            mesh=self.mesh,
+            attention_backend=self.config.attention_backend,
+        )
 
     def _program(self, key: tuple[str, int], step: Any, *args: Any, **static: Any) -> Compiled:
         """The compiled step of that shape; compiled now if it is the first call."""

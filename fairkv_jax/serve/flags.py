@@ -45,6 +45,12 @@ _ENGINE_FLAGS = {
         _Flag("gpu_memory_utilization", float, 0.9, "part of a GPU for weights and KV cache"),
         _Flag("kv_cache_memory_bytes", int, None, "instead of it, of the KV cache on all devices"),
         _Flag("page_size", int, EngineConfig.page_size, "tokens per page of it"),
+        _Flag(
+            "attention_backend",
+            str,
+            EngineConfig.attention_backend,
+            "of decoding: reference, triton or auto, by device",
+        ),
     ),
     "compression of the KV cache": (
         _Flag("kv_policy", str, "ada_snapkv", "full, streaming_llm, snapkv or ada_snapkv"),

@@ -28,7 +28,15 @@ BACKENDS = (AUTO, *IMPLEMENTATIONS)
 
 Pool = tuple[Float[Array, "pages page_size H"], Float[Array, "pages page_size H"]]
 
-__all__ = ["AUTO", "BACKENDS", "Device", "append_and_decode", "device_of", "ragged_decode"]
+__all__ = [
+    "AUTO",
+    "BACKENDS",
+    "Device",
+    "append_and_decode",
+    "check_backend",
+    "device_of",
+    "ragged_decode",
+]
 
 
 def ragged_decode(
