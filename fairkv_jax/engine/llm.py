@@ -45,18 +45,12 @@ class LLM:
         Raises:
             ValueError: a prompt or an option is invalid; then none has been run.
         """
-        batch = _as_batch(prompts)
-        params = sampling_params or SamplingParams()
-        each = [params] * len(batch) if isinstance(params, SamplingParams) else list(params)
-        if len(each) != len(batch):
-            raise ValueError(f"{len(each)} sampling_params for {len(batch)} prompts")
-        requests = [
-            self._request(prompt, params, return_kept_positions)
-            for prompt, params in zip(batch, each, strict=True)
+        encode = self.engine.tokenizer.encode
+        batch = [
+            (prompt, encode(prompt)) if isinstance(prompt, str) else (None, list(prompt))
+            for prompt in _as_batch(prompts)
         ]
-        for request in requests:
-            self.engine.validate(request)
-        return self._run(requests)
+        return self._run(self._requests(batch, sampling_params, return_kept_positions))
 
     def chat(
         self,
@@ -66,26 +60,48 @@ class LLM:
         return_kept_positions: bool = False,
     ) -> list[RequestOutput]:
         """Answers one conversation, or a list of them, in the model's chat template."""
-        conversations = [messages] if messages and isinstance(messages[0], Mapping) else messages
-        template = self.engine.tokenizer.apply_chat_template
-        prompts = [template(conversation) for conversation in conversations]  # pyright: ignore[reportArgumentType]
-        return self.generate(prompts, sampling_params, return_kept_positions=return_kept_positions)
+        if not isinstance(messages, Sequence) or not messages:
+            raise ValueError(f"messages must be a list of messages, got {messages!r}")
+        conversations = [messages] if isinstance(messages[0], Mapping) else messages
+        tokenizer = self.engine.tokenizer
+        texts = [tokenizer.apply_chat_template(each) for each in conversations]  # pyright: ignore[reportArgumentType]
+        # The template writes the BOS token itself, where there is one.
+        batch = [(text, tokenizer.encode(text, add_special_tokens=False)) for text in texts]
+        return self._run(self._requests(batch, sampling_params, return_kept_positions))
 
     def prefill_logits(self, token_ids: list[int]) -> Float[np.ndarray, "V"]:
         """Float32 logits of the token that follows a prompt; for comparisons with other code."""
-        self.engine.validate(Request("prefill_logits", token_ids))
+        (prompt,) = _as_batch([token_ids])
+        if isinstance(prompt, str):
+            raise ValueError(f"prefill_logits takes token ids, got the text {prompt!r}")
+        self.engine.validate(Request("prefill_logits", prompt))
         return np.asarray(self.engine.engine.prefill(token_ids).logits)
 
     def get_tokenizer(self) -> Tokenizer:
         return self.engine.tokenizer
 
-    def _request(self, prompt: Prompt, params: SamplingParams, positions: bool) -> Request:
-        self._num_requests += 1
-        request_id = str(self._num_requests)
-        if isinstance(prompt, str):
-            token_ids = self.engine.tokenizer.encode(prompt)
-            return Request(request_id, token_ids, params, prompt, positions)
-        return Request(request_id, list(prompt), params, None, positions)
+    def _requests(
+        self,
+        batch: Sequence[tuple[str | None, list[int]]],
+        params: SamplingParams | Sequence[SamplingParams] | None,
+        positions: bool,
+    ) -> list[Request]:
+        """A valid request for every (text, token ids) of the batch."""
+        if params is None or isinstance(params, SamplingParams):
+            params = [params or SamplingParams()] * len(batch)
+        if not isinstance(params, Sequence) or not all(
+            isinstance(each, SamplingParams) for each in params
+        ):
+            raise ValueError(f"sampling_params must be SamplingParams or a list, got {params!r}")
+        if len(params) != len(batch):
+            raise ValueError(f"{len(params)} sampling_params for {len(batch)} prompts")
+        requests = []
+        for (text, token_ids), each in zip(batch, params, strict=True):
+            self._num_requests += 1
+            request = Request(str(self._num_requests), token_ids, each, text, positions)
+            self.engine.validate(request)
+            requests.append(request)
+        return requests
 
     def _run(self, requests: list[Request]) -> list[RequestOutput]:
         """Runs requests to their ends; where that is interrupted, none stays behind."""
@@ -115,6 +131,8 @@ def _as_batch(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
     """
     if isinstance(prompts, str):
         return [prompts]
+    if not isinstance(prompts, Sequence | np.ndarray):
+        raise ValueError(f"a prompt must be a text or a list of token ids, got {prompts!r}")
     batch = list(prompts)
     if batch and all(_is_token_id(item) for item in batch):
         return [batch]  # pyright: ignore[reportReturnType]
