@@ -30,34 +30,44 @@ GIB = 1 << 30
 def define_flags() -> flags.FlagValues:
     """The command line, as a value of its own: importing this defines no flags."""
     values = flags.FlagValues()
-    shared = {"flag_values": values}
-    flags.DEFINE_string("profile", None, "a profile's JSON file", **shared)
-    flags.DEFINE_integer("devices", 2, "devices that share each layer's heads", **shared)
-    flags.DEFINE_enum("strategy", "fair_copying", STRATEGIES, "how heads are placed", **shared)
-    flags.DEFINE_enum("row_split", "equal", ROW_SPLITS, "how replicas share rows", **shared)
+    flags.DEFINE_string("profile", None, "a profile's JSON file", flag_values=values)
+    flags.DEFINE_integer("devices", 2, "devices that share each layer's heads", flag_values=values)
+    flags.DEFINE_enum(
+        "strategy", "fair_copying", STRATEGIES, "how heads are placed", flag_values=values
+    )
+    flags.DEFINE_enum(
+        "row_split", "equal", ROW_SPLITS, "how replicas share rows", flag_values=values
+    )
     flags.DEFINE_integer(
         "max_copies", None, "most copies per layer beyond one per head; default devices - 1",
-        **shared,
+        flag_values=values,
     )  # fmt: skip
-    flags.DEFINE_integer("max_slots", None, "most heads on a device in a layer", **shared)
+    flags.DEFINE_integer("max_slots", None, "most heads on a device in a layer", flag_values=values)
     flags.DEFINE_enum(
-        "objective", "latency", OBJECTIVES, "least step time, or most tokens/s", **shared
+        "objective", "latency", OBJECTIVES, "least step time, or most tokens/s", flag_values=values
     )
-    flags.DEFINE_integer("batch", 16, "rows of the decode batch (latency)", **shared)
+    flags.DEFINE_integer("batch", 16, "rows of the decode batch (latency)", flag_values=values)
     flags.DEFINE_float(
         "device_memory", None,
         "GiB for weights and cache on a device; under throughput the default is the hardware's",
-        **shared,
+        flag_values=values,
     )  # fmt: skip
-    flags.DEFINE_enum("hardware", "H100", list(HARDWARE), "sets what weights cost", **shared)
-    flags.DEFINE_integer("itemsize", 2, "bytes of a weight and of a cached number", **shared)
-    flags.DEFINE_integer("effort", 1, "more leaves more to the exact solver", **shared)
-    flags.DEFINE_integer(
-        "simulate", 0, "replay so many requests drawn from the profile's prompts", **shared
+    flags.DEFINE_enum(
+        "hardware", "H100", list(HARDWARE), "sets what weights cost", flag_values=values
     )
-    flags.DEFINE_string("output", None, "where to write the plan's JSON", **shared)
-    flags.DEFINE_string("report", None, "where to write the HTML report", **shared)
-    flags.DEFINE_bool("help", False, "show this and exit", **shared)
+    flags.DEFINE_integer(
+        "itemsize", 2, "bytes of a weight and of a cached number", flag_values=values
+    )
+    flags.DEFINE_integer("effort", 1, "more leaves more to the exact solver", flag_values=values)
+    flags.DEFINE_integer(
+        "simulate",
+        0,
+        "replay so many requests drawn from the profile's prompts",
+        flag_values=values,
+    )
+    flags.DEFINE_string("output", None, "where to write the plan's JSON", flag_values=values)
+    flags.DEFINE_string("report", None, "where to write the HTML report", flag_values=values)
+    flags.DEFINE_bool("help", False, "show this and exit", flag_values=values)
     return values
 
 

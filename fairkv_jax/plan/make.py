@@ -48,34 +48,9 @@ def make_plan(
     copies = _check(profile, n_devices, strategy, row_split, max_copies, max_slots, effort)
     cost = default_cost(profile, n_devices) if cost is None else cost
     goal = Objective(cost, profile.num_layers, objective, device_bytes)
-    weights = profile.array
-    order = np.argsort(-weights, axis=1, kind="stable")
-    sorted_weights = np.take_along_axis(weights, order, 1)
-    fixed = static_shares(profile.num_layers, profile.num_heads, n_devices)
-    heads_first = np.take_along_axis(fixed, order[:, :, None], 1)
-    most_copies = profile.num_heads * (n_devices - 1)
-    # One copy more than asked for, to say what it would gain.
-    search = Search(
-        weights=sorted_weights,
-        static=heads_first > 0,
-        max_copies=min(copies + 1, most_copies) if strategy == "fair_copying" else 0,
-        row_split=row_split,
-        effort=effort,
+    batch, shares, bound, gain = _choose(
+        profile, n_devices, strategy, row_split, copies, max_slots, goal, effort
     )
-    frontier = find_frontier(search, goal, max_slots or profile.num_heads)
-    copies = min(copies, search.max_copies)
-    as_is = _judged(sorted_weights, heads_first, goal)
-    if strategy == "static":
-        chosen = as_is
-    else:
-        chosen = _balanced(sorted_weights, frontier.best[copies], goal)
-        chosen = min(chosen, as_is, key=lambda candidate: candidate.token_seconds)
-    batch = goal.batch(chosen.slots, chosen.fullest_tokens)
-    if not batch:
-        raise ValueError(_memory_error(goal, chosen, strategy))
-    more = frontier.best[-1].token_seconds if strategy == "fair_copying" else np.inf
-    shares = np.empty_like(chosen.shares)
-    np.put_along_axis(shares, np.broadcast_to(order[:, :, None], shares.shape), chosen.shares, 1)
     return _describe(
         profile,
         shares,
@@ -83,9 +58,52 @@ def make_plan(
         batch,
         strategy=strategy,
         row_split=row_split,
-        bound=frontier.lower_bound(copies, batch),
-        gain=max(0.0, float(chosen.token_seconds / more - 1)),
+        bound=bound,
+        gain=gain,
     )
+
+
+def _choose(
+    profile: Profile,
+    n_devices: int,
+    strategy: str,
+    row_split: str,
+    copies: int,
+    max_slots: int | None,
+    goal: Objective,
+    effort: int,
+) -> tuple[int, np.ndarray, float, float]:
+    """The batch, the shares [L, K, P], the bound in seconds and what one more copy would gain.
+
+    All is searched with the heads in descending weight, so that their order cannot matter.
+    """
+    order = np.argsort(-profile.array, axis=1, kind="stable")
+    weights = np.take_along_axis(profile.array, order, 1)
+    fixed = static_shares(profile.num_layers, profile.num_heads, n_devices)
+    fixed = np.take_along_axis(fixed, order[:, :, None], 1)
+    most_copies = profile.num_heads * (n_devices - 1)
+    # One copy more than asked for, to say what it would gain.
+    search = Search(
+        weights=weights,
+        static=fixed > 0,
+        max_copies=min(copies + 1, most_copies) if strategy == "fair_copying" else 0,
+        row_split=row_split,
+        effort=effort,
+    )
+    frontier = find_frontier(search, goal, max_slots or profile.num_heads)
+    copies = min(copies, search.max_copies)
+    chosen = _judged(weights, fixed, goal)
+    if strategy != "static":
+        found = _balanced(weights, frontier.best[copies], goal)
+        chosen = min(found, chosen, key=lambda candidate: candidate.token_seconds)
+    batch = goal.batch(chosen.slots, chosen.fullest_tokens)
+    if not batch:
+        raise ValueError(_memory_error(goal, chosen, strategy))
+    more = frontier.best[-1].token_seconds if strategy == "fair_copying" else np.inf
+    shares = np.empty_like(chosen.shares)
+    np.put_along_axis(shares, np.broadcast_to(order[:, :, None], shares.shape), chosen.shares, 1)
+    bound = frontier.lower_bound(copies, batch)
+    return batch, shares, bound, max(0.0, float(chosen.token_seconds / more - 1))
 
 
 def default_cost(profile: Profile, n_devices: int) -> CostModel:

@@ -26,7 +26,7 @@ def _slots_and_peak(plan: Plan, weights: np.ndarray) -> tuple[int, float]:
 
 @pytest.mark.parametrize("a_in_tokens", [0.0, 40.0, 400.0])
 @pytest.mark.parametrize(("heads", "devices", "copies"), [(7, 4, 3), (6, 4, 2), (7, 3, 3)])
-@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_nothing_beats_equal_splits(seed, heads, devices, copies, a_in_tokens):
     weights, cost = _weights(seed, 1, heads), _cost(a_in_tokens)
     plan = make_plan(_profile(weights), devices, max_copies=copies, cost=cost)
@@ -62,8 +62,8 @@ def test_layers_share_the_best_slots(seed, heads, devices, copies, row_split, or
 
 @pytest.mark.parametrize("seed", range(3))
 def test_best_effort_is_optimal_without_copies(seed):
-    weights = _weights(seed, 1, 6)
+    weights = _weights(seed, 1, 5)
     plan = make_plan(_profile(weights), 3, "best_effort", cost=_cost(0.0))
-    best = min(best_equal(weights[0], 3, slots, 0) for slots in range(2, 7))
+    best = best_equal(weights[0], 3, 5, 0)
     assert plan.step_seconds == pytest.approx(best * 4e-9, rel=1e-6)
     assert plan.n_copies == 0
