@@ -14,6 +14,8 @@ from typing import Any
 
 from absl import app, flags
 
+from fairkv_jax.command_line import with_underscores
+
 _MODEL = flags.DEFINE_string("model", None, "Checkpoint; the demo model by default.")
 _DEVICES = flags.DEFINE_integer("devices", 2, "Devices on the tensor axis.")
 _BATCH = flags.DEFINE_integer("batch", 8, "Rows of the batch.")
@@ -196,4 +198,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    app.run(main)
+    app.run(main, argv=[with_underscores(argument) for argument in sys.argv])

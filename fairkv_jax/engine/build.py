@@ -1,5 +1,6 @@
 """From options, as `LLM` and `serve` take them, to an engine."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import jax
@@ -19,6 +20,7 @@ from fairkv_jax.plan import (
     Plan,
     Profile,
     make_plan,
+    shipped_profile,
 )
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -86,7 +88,17 @@ def build_engine(
     checkpoint = open_checkpoint(model)
     config = checkpoint.config
     context = config.max_position_embeddings
-    if max_model_len is not None and max_model_len > context:
+    engine_config = EngineConfig(
+        tensor_parallel_size=tensor_parallel_size,
+        max_model_len=context if max_model_len is None else max_model_len,
+        max_num_seqs=max_num_seqs,
+        page_size=page_size,
+        kv_cache_bytes=_CPU_KV_BYTES if kv_cache_memory_bytes is None else kv_cache_memory_bytes,
+        dtype=dtype,
+        seed=seed,
+        attention_backend=attention_backend,
+    )
+    if engine_config.max_model_len > context:
         raise ValueError(f"max_model_len {max_model_len} is beyond the model's context {context}")
     itemsize = jnp.dtype(dtype).itemsize
     shape = ModelShape.from_config(config)
@@ -99,17 +111,8 @@ def build_engine(
         embedding = 0 if config.tie_word_embeddings else config.vocab_size * config.hidden_size
         weights = plan.slots * plan.n_devices * config.num_layers * shape.head_params
         weights = itemsize * (weights + shape.rest_params + embedding)
-        kv_cache_memory_bytes = _kv_bytes(weights, plan.n_devices, gpu_memory_utilization)
-    engine_config = EngineConfig(
-        tensor_parallel_size=tensor_parallel_size,
-        max_model_len=max_model_len or context,
-        max_num_seqs=max_num_seqs,
-        page_size=page_size,
-        kv_cache_bytes=kv_cache_memory_bytes,
-        dtype=dtype,
-        seed=seed,
-        attention_backend=attention_backend,
-    )
+        num_bytes = _kv_bytes(weights, plan.n_devices, gpu_memory_utilization)
+        engine_config = replace(engine_config, kv_cache_bytes=num_bytes)
     return LLMEngine(checkpoint, plan, engine_config, kv_config, progress=progress)
 
 
@@ -120,8 +123,13 @@ def _hardware() -> str:
 
 
 def _profile(name: str, shape: ModelShape, kv_config: KVConfig, context: int) -> Profile:
-    """What each head is expected to hold: alike, until somebody has measured it."""
-    tokens = (float(kv_config.kept_tokens(context)),) * shape.num_kv_heads
+    """What each head is expected to hold: as measured, scaled to the budget, or else alike."""
+    kept = float(kv_config.kept_tokens(context))
+    measured = shipped_profile(name, kv_config.policy)
+    if measured is not None and measured.shape == shape:
+        tokens = (measured.array * (kept / measured.array.mean())).tolist()
+        return replace(measured, tokens=tokens, budget=kv_config.budget, spread=None, samples=None)
+    tokens = (kept,) * shape.num_kv_heads
     return Profile(
         model=name,
         policy=kv_config.policy,
@@ -145,7 +153,7 @@ def _plan(
         plan = head_plan
     elif head_plan in STRATEGIES:
         plan = make_plan(profile, num_devices, str(head_plan), max_copies=max_copies, cost=cost)
-    elif Path(head_plan).is_file():
+    elif isinstance(head_plan, str | Path) and Path(head_plan).is_file():
         plan = Plan.from_json(Path(head_plan).read_text())
     else:
         raise ValueError(

@@ -9,6 +9,7 @@ from fairkv_jax.plan.profile import Profile
 from fairkv_jax.plan.route import route
 from fairkv_jax.plan.rows import row_counts
 from fairkv_jax.plan.shape import SHAPES, ModelShape, find_shape
+from fairkv_jax.plan.shipped import shipped_profile
 from fairkv_jax.plan.simulate import Trace, Workload, simulate
 
 __all__ = [
@@ -32,5 +33,6 @@ __all__ = [
     "make_plan",
     "route",
     "row_counts",
+    "shipped_profile",
     "simulate",
 ]

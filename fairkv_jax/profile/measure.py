@@ -1,0 +1,101 @@
+"""Measures a head profile: prefills prompts and records what every head keeps of each."""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from fairkv_jax.engine.engine import Engine
+from fairkv_jax.plan import (
+    STRATEGIES,
+    CostModel,
+    ModelShape,
+    Profile,
+    Workload,
+    make_plan,
+    simulate,
+)
+
+HELD_OUT_BATCH = 16
+
+
+def measure_lengths(
+    engine: Engine, prompts: Sequence[list[int]], log: Path, *, progress: bool = True
+) -> np.ndarray:
+    """Kept tokens [prompts, L, K] of every prompt, in the prompts' order.
+
+    Each is written to `log` as soon as it is there, so that an interrupted measurement goes on
+    where it stopped; what another configuration has left in the log is not used.
+    """
+    known = dict(_read_log(log))
+    with log.open("a", encoding="utf-8") as file:
+        for prompt in tqdm(prompts, "prompts", disable=not progress):
+            key = _key(engine, prompt)
+            if key not in known:
+                known[key] = np.asarray(engine.prefill(prompt).head_lengths).tolist()
+                file.write(json.dumps({"key": key, "tokens": known[key]}) + "\n")
+                file.flush()
+    return np.array([known[_key(engine, prompt)] for prompt in prompts])
+
+
+def make_profile(
+    engine: Engine, model: str, prompts: Sequence[list[int]], lengths: np.ndarray, devices: int
+) -> Profile:
+    """The profile of measured lengths, with each strategy's utilisation on prompts left out."""
+    config = engine.kv_config
+    fields = {
+        "model": model,
+        "policy": config.policy,
+        "budget": config.budget,
+        "prompt_tokens": float(np.mean([len(prompt) for prompt in prompts])),
+        "source": f"measured on {len(prompts)} prompts",
+        "shape": ModelShape.from_config(engine.model_config),
+    }
+    held_out = ()
+    if len(prompts) > 1:
+        half = Profile.from_samples(lengths[::2], **fields)
+        held_out = tuple(held_out_utilization(half, lengths[1::2], devices).items())
+    return Profile.from_samples(lengths, held_out=held_out, **fields)
+
+
+def held_out_utilization(profile: Profile, lengths: np.ndarray, devices: int) -> dict[str, float]:
+    """Token balance of each strategy when plans of `profile` serve other prompts' `lengths`.
+
+    Simulated with arrivals and ends at a batch of 16; routed, and for `fair_copying` also with
+    rows dealt by the plan's shares alone.
+    """
+    assert profile.shape is not None
+    cost = CostModel.of(profile.shape, devices, batch=HELD_OUT_BATCH)
+    requests = 8 * HELD_OUT_BATCH
+    workload = Workload.drawn(lengths, requests, rate=0.5, new_tokens=2 * HELD_OUT_BATCH)
+    result = {}
+    for strategy in STRATEGIES:
+        plan = make_plan(profile, devices, strategy, cost=cost)
+        trace = simulate(plan, workload, HELD_OUT_BATCH)
+        result[f"{strategy} on {devices}"] = round(trace.mean_token_balance, 4)
+        if strategy == "fair_copying":
+            trace = simulate(plan, workload, HELD_OUT_BATCH, routed=False)
+            result[f"{strategy} on {devices}, not routed"] = round(trace.mean_token_balance, 4)
+    return result
+
+
+def _key(engine: Engine, prompt: list[int]) -> str:
+    """What a measured prompt is known by: the configuration and its tokens."""
+    text = f"{engine.model_config} {engine.kv_config} {engine.config.dtype} {prompt}"
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _read_log(log: Path) -> list[tuple[str, list]]:
+    """The complete records; a line cut short by an interruption is measured again."""
+    records = []
+    if log.exists():
+        for line in log.read_text(encoding="utf-8").splitlines():
+            try:
+                record = json.loads(line)
+                records.append((record["key"], record["tokens"]))
+            except (ValueError, KeyError, TypeError):
+                continue
+    return records

@@ -1,0 +1,49 @@
+"""Reads the prompts of a measurement: plain text, cut to pieces, or JSON lines."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+from fairkv_jax.tokenizer import Tokenizer
+
+
+def read_prompts(path: str | Path, tokenizer: Tokenizer, prompt_tokens: int) -> list[list[int]]:
+    """The prompts of a file as token ids.
+
+    A .jsonl file has one object a line, with a `prompt` text or chat `messages`. Any other file is
+    one text, which is cut into prompts of `prompt_tokens` tokens; a shorter rest is left out.
+
+    Raises:
+        ValueError: a line is not such an object, or the file has no prompt.
+    """
+    text = Path(path).read_text(encoding="utf-8")
+    if Path(path).suffix == ".jsonl":
+        prompts = [tokenizer.encode(prompt) for prompt in _json_lines(text, path, tokenizer)]
+    else:
+        ids = tokenizer.encode(text)
+        ends = range(prompt_tokens, len(ids) + 1, prompt_tokens)
+        prompts = [ids[end - prompt_tokens : end] for end in ends]
+    if not prompts:
+        raise ValueError(
+            f"{path} has no prompt: give lines of JSON, or a text of at least "
+            f"{prompt_tokens} tokens (--prompt-tokens)"
+        )
+    return prompts
+
+
+def _json_lines(text: str, path: str | Path, tokenizer: Tokenizer) -> Iterator[str]:
+    for number, line in enumerate(text.splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+        except ValueError as error:
+            raise ValueError(f"line {number} of {path} is not JSON: {error}") from error
+        if isinstance(record, dict) and isinstance(record.get("prompt"), str):
+            yield record["prompt"]
+        elif isinstance(record, dict) and "messages" in record:
+            yield tokenizer.apply_chat_template(record["messages"])
+        else:
+            raise ValueError(
+                f"line {number} of {path} must be an object with `prompt` or `messages`"
+            )
