@@ -171,7 +171,10 @@ class Engine:
     def _program(self, key: tuple[str, int], step: Any, *args: Any, **static: Any) -> Compiled:
         """The compiled step of that shape; compiled now if it is the first call."""
         if key not in self._programs:
-            self._programs[key] = step.lower(*args, **static).compile()
+            # GPUs would round the factors of float32 products to ten bits.
+            precision = "highest" if self.config.dtype == "float32" else None
+            with jax.default_matmul_precision(precision):
+                self._programs[key] = step.lower(*args, **static).compile()
         return self._programs[key]
 
     def batch_bucket(self, num_rows: int) -> int:

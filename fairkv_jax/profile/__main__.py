@@ -54,7 +54,7 @@ def _measure() -> None:
         max_num_seqs=1,
         **{name: flag.value for name, flag in _KV.items()},
     )
-    prompts = read_prompts(_PROMPTS.value, built.tokenizer, _PROMPT_TOKENS.value)
+    prompts = read_prompts(str(_PROMPTS.value), built.tokenizer, _PROMPT_TOKENS.value)
     longest = built.engine_config.max_model_len
     for number, prompt in enumerate(prompts):
         if len(prompt) > longest:
