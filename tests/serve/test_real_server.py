@@ -12,9 +12,9 @@ from openai import OpenAI
 from tests.serve.live import PATIENCE_S, Process
 
 START_S = 400.0
+TWO_DEVICES = "--xla_force_host_platform_device_count=2"
 FLAGS = (
     "--port=0",
-    "--tensor-parallel-size=2",
     "--max-model-len=128",
     "--max-num-seqs=2",
     "--kv_policy=ada_snapkv",
@@ -28,7 +28,7 @@ FLAGS = (
 def process(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Process]:
     cache = tmp_path_factory.mktemp("compiled")
     arguments = [*FLAGS, f"--model={checkpoint}", f"--compilation-cache-dir={cache}"]
-    with Process("fairkv_jax.serve", arguments, JAX_LOG_COMPILES="1") as process:
+    with Process("fairkv_jax.serve", arguments, JAX_LOG_COMPILES="1", XLA_FLAGS="") as process:
         yield process
 
 
@@ -46,6 +46,7 @@ def client(process: Process) -> Iterator[httpx.Client]:
 def test_it_logs_what_it_serves(process: Process, client: httpx.Client):
     assert "3 KV heads, float32, context of 128 tokens" in process.log
     assert "KV policy ada_snapkv: 40 tokens a head on average" in process.log
+    # Two devices are the default where there is no GPU.
     assert "head plan fair_copying: 3 KV heads on 2 devices" in process.log
     assert [card["id"] for card in client.get("/v1/models").json()["data"]] == ["tiny", "other"]
 
@@ -120,11 +121,14 @@ def test_a_client_that_hangs_up_frees_its_row(client: httpx.Client):
         (["--head-plan=unfair"], "unfair"),
         (["--kv-budget=16"], "16"),
         (["--model=nowhere.gguf"], "nowhere.gguf"),
+        (["--model=README.md"], "README.md"),
+        (["--tensor-parallel-size=5"], "5"),
+        (["--max-model-len=5000"], "max_model_len 5000 is beyond"),
     ],
 )
 def test_wrong_options_end_in_a_sentence(checkpoint: Path, flags: list[str], sentence: str):
     arguments = ["--port=0", f"--model={checkpoint}", "--compilation-cache-dir=", *flags]
-    with Process("fairkv_jax.serve", arguments) as process:
+    with Process("fairkv_jax.serve", arguments, XLA_FLAGS=TWO_DEVICES) as process:
         assert process.status(120) == 1
         last = [line for line in process.lines if "ERROR" in line]
         assert len(last) == 1, process.log
