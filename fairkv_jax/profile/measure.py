@@ -62,24 +62,25 @@ def make_profile(
 
 
 def held_out_utilization(profile: Profile, lengths: np.ndarray, devices: int) -> dict[str, float]:
-    """Token balance of each strategy when plans of `profile` serve other prompts' `lengths`.
+    """Utilisation of each strategy when plans of `profile` serve other prompts' `lengths`.
 
-    Simulated with arrivals and ends at a batch of 16; routed, and for `fair_copying` also with
-    rows dealt by the plan's shares alone.
+    Simulated at a full batch of 16 with requests that come and go, weights costing nothing; routed,
+    and for `fair_copying` also with rows dealt by the plan's shares alone.
     """
     assert profile.shape is not None
     cost = CostModel.of(profile.shape, devices, batch=HELD_OUT_BATCH)
-    requests = 8 * HELD_OUT_BATCH
-    workload = Workload.drawn(lengths, requests, rate=0.5, new_tokens=2 * HELD_OUT_BATCH)
-    result = {}
-    for strategy in STRATEGIES:
+    requests = 16 * HELD_OUT_BATCH
+    workload = Workload.drawn(lengths, requests, rate=HELD_OUT_BATCH, new_tokens=100)
+
+    def utilization(strategy: str, *, routed: bool = True) -> float:
         plan = make_plan(profile, devices, strategy, cost=cost)
-        trace = simulate(plan, workload, HELD_OUT_BATCH)
-        result[f"{strategy} on {devices}"] = round(trace.mean_token_balance, 4)
-        if strategy == "fair_copying":
-            trace = simulate(plan, workload, HELD_OUT_BATCH, routed=False)
-            result[f"{strategy} on {devices}, not routed"] = round(trace.mean_token_balance, 4)
-    return result
+        trace = simulate(plan, workload, HELD_OUT_BATCH, routed=routed)
+        full = trace.rows == HELD_OUT_BATCH
+        return round(float(np.average(trace.token_balance[full], weights=trace.seconds[full])), 4)
+
+    result = {f"{strategy} on {devices}": utilization(strategy) for strategy in STRATEGIES}
+    unrouted = utilization("fair_copying", routed=False)
+    return result | {f"fair_copying, not routed, on {devices}": unrouted}
 
 
 def _key(engine: Engine, prompt: list[int]) -> str:
