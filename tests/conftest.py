@@ -1,0 +1,30 @@
+"""Eight CPU devices for every test process, and the two checkpoints that all tests share."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+from fairkv_jax.checkpoint import open_checkpoint
+from fairkv_jax.checkpoint.fetch import DEMO_MODEL, checkpoints_root
+from tests.oracle.tiny import write_tiny_checkpoint
+
+# Nothing above starts JAX, which reads this when it makes its devices. A number of devices that
+# stands there already stays.
+_DEVICES = "--xla_force_host_platform_device_count"
+if _DEVICES not in os.environ.get("XLA_FLAGS", ""):
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_DEVICES}=8".strip()
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random model of 2 layers, 6 query and 3 KV heads, with float32 weights."""
+    return write_tiny_checkpoint(tmp_path_factory.mktemp("tiny") / "tiny.gguf")
+
+
+@pytest.fixture(scope="session")
+def demo_checkpoint() -> Path:
+    """SmolLM2-135M-Instruct, which `make test` fetches; without it the tests fail and say so."""
+    open_checkpoint(DEMO_MODEL)
+    (file,) = (checkpoints_root() / DEMO_MODEL).glob("*.gguf")
+    return file

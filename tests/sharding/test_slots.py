@@ -1,0 +1,109 @@
+"""From a plan to slots, and weights in slot order on the devices."""
+
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from fairkv_jax.checkpoint import open_checkpoint
+from fairkv_jax.plan import Plan, Profile, make_plan
+from fairkv_jax.sharding.mesh import RULES, make_mesh, sharding, spec
+from fairkv_jax.sharding.place import load_model
+from fairkv_jax.sharding.slots import EMPTY, SlotLayout
+
+TOKENS = ((90.0, 30.0, 20.0), (10.0, 25.0, 80.0))
+
+
+def tiny_plan(strategy: str, num_devices: int) -> Plan:
+    profile = Profile(model="", policy="full", budget=None, tokens=TOKENS)
+    return make_plan(profile, num_devices, strategy)
+
+
+PLANS = [
+    (strategy, num_devices)
+    for num_devices in (1, 2, 3, 4, 8)
+    for strategy in ("static", "best_effort", "fair_copying")
+]
+
+
+@pytest.mark.parametrize(("strategy", "num_devices"), PLANS)
+def test_layouts_hold_what_the_plan_says(strategy: str, num_devices: int):
+    plan = tiny_plan(strategy, num_devices)
+    layout = SlotLayout.from_plan(plan)
+    assert layout.num_slots == plan.slots * num_devices
+    np.testing.assert_array_equal(layout.replicas, plan.copies())
+    for layer, heads in enumerate(layout.slot_head):
+        for slot, head in enumerate(heads):
+            device = slot // layout.slots_per_device
+            if head != EMPTY:
+                assert plan.copies()[layer, head, device]
+                assert layout.head_slot[layer, head, device] == slot
+        assert np.count_nonzero(heads != EMPTY) == plan.copies()[layer].sum()
+        for head in range(3):
+            assert layout.first_slot[layer, head] == np.flatnonzero(heads == head)[0]
+
+
+def test_to_slots_repeats_copies_and_zeroes_empty_slots():
+    layout = SlotLayout.from_plan(tiny_plan("fair_copying", 8))
+    by_head = np.arange(1.0, 7.0).reshape(3, 2)
+    by_slot = layout.to_slots(by_head, 1)
+    for slot, head in enumerate(layout.slot_head[1]):
+        np.testing.assert_array_equal(by_slot[slot], 0 if head == EMPTY else by_head[head])
+    np.testing.assert_array_equal(by_head, np.arange(1.0, 7.0).reshape(3, 2))
+
+
+@pytest.mark.parametrize(
+    ("strategy", "num_devices"), [("static", 2), ("fair_copying", 3), ("fair_copying", 8)]
+)
+def test_every_device_holds_its_heads_and_its_part_of_the_rest(
+    tiny_checkpoint: Path, strategy: str, num_devices: int
+):
+    checkpoint = open_checkpoint(tiny_checkpoint)
+    layout = SlotLayout.from_plan(tiny_plan(strategy, num_devices))
+    mesh = make_mesh(num_devices)
+    model = load_model(checkpoint, layout, mesh, "float32", progress=False)
+    qkv, out = model.layers.attention.qkv.get_value(), model.layers.attention.out.get_value()
+    assert {s.data.shape[1] for s in qkv.addressable_shards} == {layout.slots_per_device}
+    for layer, heads in enumerate(layout.slot_head):
+        q, k, v, o = (checkpoint.tensor(f"layers.{layer}.{name}") for name in "qkvo")
+        for slot, head in enumerate(heads):
+            got = np.asarray(qkv[layer, slot])
+            if head == EMPTY:
+                assert not got.any()
+                assert not np.asarray(out[layer, slot]).any()
+                continue
+            np.testing.assert_array_equal(got, [*q[head], k[head], v[head]])
+            np.testing.assert_array_equal(out[layer, slot], o[head])
+    mlp = model.layers.mlp
+    for name in ("gate", "up", "down"):
+        stack = getattr(mlp, name).get_value()
+        assert len({s.data.shape for s in stack.addressable_shards}) == 1
+        stored = checkpoint.tensor(f"layers.1.{name}")
+        np.testing.assert_array_equal(stack[1][: len(stored)], stored)
+        assert not np.asarray(stack[1][len(stored) :]).any()
+    embed = checkpoint.tensor("embed")
+    np.testing.assert_array_equal(model.embed.get_value()[: len(embed)], embed)
+
+
+def test_weights_are_cast_on_their_way(tiny_checkpoint: Path):
+    checkpoint = open_checkpoint(tiny_checkpoint)
+    layout = SlotLayout.from_plan(tiny_plan("static", 2))
+    model = load_model(checkpoint, layout, make_mesh(2), "bfloat16", progress=False)
+    assert {leaf.dtype for leaf in jax.tree.leaves(model)} == {jax.numpy.bfloat16.dtype}
+
+
+def test_meshes():
+    assert make_mesh(3).shape == {"data": 1, "tensor": 3}
+    with pytest.raises(ValueError, match=r"tensor_parallel_size 99 needs 99 devices, but 8 cpu"):
+        make_mesh(99)
+
+
+def test_logical_axes_map_to_mesh_axes():
+    assert spec("layer", "slot", None, "model") == jax.sharding.PartitionSpec(
+        None, "tensor", None, None
+    )
+    assert sharding(make_mesh(2), "page").spec == jax.sharding.PartitionSpec("tensor")
+    assert set(RULES.values()) == {"tensor", None}
+    with pytest.raises(KeyError):
+        spec("no such axis")

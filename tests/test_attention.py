@@ -1,0 +1,46 @@
+"""Attention of prefill and decode against NumPy."""
+
+import jax
+import numpy as np
+import pytest
+
+from fairkv_jax.attention import append_and_attend, causal_attention
+from tests.oracle.forward import attention
+
+HEADS, GROUP, WIDTH = 2, 3, 16
+
+
+@pytest.mark.parametrize("num_tokens", [1, 32, 255, 256, 257, 700])
+def test_causal_attention(num_tokens: int):
+    """Around the ends of the chunks of queries."""
+    rng = np.random.default_rng(num_tokens)
+    q = rng.standard_normal((num_tokens, HEADS, GROUP, WIDTH), dtype=np.float32)
+    k, v = rng.standard_normal((2, num_tokens, HEADS, WIDTH), dtype=np.float32)
+    out = np.asarray(jax.jit(causal_attention)(q, k, v))
+    q_NTH = q.reshape(num_tokens, -1, WIDTH).transpose(1, 0, 2).astype(np.float64)
+    k_KTH, v_KTH = (x.transpose(1, 0, 2).astype(np.float64) for x in (k, v))
+    want = attention(q_NTH, k_KTH, v_KTH).transpose(1, 0, 2).reshape(out.shape)
+    np.testing.assert_allclose(out, want, atol=5e-6)
+
+
+def test_append_writes_owned_rows_only_and_attends_over_the_new_token():
+    rng = np.random.default_rng(0)
+    lengths = np.array([[5, 0], [8, 1]], np.int32)  # of pages of 8: the third opens a page
+    table = np.array([[[3, 6], [0, 0]], [[2, 5], [7, 1]]], np.int32)
+    pages = rng.standard_normal((2, 9, 8, WIDTH), dtype=np.float32)
+    q = rng.standard_normal((2, 2, GROUP, WIDTH), dtype=np.float32)
+    k, v = rng.standard_normal((2, 2, 2, WIDTH), dtype=np.float32)
+    out, got, _ = jax.jit(append_and_attend)(q, k, v, tuple(pages), (table, lengths))
+    expected = pages.copy()
+    for row, slot, page, at in ((0, 0, 3, 5), (1, 0, 5, 0), (1, 1, 7, 1)):
+        expected[0, page, at], expected[1, page, at] = k[row, slot], v[row, slot]
+    np.testing.assert_array_equal(np.stack(got), expected)
+    assert not np.asarray(out[0, 1]).any()
+    for row, slot in ((0, 0), (1, 0), (1, 1)):
+        keys, values = (
+            np.concatenate(x[table[row, slot]])[: lengths[row, slot] + 1] for x in expected
+        )
+        scores = q[row, slot] @ keys.T / np.sqrt(WIDTH)
+        weights = np.exp(scores - scores.max(1, keepdims=True))
+        want = weights / weights.sum(1, keepdims=True) @ values
+        np.testing.assert_allclose(out[row, slot], want, atol=1e-5)

@@ -1,0 +1,129 @@
+"""Options out of their limits: each message names the option, the value and the limit."""
+
+import math
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+
+from fairkv_jax.config import EngineConfig, KVConfig, ModelConfig
+from fairkv_jax.sampling_params import SamplingParams
+
+
+def test_it_imports_no_jax():
+    code = (
+        "import sys, fairkv_jax.config, fairkv_jax.sampling_params; assert 'jax' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"budget": 64}, "kv_policy 'full' keeps everything: drop kv_budget and kv_ratio"),
+        ({"policy": "snapkv"}, "needs either kv_budget or kv_ratio, got kv_budget=None"),
+        ({"policy": "snapkv", "budget": 64, "ratio": 0.5}, "kv_budget=64 and kv_ratio=0.5"),
+        ({"policy": "snapkv", "budget": 0}, "kv_budget must be an integer of at least 1, got 0"),
+        ({"policy": "snapkv", "budget": 64.0}, "kv_budget must be an integer .* got 64.0"),
+        ({"policy": "snapkv", "budget": True}, "kv_budget must be an integer .* got True"),
+        ({"policy": "snapkv", "budget": "64"}, "kv_budget must be an integer .* got '64'"),
+        ({"policy": "snapkv", "ratio": 1.0}, r"kv_ratio must lie in \[0, 1\), got 1.0"),
+        ({"policy": "snapkv", "ratio": -0.1}, r"kv_ratio must lie in \[0, 1\), got -0.1"),
+        ({"policy": "snapkv", "ratio": math.nan}, r"kv_ratio must lie in \[0, 1\), got nan"),
+        ({"window": 0}, "kv_window must be an integer of at least 1, got 0"),
+        ({"kernel": 4}, "kv_kernel must be odd, got 4: use 5"),
+        ({"kernel": -1}, "kv_kernel must be an integer of at least 1, got -1"),
+        ({"pool": "sum"}, "kv_pool must be one of max, avg, got 'sum'"),
+        ({"floor": "none"}, "kv_floor must be one of blend, reserve, got 'none'"),
+        ({"alpha": 1.1}, r"kv_alpha must lie in \[0, 1\], got 1.1"),
+        ({"alpha": math.nan}, r"kv_alpha must lie in \[0, 1\], got nan"),
+        ({"alpha": "0.2"}, r"kv_alpha must lie in \[0, 1\], got '0.2'"),
+    ],
+)
+def test_kv_options(options: dict[str, Any], message: str):
+    with pytest.raises(ValueError, match=message):
+        KVConfig(**options)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"tensor_parallel_size": 0}, "tensor_parallel_size must be an integer of at least 1"),
+        ({"max_num_seqs": -1}, "max_num_seqs must be an integer of at least 1, got -1"),
+        ({"max_model_len": 1.5}, "max_model_len must be an integer of at least 1, got 1.5"),
+        ({"kv_cache_bytes": 0}, "must be an integer of at least 1, got 0"),
+        ({"page_size": 12}, "page_size must be a multiple of 8, got 12"),
+        ({"page_size": 4}, "page_size must be an integer of at least 8, got 4"),
+    ],
+)
+def test_engine_options(options: dict[str, Any], message: str):
+    with pytest.raises(ValueError, match=message):
+        EngineConfig(**options)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"temperature": math.nan}, "temperature must be a finite number at least 0, got nan"),
+        ({"temperature": math.inf}, "temperature must be a finite number at least 0, got inf"),
+        ({"temperature": -1}, "temperature must be a finite number at least 0, got -1"),
+        ({"temperature": "hot"}, "temperature must be a number, got 'hot'"),
+        ({"temperature": None}, "temperature must be a number, got None"),
+        ({"top_p": 0}, "top_p must be a finite number above 0 and at most 1, got 0"),
+        ({"top_p": 1.5}, "top_p must be .* at most 1, got 1.5"),
+        ({"min_p": -0.1}, "min_p must be .* at least 0 and at most 1, got -0.1"),
+        ({"top_k": -2}, "top_k must be at least -1, got -2"),
+        ({"top_k": 2.0}, "top_k must be an integer, got 2.0"),
+        ({"max_tokens": 0}, "max_tokens must be at least 1, got 0"),
+        ({"max_tokens": True}, "max_tokens must be an integer, got True"),
+        ({"seed": 2**64}, "seed must be between"),
+        ({"seed": "x"}, "seed must be an integer, got 'x'"),
+        ({"logprobs": 21}, "logprobs must be between 0 and 20, got 21"),
+        ({"logprobs": -1}, "logprobs must be between 0 and 20, got -1"),
+        ({"stop": ""}, "stop must be non-empty strings"),
+        ({"stop": ["a", 3]}, "stop must be non-empty strings"),
+        ({"stop_token_ids": [-1]}, "stop_token_ids must be at least 0, got -1"),
+        ({"stop_token_ids": ["a"]}, "stop_token_ids must be an integer, got 'a'"),
+    ],
+)
+def test_sampling_options(options: dict[str, Any], message: str):
+    with pytest.raises(ValueError, match=message):
+        SamplingParams(**options)
+
+
+@pytest.mark.parametrize("options", [{"stop": 5}, {"stop_token_ids": 5}])
+def test_sampling_options_that_are_no_lists(options: dict[str, Any]):
+    with pytest.raises(ValueError, match=next(iter(options))):
+        SamplingParams(**options)
+
+
+def test_sampling_params_are_values():
+    params = SamplingParams(stop="a", stop_token_ids=[3])
+    assert (params.stop, params.stop_token_ids) == (("a",), (3,))
+    assert hash(params) == hash(SamplingParams(stop=["a"], stop_token_ids=(3,)))
+    assert SamplingParams(temperature=0).greedy
+
+
+@pytest.mark.parametrize(
+    ("options", "prompt_tokens", "kept"),
+    [
+        ({}, 100, 100),
+        ({"policy": "snapkv", "budget": 64}, 100, 64),
+        ({"policy": "snapkv", "budget": 64}, 10, 10),
+        ({"policy": "snapkv", "ratio": 0.9}, 1005, 100),
+        ({"policy": "snapkv", "ratio": 0.99}, 5, 1),
+        ({"policy": "snapkv", "ratio": 0}, 7, 7),
+    ],
+)
+def test_kept_tokens(options: dict[str, Any], prompt_tokens: int, kept: int):
+    assert KVConfig(**options).kept_tokens(prompt_tokens) == kept
+
+
+def test_query_heads_divide_over_kv_heads():
+    sizes = dict.fromkeys(
+        ("vocab_size", "hidden_size", "intermediate_size", "num_layers", "head_dim"), 8
+    )
+    rest = {"max_position_embeddings": 64, "rope_theta": 1e4, "rms_norm_eps": 1e-5}
+    with pytest.raises(ValueError, match="9 query heads do not divide over 4 KV heads"):
+        ModelConfig("llama", num_heads=9, num_kv_heads=4, tie_word_embeddings=True, **sizes, **rest)

@@ -1,0 +1,184 @@
+"""Sampling against NumPy: what is cut, what is drawn, what is logged."""
+
+from functools import partial
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+from scipy.stats import chisquare
+
+from fairkv_jax import sampling
+from fairkv_jax.sampling import SamplingState
+from fairkv_jax.sampling_params import MAX_LOGPROBS, SamplingParams
+
+VOCAB = 24
+DRAWS = 20_000
+sample: Any = jax.jit(sampling.sample)
+truncate: Any = jax.jit(sampling._truncate)
+
+
+def softmax(x: np.ndarray) -> np.ndarray:
+    e = np.exp(x - x.max(-1, keepdims=True))
+    return e / e.sum(-1, keepdims=True)
+
+
+def survivors(logits: np.ndarray, params: SamplingParams) -> np.ndarray:
+    """The tokens left of one row, in float64: min-p, then top-k, then top-p."""
+    scaled = logits.astype(np.float64) / params.temperature
+    left = softmax(scaled) >= params.min_p * softmax(scaled).max()
+    if params.top_k > 0:
+        order = np.sort(np.where(left, scaled, -np.inf))[::-1]
+        left &= scaled >= order[min(params.top_k, len(scaled)) - 1]
+    if params.top_p < 1:
+        p = softmax(np.where(left, scaled, -np.inf))
+        order = np.argsort(-p)
+        count = np.searchsorted(np.cumsum(p[order]), params.top_p) + 1
+        left &= p >= p[order[min(count, len(p)) - 1]]
+    return left
+
+
+CUTS = [
+    {},
+    {"top_k": 1},
+    {"top_k": 5},
+    {"top_k": VOCAB},
+    {"top_k": 10**6},
+    {"top_p": 0.01},
+    {"top_p": 0.5},
+    {"top_p": 0.95},
+    {"min_p": 0.05},
+    {"min_p": 0.3},
+    {"min_p": 1.0},
+    {"top_k": 7, "top_p": 0.8},
+    {"top_k": 9, "top_p": 0.9, "min_p": 0.02},
+    {"top_p": 0.7, "temperature": 2.5},
+    {"min_p": 0.2, "temperature": 0.4},
+]
+
+
+def states(params: list[SamplingParams], seeds: list[int] | None = None) -> SamplingState:
+    return SamplingState.stack(list(zip(params, seeds or range(len(params)), strict=True)), VOCAB)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_what_is_cut(seed: int):
+    """All options side by side in one batch, so that none leaks into its neighbour's row."""
+    logits = np.random.default_rng(seed).normal(0, 2, (len(CUTS), VOCAB)).astype(np.float32)
+    params = [SamplingParams(**cut) for cut in CUTS]
+    scaled = logits / np.array([[p.temperature] for p in params], np.float32)
+    left = np.asarray(truncate(scaled - scaled.max(1, keepdims=True), states(params)))
+    for row, option, got in zip(logits, params, left, strict=True):
+        want = survivors(row, option)
+        np.testing.assert_array_equal(np.isfinite(got), want, f"{option}")
+        np.testing.assert_allclose(
+            softmax(got)[want],
+            softmax(row / option.temperature)[want] / softmax(row / option.temperature)[want].sum(),
+            rtol=1e-4,
+        )
+
+
+def test_equal_logits_at_the_edge_of_top_k_all_stay():
+    logits = np.array([[0.0, -1, -1, -1] + [-5] * (VOCAB - 4)], np.float32)
+    left = np.isfinite(np.asarray(truncate(logits, states([SamplingParams(top_k=2)]))))
+    assert left[0].tolist() == [True] * 4 + [False] * (VOCAB - 4)
+
+
+@pytest.mark.parametrize(
+    "cut", [{}, {"top_k": 6, "temperature": 1.7}, {"top_p": 0.8}, {"min_p": 0.1}]
+)
+def test_draws_follow_the_distribution(cut: dict):
+    """Chi-square over rows that differ by their seeds; the seeds are fixed."""
+    logits = np.random.default_rng(5).normal(0, 1.5, VOCAB).astype(np.float32)
+    params = SamplingParams(**cut)
+    batch = np.broadcast_to(logits, (DRAWS, VOCAB))
+    drawn = sample(batch, states([params] * DRAWS), np.zeros(DRAWS, np.int32)).tokens
+    _check_distribution(np.asarray(drawn), logits, params)
+
+
+def test_places_of_one_output_are_drawn_independently():
+    """One seed, many places: the distribution holds along a text too, pairs are uncorrelated."""
+    logits = np.random.default_rng(6).normal(0, 1, VOCAB).astype(np.float32)
+    params = SamplingParams()
+    state = states([params] * DRAWS, [7] * DRAWS)
+    batch = np.broadcast_to(logits, (DRAWS, VOCAB))
+    drawn = np.asarray(sample(batch, state, np.arange(DRAWS, dtype=np.int32)).tokens)
+    _check_distribution(drawn, logits, params)
+    p = softmax(logits.astype(np.float64))
+    again = np.mean(drawn[1:] == drawn[:-1])
+    assert abs(again - (p**2).sum()) < 4 * np.sqrt((p**2).sum() / DRAWS)
+
+
+def _check_distribution(drawn: np.ndarray, logits: np.ndarray, params: SamplingParams) -> None:
+    left = survivors(logits, params)
+    counts = np.bincount(drawn, minlength=VOCAB)
+    assert not counts[~left].any()
+    p = softmax(np.where(left, logits.astype(np.float64) / params.temperature, -np.inf))[left]
+    assert chisquare(counts[left], DRAWS * p).pvalue > 1e-3
+
+
+def test_greedy_takes_the_first_of_the_likeliest_whatever_the_seed():
+    logits = np.zeros((3, VOCAB), np.float32)
+    logits[:, [4, 9]] = 2.0
+    params = [SamplingParams(temperature=0, top_k=3, min_p=0.5)] * 2 + [SamplingParams()]
+    drawn = np.asarray(sample(logits, states(params), np.zeros(3, np.int32)).tokens)
+    assert drawn[:2].tolist() == [4, 4]
+
+
+def test_a_row_depends_on_its_seed_and_place_not_on_its_neighbours():
+    rng = np.random.default_rng(8)
+    logits = rng.normal(0, 1, VOCAB).astype(np.float32)
+    mine = SamplingParams(temperature=1.3, top_p=0.95)
+    others = [SamplingParams(temperature=0), SamplingParams(top_k=2, logprobs=3)]
+    alone = [
+        int(sample(logits[None], states([mine], [seed]), np.array([place], np.int32)).tokens[0])
+        for seed in (0, 2**40 + 1, -5)
+        for place in (0, 3)
+    ]
+    assert len(set(alone)) > 2
+    for row in range(3):
+        batch = rng.normal(0, 1, (3, VOCAB)).astype(np.float32)
+        batch[row] = logits
+        params = [*others[:row], mine, *others[row:]]
+        together = []
+        for seed in (0, 2**40 + 1, -5):
+            for place in (0, 3):
+                seeds, places = [9, 9, 9], np.array([5, 5, 5], np.int32)
+                seeds[row], places[row] = seed, place
+                together.append(int(sample(batch, states(params, seeds), places).tokens[row]))
+        assert together == alone
+
+
+def test_seeds_differ_in_all_their_bits():
+    logits = np.zeros((6, VOCAB), np.float32)
+    seeds = [0, 1, 2**32, 2**33, 2**63, -1]
+    state = states([SamplingParams()] * 6, seeds)
+    tokens = [
+        np.asarray(sample(logits, state, np.full(6, place, np.int32)).tokens).tolist()
+        for place in range(8)
+    ]
+    assert len(set(zip(*tokens, strict=True))) == len(seeds)
+
+
+def test_logprobs_and_ranks():
+    """Those of the model, before temperature and cuts; the rank counts the likelier tokens."""
+    rng = np.random.default_rng(9)
+    logits = rng.normal(0, 3, (8, VOCAB)).astype(np.float32)
+    params = [SamplingParams(temperature=5.0, logprobs=5, top_k=20)] * 8
+    out = jax.tree.map(np.asarray, sample(logits, states(params), np.zeros(8, np.int32)))
+    want = np.log(softmax(logits.astype(np.float64)))
+    assert (out.tokens != logits.argmax(1)).any()
+    for row, token in enumerate(out.tokens):
+        np.testing.assert_allclose(out.logprob[row], want[row, token], atol=1e-5)
+        assert out.rank[row] == 1 + (want[row] > want[row, token]).sum()
+        order = np.argsort(-want[row])[:MAX_LOGPROBS]
+        np.testing.assert_array_equal(out.top_tokens[row], order)
+        np.testing.assert_allclose(out.top_logprobs[row], want[row][order], atol=1e-5)
+
+
+def test_no_logprobs_unless_a_row_wants_them():
+    logits = np.random.default_rng(1).normal(size=(2, VOCAB)).astype(np.float32)
+    run = partial(sample, logits, place=np.zeros(2, np.int32))
+    assert not np.asarray(run(state=states([SamplingParams()] * 2)).top_logprobs).any()
+    one = [SamplingParams(), SamplingParams(logprobs=0)]
+    assert np.asarray(run(state=states(one)).logprob)[1] < 0
