@@ -87,5 +87,8 @@ def _decode_local(
         (page_table[:, :batch], lengths),
     )
     sampled = sample(model.logits(x), rows.sampling, rows.place)
-    lengths = cache.lengths.at[:, :batch].add(lengths > 0)
+    # Not by `.at[:, :batch].add`: over all rows its scatter has no index, and XLA's partitioner
+    # (jaxlib 0.11.2, for GPUs) crashes on it.
+    grown = lengths + (lengths > 0)
+    lengths = jax.lax.dynamic_update_slice_in_dim(cache.lengths, grown, 0, axis=1)
     return KVCache(k_pages, v_pages, page_table, lengths), sampled
