@@ -1,0 +1,66 @@
+"""Greedy decoding over a compressed cache in NumPy, recomputed from scratch at every token.
+
+The prompt is run densely. A generated token sees, under each KV head, the prompt positions that
+this head kept and the generated tokens up to itself; all keep their positions. That is one forward
+pass over prompt and output with a mask per layer and head: no cache, no pages.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from tests.oracle.forward import Llama, rms_norm, rope_table, rotate, silu, softmax
+
+Kept = Sequence[Sequence[np.ndarray]]
+"""For each layer and KV head its kept prompt positions."""
+
+
+def generate(
+    model: Llama, prompt: Sequence[int], kept: Kept, num_tokens: int
+) -> tuple[list[int], list[float]]:
+    """The greedy tokens and their log-probabilities."""
+    tokens, logprobs = [], []
+    for _ in range(num_tokens):
+        logits = forward(model, [*prompt, *tokens], len(prompt), kept)
+        tokens.append(int(np.argmax(logits)))
+        logprobs.append(float(np.log(softmax(logits)[tokens[-1]])))
+    return tokens, logprobs
+
+
+def forward(model: Llama, token_ids: Sequence[int], prompt_tokens: int, kept: Kept) -> np.ndarray:
+    """Logits [V] of the last position."""
+    T, N, K, H = len(token_ids), model.num_heads, model.num_kv_heads, model.head_dim
+    weights, eps = model.weights, np.float32(model.rms_norm_eps)
+    cos, sin = rope_table(T, H, model.rope_theta, np.float32)
+    x = weights["embed_tokens"][np.asarray(token_ids)]
+    for index in range(model.num_layers):
+        layer = f"layers.{index}"
+
+        def project(h: np.ndarray, name: str, heads: int, layer: str = layer) -> np.ndarray:
+            return (h @ weights[f"{layer}.{name}"].T).reshape(T, heads, H).transpose(1, 0, 2)
+
+        h = rms_norm(x, weights[f"{layer}.input_layernorm"], eps)
+        q = rotate(project(h, "q_proj", N), cos, sin)
+        k = rotate(project(h, "k_proj", K), cos, sin)
+        v = project(h, "v_proj", K)
+        attended = np.empty_like(q)
+        for head in range(N):
+            kv = head // (N // K)
+            scores = q[head] @ k[kv].T / np.float32(np.sqrt(H))
+            scores[~_sees(T, prompt_tokens, kept[index][kv])] = -np.inf
+            attended[head] = softmax(scores) @ v[kv]
+        x = x + attended.transpose(1, 0, 2).reshape(T, -1) @ weights[f"{layer}.o_proj"].T
+        h = rms_norm(x, weights[f"{layer}.post_attention_layernorm"], eps)
+        gate, up = (h @ weights[f"{layer}.{name}_proj"].T for name in ("gate", "up"))
+        x = x + (silu(gate) * up) @ weights[f"{layer}.down_proj"].T
+    last = rms_norm(x[-1], weights["norm"], eps)
+    return weights.get("lm_head", weights["embed_tokens"]) @ last
+
+
+def _sees(T: int, prompt_tokens: int, kept: np.ndarray) -> np.ndarray:
+    """[T, T]: which keys each query may attend to."""
+    sees = np.tri(T, dtype=bool)
+    dropped = np.ones(prompt_tokens, bool)
+    dropped[kept] = False
+    sees[prompt_tokens:, :prompt_tokens][:, dropped] = False
+    return sees
