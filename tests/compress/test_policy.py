@@ -86,6 +86,12 @@ def test_alphas(floor: str, alpha: float):
         check(scored("ada_snapkv", floor=floor, alpha=alpha, budget=budget), 90)
 
 
+@pytest.mark.parametrize(("floor", "budget"), [("blend", 83), ("reserve", 75)])
+def test_products_that_are_whole_are_not_rounded_down(floor: str, budget: int):
+    """0.84 * 75 is 63, though a little less in float32."""
+    check(scored("ada_snapkv", floor=floor, alpha=0.84, budget=budget), 96)
+
+
 @pytest.mark.parametrize("options", ALL[1:], ids=lambda o: f"{o.policy}-{o.floor}")
 @pytest.mark.parametrize("ratio", [0.0, 0.1, 0.5, 0.9, 0.999])
 def test_ratios(options: Options, ratio: float):
