@@ -1,0 +1,149 @@
+"""Compiles the decode step and a prefill for GPUs that are not here, and prints what they take.
+
+    python -m fairkv_jax.aot --model llama-3.3-70b --target h200 --devices 8 --batch 64 \\
+        --kv-budget 1024 --head-plan fair_copying
+
+Ends with 1 where a step does not fit, copies the KV pool or spills registers, and with 2 where the
+compiler's parts are missing.
+"""
+
+import os
+import sys
+from pathlib import Path
+
+# Before JAX starts: its CUDA plugin, which compiles, would look for a driver.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+from absl import app, flags
+
+from fairkv_jax.aot.report import Report, compile_and_report
+from fairkv_jax.aot.steps import (
+    Setup,
+    abstract_model,
+    config_of,
+    device_bytes,
+    lower_decode_step,
+    lower_prefill,
+)
+from fairkv_jax.aot.targets import Target, missing_parts, targets
+from fairkv_jax.command_line import with_underscores
+from fairkv_jax.config import KVConfig
+from fairkv_jax.pallas.ragged_decode import AUTO, BACKENDS
+from fairkv_jax.plan import HARDWARE, SHAPES, STRATEGIES, CostModel, Plan, Profile, make_plan
+from fairkv_jax.profile import synthetic_profile
+
+DEMO = "demo"
+_DEMO_SHAPE = "smollm2-135m"
+
+_MODEL = flags.DEFINE_enum("model", "llama-3.3-70b", [DEMO, *SHAPES], "Shape of the model.")
+_TARGET = flags.DEFINE_enum("target", "h200", list(targets()), "Kind of GPU.")
+_DEVICES = flags.DEFINE_integer("devices", 8, "GPUs, of one host.", lower_bound=1)
+_BATCH = flags.DEFINE_integer("batch", 64, "Rows of the decode step.", lower_bound=1)
+_BUDGET = flags.DEFINE_integer("kv_budget", 1024, "Kept tokens a head on average.")
+_PROMPT = flags.DEFINE_integer("prompt_tokens", 2048, "Of the prefill; 0 compiles none.")
+_NEW = flags.DEFINE_integer("new_tokens", 256, "Tokens that every row has room to generate.")
+_LONGEST = flags.DEFINE_integer("max_model_len", 8192, "Most tokens of a request.")
+_PAGE = flags.DEFINE_integer("page_size", 16, "Tokens a page.")
+_PLAN = flags.DEFINE_string("head_plan", "fair_copying", "A strategy, or the path of a plan.")
+_PROFILE = flags.DEFINE_string("profile", None, "Path of a head profile; default: a synthetic one.")
+_IMBALANCE = flags.DEFINE_float("imbalance", 0.6, "Std / mean of the synthetic profile's heads.")
+_BACKEND = flags.DEFINE_enum("attention_backend", AUTO, BACKENDS, "Of decode attention.")
+
+
+def main(argv: list[str]) -> None:
+    if len(argv) > 1:
+        raise app.UsageError(f"unexpected arguments: {' '.join(argv[1:])}")
+    missing = missing_parts()
+    if missing:
+        print(f"cannot compile for GPUs on this machine: {missing}", file=sys.stderr)
+        sys.exit(2)
+    target = targets()[_TARGET.value]
+    setup = make_setup(target)
+    mesh = target.mesh(_DEVICES.value)
+    layers, pool = setup.config.num_layers, setup.pool_elements
+    print(_header(setup, target, device_bytes(abstract_model(setup, mesh))))
+    steps = {"decode": lower_decode_step(setup, mesh)}
+    if _PROMPT.value:
+        kv_config = KVConfig("ada_snapkv", budget=_BUDGET.value)
+        steps["prefill"] = lower_prefill(setup, mesh, _PROMPT.value, kv_config)
+    ok = True
+    for name, lowered in steps.items():
+        report = compile_and_report(lowered, target.architecture, layers)
+        # The pool lies on the device during a prefill too.
+        beside = 4 * pool if name == "prefill" else 0
+        total = report.argument_bytes + report.temporary_bytes + report.new_output_bytes + beside
+        # A quarter of it already would be no bookkeeping any more.
+        copies = report.copies_of(pool // 4) if name == "decode" else []
+        print(_lines(name, report, copies, total, target))
+        ok &= total <= target.memory_bytes and not copies and not report.spilling
+    sys.exit(0 if ok else 1)
+
+
+def make_setup(target: Target) -> Setup:
+    """The model, plan and sizes that the flags ask for."""
+    shape = SHAPES[_DEMO_SHAPE if _MODEL.value == DEMO else _MODEL.value]
+    name = _DEMO_SHAPE if _MODEL.value == DEMO else _MODEL.value
+    if _PROFILE.value:
+        profile = Profile.from_json(Path(_PROFILE.value).read_text())
+        profile.check_model(shape.num_layers, shape.num_kv_heads, name)
+    else:
+        profile = synthetic_profile(shape, _BUDGET.value, model=name, imbalance=_IMBALANCE.value)
+    if _PLAN.value in STRATEGIES:
+        hardware = target.name.upper() if target.name.upper() in HARDWARE else "H100"
+        cost = CostModel.of(shape, _DEVICES.value, hardware, batch=_BATCH.value)
+        plan = make_plan(profile, _DEVICES.value, _PLAN.value, cost=cost)
+    else:
+        plan = Plan.from_json(Path(_PLAN.value).read_text())
+    return Setup(
+        config_of(shape, tie_word_embeddings=name == _DEMO_SHAPE),
+        plan,
+        profile,
+        _BATCH.value,
+        max_model_len=_LONGEST.value,
+        new_tokens=_NEW.value,
+        page_size=_PAGE.value,
+        attention_backend=_BACKEND.value,
+    )
+
+
+def _header(setup: Setup, target: Target, weights: int) -> str:
+    plan = setup.plan
+    return (
+        f"{_MODEL.value} on {plan.n_devices} x {target.name}, batch {setup.batch}, "
+        f"{plan.strategy}: {plan.slots} slots a layer and device, {plan.n_copies} copies, "
+        f"utilisation {plan.utilization:.3f}\n"
+        f"  weights          {_gib(weights)}  a device\n"
+        f"  KV pool          {_gib(4 * setup.pool_elements)}  in {setup.pages_per_device} pages of "
+        f"{setup.page_size} tokens, for {_BUDGET.value} + {setup.new_tokens} tokens a head"
+    )
+
+
+def _lines(name: str, report: Report, copies: list[str], total: int, target: Target) -> str:
+    kernels = [f"{k.name} {k.registers} registers" for k in report.own_kernels]
+    widest = max(report.kernels, key=lambda kernel: kernel.registers)
+    spills = [f"{k.name} {k.spill_bytes} bytes" for k in report.spilling]
+    calls = ", ".join(f"{count} {kind}" for kind, count in report.collectives.items())
+    fits = "fits" if total <= target.memory_bytes else "DOES NOT FIT"
+    return "\n".join(
+        [
+            f"{name}, compiled in {report.compile_seconds:.1f} s, a device:",
+            f"  arguments        {_gib(report.argument_bytes)}  weights"
+            + (", KV pool, page table" if name == "decode" else ""),
+            f"  temporaries      {_gib(report.temporary_bytes)}",
+            f"  new outputs      {_gib(report.new_output_bytes)}",
+            f"  in all           {_gib(total)}  of {_gib(target.memory_bytes)}: {fits}",
+            f"  kernels          {', '.join(kernels) or 'none of its own'}; of "
+            f"{len(report.kernels)} the widest is {widest.name}, {widest.registers} registers",
+            f"  spills           {', '.join(spills) or 'none'}",
+            f"  collectives      {calls or 'none'}",
+            *(f"  COPY OF THE POOL {line[:200]}" for line in copies),
+        ]
+    )
+
+
+def _gib(num_bytes: int) -> str:
+    return f"{num_bytes / 2**30:8.3f} GiB"
+
+
+if __name__ == "__main__":
+    app.run(main, [with_underscores(argument) for argument in sys.argv])

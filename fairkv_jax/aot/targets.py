@@ -1,0 +1,94 @@
+"""GPUs to compile for: their descriptions as XLA takes them, one text proto each in `devices/`.
+
+The values are the vendors' published figures and those of openxla/xla's target specifications.
+"""
+
+import os
+import re
+import shutil
+from dataclasses import dataclass
+from importlib import resources
+from importlib.util import find_spec
+from pathlib import Path
+
+import jax
+import numpy as np
+from jax.experimental import topologies
+from jax.sharding import AxisType, Mesh
+
+from fairkv_jax.shapes import DATA_AXIS, TENSOR_AXIS
+
+
+@dataclass(frozen=True)
+class Target:
+    """One kind of GPU."""
+
+    name: str
+    description: str
+    """XLA's GpuTargetConfigProto as text."""
+
+    @property
+    def memory_bytes(self) -> int:
+        """Of one device."""
+        return int(self._find(r"device_memory_size: (\d+)"))
+
+    @property
+    def architecture(self) -> str:
+        """As ptxas names it: sm_80, sm_90a."""
+        major, minor = self._find(r"major: (\d+)"), self._find(r"minor: (\d+)")
+        return f"sm_{major}{minor}" + "a" * ("ACCELERATED_FEATURES" in self.description)
+
+    def _find(self, pattern: str) -> str:
+        found = re.search(pattern, self.description)
+        assert found, f"{self.name}.pbtxt lacks {pattern}"
+        return found.group(1)
+
+    def mesh(self, num_devices: int) -> Mesh:
+        """A mesh of GPUs of this kind, for compiling alone.
+
+        Raises:
+            RuntimeError: a part of the compiler is missing; the message says which.
+        """
+        missing = missing_parts()
+        if missing:
+            raise RuntimeError(missing)
+        topology = topologies.get_topology_desc(
+            platform="cuda", target_config=self.description, topology=f"1x1x{num_devices}"
+        )
+        devices = np.array(topology.devices).reshape(1, num_devices)
+        return Mesh(devices, (DATA_AXIS, TENSOR_AXIS), axis_types=(AxisType.Auto,) * 2)
+
+
+def targets() -> dict[str, Target]:
+    """By name."""
+    folder = resources.files("fairkv_jax.aot") / "devices"
+    files = sorted(folder.iterdir(), key=lambda path: path.name)
+    names = [path.name.removesuffix(".pbtxt") for path in files if path.name.endswith(".pbtxt")]
+    return {name: Target(name, (folder / f"{name}.pbtxt").read_text()) for name in names}
+
+
+def missing_parts() -> str | None:
+    """What this machine lacks to compile for GPUs, and how to get it; None if it lacks nothing."""
+    if not any(find_spec(f"jax_{cuda}_plugin") for cuda in ("cuda13", "cuda12")):
+        version = jax.__version__
+        return (
+            "no CUDA plugin of JAX is installed: pip install --no-deps "
+            f"jax-cuda13-plugin=={version} jax-cuda13-pjrt=={version}"
+        )
+    if find_ptxas() is None:
+        return (
+            "no ptxas is found: install the CUDA toolkit, or the wheels nvidia-cuda-nvcc and "
+            "nvidia-nvvm"
+        )
+    return None
+
+
+def find_ptxas() -> Path | None:
+    """NVIDIA's assembler: of the toolkit on the PATH, or of the wheel."""
+    on_path = shutil.which("ptxas")
+    if on_path:
+        return Path(on_path)
+    root = Path(os.environ.get("CUDA_HOME", "/usr/local/cuda"))
+    wheels = Path(np.__file__).parents[1].glob("nvidia/*/bin/ptxas")
+    places = [root / "bin" / "ptxas", *wheels]
+    return next((place for place in places if place.is_file()), None)
