@@ -1,0 +1,1 @@
+"""Measurements on one GPU: numerics, bandwidth, emulated tensor parallelism, the demo model."""

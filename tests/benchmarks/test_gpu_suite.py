@@ -1,0 +1,95 @@
+"""The GPU suite's own logic, on CPU and at tiny sizes."""
+
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+from absl import flags
+from absl.testing import flagsaver
+
+from benchmarks.gpu_suite import __main__ as suite
+from benchmarks.gpu_suite import bandwidth, numerics, parallel
+from benchmarks.gpu_suite.inputs import PAGE, TINY, drawn_lengths, ragged_cache
+from benchmarks.gpu_suite.report import markdown
+from fairkv_jax.pallas.ragged_decode import Device
+from fairkv_jax.plan import SHAPES, CostModel, make_plan
+from fairkv_jax.profile import synthetic_profile
+
+CPU = Device("cpu", "cpu")
+
+
+def test_without_a_gpu_nothing_is_measured(tmp_path: Any, capsys: Any) -> None:
+    if jax.default_backend() != "cpu":
+        pytest.skip("there is a GPU here")
+    if not flags.FLAGS.is_parsed():
+        flags.FLAGS(["gpu_suite", f"--output={tmp_path}"])
+    with flagsaver.flagsaver(output=str(tmp_path)), pytest.raises(SystemExit) as stop:
+        suite.main([])
+    assert stop.value.code == 2
+    assert "no GPU" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_lengths_have_the_mean_and_the_imbalance() -> None:
+    even = drawn_lengths(0, 4, 3, 8, 1000, 0.0)
+    assert (even == 1000).all()
+    uneven = drawn_lengths(0, 40, 3, 8, 1000, 0.6)
+    assert uneven.mean() == pytest.approx(1000, rel=0.01)
+    by_head = uneven.mean(1)
+    assert (by_head.std(1) / by_head.mean(1)).mean() == pytest.approx(0.55, abs=0.15)
+
+
+def test_no_two_lengths_share_a_page() -> None:
+    lengths = drawn_lengths(0, 2, 3, 2, 40, 0.6)
+    k_pages, _, table = ragged_cache(0, lengths, 64, "bfloat16", room=1)
+    pages = -(-(lengths + 1) // PAGE)
+    used = np.asarray(table)[np.arange(table.shape[-1]) < pages[..., None]]
+    assert sorted(used) == list(range(len(k_pages)))
+
+
+@pytest.mark.parametrize("strategy", parallel.STRATEGIES)
+def test_every_head_of_every_row_has_one_owner(strategy: str) -> None:
+    profile = synthetic_profile(SHAPES["llama-3-8b"], 256, imbalance=0.6)
+    plan = make_plan(profile, 4, strategy)
+    owned = parallel.owned_lengths(profile, plan, batch=5)
+    assert ((owned > 0).sum((2, 3)) == plan.n_heads).all()
+    assert owned.sum((2, 3)).mean() == pytest.approx(256 * plan.n_heads, rel=0.05)
+
+
+def test_the_prediction_is_the_planners() -> None:
+    shape = SHAPES["llama-3-8b"]
+    profile = synthetic_profile(shape, 1024, imbalance=0.6)
+    plan = make_plan(profile, 4, cost=CostModel.of(shape, 4, batch=64))
+    seconds = plan.step_seconds + plan.rest_seconds
+    assert parallel._predicted(plan, profile, plan.cost) == pytest.approx(seconds)
+
+
+def test_every_backend_passes_and_a_wrong_one_would_not() -> None:
+    records = numerics.measure(TINY, CPU)
+    assert {record["backend"] for record in records} >= {"reference", "triton"}
+    about = {"device": "cpu"}
+    assert suite.passed({"about": about, "numerics": records})
+    wrong = {**records[0], "error": 1.0, "passed": False}
+    assert not suite.passed({"about": about, "numerics": [*records, wrong]})
+    assert not suite.passed({"about": about, "numerics": records, "demo": {"failed": "why"}})
+    assert "| 64 |" in markdown({"about": about, "numerics": records})
+
+
+def test_bandwidth_counts_the_bytes_of_the_tokens() -> None:
+    result = bandwidth.measure(TINY, CPU)
+    assert all("failed" not in record for record in result["records"])
+    for record in result["records"]:
+        # Keys and values of 2 rows x 8 heads x 40 tokens of width 64, two bytes each.
+        read = record["bytes_per_second"] * record["layer_us"] * 1e-6
+        assert read == pytest.approx(2 * 8 * 40 * 2 * 64 * 2, rel=0.1)
+
+
+@pytest.mark.slow
+def test_strategies_are_compared_with_static() -> None:
+    records = parallel.measure(TINY, CPU)
+    assert {record["strategy"] for record in records} == set(parallel.STRATEGIES)
+    for record in records:
+        if record["strategy"] == "static":
+            assert record["tokens_per_second_over_static"] == 1
+        assert record["predicted_tokens_per_second_over_static"] >= 0.999
