@@ -4,7 +4,9 @@ Standard library only, so that the planner and the tools can read them without J
 """
 
 from dataclasses import dataclass
+from numbers import Integral, Real
 
+POLICY_NAMES = ("full", "streaming_llm", "snapkv", "ada_snapkv")
 POOLS = ("max", "avg")
 FLOORS = ("blend", "reserve")
 
@@ -79,6 +81,9 @@ class KVConfig:
     """The protected fraction of a head's budget, in [0, 1]."""
 
     def __post_init__(self) -> None:
+        if self.policy not in POLICY_NAMES:
+            names = ", ".join(POLICY_NAMES)
+            raise ValueError(f"unknown kv_policy {self.policy!r}: use one of {names}")
         if self.policy == "full":
             if self.budget is not None or self.ratio is not None:
                 raise ValueError(
@@ -94,6 +99,8 @@ class KVConfig:
         _check_int("kv_kernel", self.kernel, 1)
         if self.kernel % 2 == 0:
             raise ValueError(f"kv_kernel must be odd, got {self.kernel}: use {self.kernel + 1}")
+        if not isinstance(self.pool_first, bool):
+            raise ValueError(f"kv_pool_first must be True or False, got {self.pool_first!r}")
         _check_choice("kv_pool", self.pool, POOLS)
         _check_choice("kv_floor", self.floor, FLOORS)
         _check_fraction("kv_alpha", self.alpha, closed=True)
@@ -126,7 +133,7 @@ class EngineConfig:
     """Rows of the decode batch (B)."""
     page_size: int = 16
     """Tokens a page of the KV pool; a multiple of 8, which the GPUs' bulk copies need."""
-    kv_cache_bytes: int = 2 << 30
+    kv_cache_bytes: int = 1 << 30
     """Bytes of the KV pool, over all devices."""
     dtype: str = "float32"
     seed: int = 0
@@ -134,15 +141,17 @@ class EngineConfig:
     """The implementation of decode attention; "auto" goes by the kind of device."""
 
     def __post_init__(self) -> None:
-        for name in ("tensor_parallel_size", "max_model_len", "max_num_seqs", "kv_cache_bytes"):
+        for name in ("tensor_parallel_size", "max_num_seqs", "kv_cache_bytes"):
             _check_int(name, getattr(self, name), 1)
+        _check_int("max_model_len", self.max_model_len, 2)
+        _check_int("seed", self.seed, 0)
         _check_int("page_size", self.page_size, 8)
         if self.page_size % 8:
             raise ValueError(f"page_size must be a multiple of 8, got {self.page_size}")
 
 
 def _check_int(name: str, value: object, low: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < low:
+    if isinstance(value, bool) or not isinstance(value, Integral) or value < low:
         raise ValueError(f"{name} must be an integer of at least {low}, got {value!r}")
 
 
@@ -153,6 +162,6 @@ def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
 
 def _check_fraction(name: str, value: float, *, closed: bool) -> None:
     """Checks 0 <= value <= 1, or 0 <= value < 1 where `closed` is false."""
-    number = isinstance(value, int | float) and not isinstance(value, bool)
+    number = isinstance(value, Real) and not isinstance(value, bool)
     if not number or not (0 <= value <= 1 if closed else 0 <= value < 1):
         raise ValueError(f"{name} must lie in [0, 1{']' if closed else ')'}, got {value!r}")

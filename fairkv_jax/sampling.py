@@ -10,6 +10,9 @@ from jaxtyping import Array, Bool, Float, Int, UInt32
 from fairkv_jax.sampling_params import MAX_LOGPROBS, SamplingParams
 from fairkv_jax.select import keep_mass
 
+_HOT = 1e30
+"""A temperature at which all tokens are alike, and which float32 still holds."""
+
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
@@ -34,7 +37,7 @@ class SamplingState:
         top_k = [min(p.top_k, vocab_size) if p.top_k > 0 else vocab_size for p in params]
         return cls(
             jnp.asarray(seeds, jnp.uint32),
-            jnp.asarray([p.temperature for p in params], jnp.float32),
+            jnp.asarray([min(p.temperature, _HOT) for p in params], jnp.float32),
             jnp.asarray(top_k, jnp.int32),
             jnp.asarray([p.top_p for p in params], jnp.float32),
             jnp.asarray([p.min_p for p in params], jnp.float32),
@@ -76,14 +79,17 @@ def sample(logits: Float[Array, "B V"], state: SamplingState, place: Int[Array, 
     return Sampled(tokens, *logprobs)
 
 
-sample_first = jax.jit(sample)
-"""The same for the logits of a prefill, outside of a step."""
+@jax.jit
+def sample_first(logits: Float[Array, "V"], state: SamplingState) -> Sampled:
+    """The first token of a row, from the logits of its prefill."""
+    return sample(logits[None], state, jnp.zeros(1, jnp.int32))
 
 
 def _draw(logits: Array, state: SamplingState, place: Array) -> Int[Array, "B"]:
     """Samples from the softmax of the scaled and truncated logits."""
-    scaled = logits / jnp.where(state.temperature > 0, state.temperature, 1)[:, None]
-    scaled = scaled - scaled.max(-1, keepdims=True)
+    # Below 0 before the division, so that no temperature makes an infinity of the maximum.
+    scaled = logits - logits.max(-1, keepdims=True)
+    scaled /= jnp.where(state.temperature > 0, state.temperature, 1)[:, None]
     needs_cut = (state.top_k < logits.shape[-1]) | (state.top_p < 1) | (state.min_p > 0)
     scaled = jax.lax.cond(jnp.any(needs_cut), lambda: _truncate(scaled, state), lambda: scaled)
 
@@ -101,7 +107,8 @@ def _truncate(scaled: Float[Array, "B V"], state: SamplingState) -> Float[Array,
     scaled = jnp.where(best, scaled, -jnp.inf)
     weights = jnp.exp(scaled)
     nucleus = keep_mass(scaled, weights, state.top_p * weights.sum(-1))
-    return jnp.where(nucleus | (state.top_p >= 1)[:, None], scaled, -jnp.inf)
+    nucleus |= (scaled >= 0) | (state.top_p >= 1)[:, None]
+    return jnp.where(nucleus, scaled, -jnp.inf)
 
 
 def _logprobs(logits: Array, tokens: Array) -> tuple[Array, Array, Array, Array]:

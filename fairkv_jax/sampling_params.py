@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from numbers import Integral, Real
 
 MAX_LOGPROBS = 20
 
@@ -53,10 +54,9 @@ class SamplingParams:
             raise ValueError(f"stop must be non-empty strings, got {self.stop!r}")
         for token_id in stop_token_ids:
             _check_int("stop_token_ids", token_id, 0)
-
-    @property
-    def greedy(self) -> bool:
-        return self.temperature == 0.0
+        for name in ("include_stop_str_in_output", "ignore_eos", "skip_special_tokens"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name} must be True or False, got {getattr(self, name)!r}")
 
 
 def _as_tuple(name: str, value: object) -> tuple:
@@ -68,8 +68,9 @@ def _as_tuple(name: str, value: object) -> tuple:
 
 
 def _check_int(name: str, value: object, low: int, high: int | None = None) -> None:
-    if isinstance(value, bool) or not isinstance(value, int):
+    if isinstance(value, bool) or not isinstance(value, Integral):
         raise ValueError(f"{name} must be an integer, got {value!r}")
+    value = int(value)
     if value < low or (high is not None and value > high):
         limit = f"at least {low}" if high is None else f"between {low} and {high}"
         raise ValueError(f"{name} must be {limit}, got {value}")
@@ -78,8 +79,9 @@ def _check_int(name: str, value: object, low: int, high: int | None = None) -> N
 def _check_float(
     name: str, value: object, low: float, high: float, *, low_open: bool = False
 ) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | float):
+    if isinstance(value, bool) or not isinstance(value, Real):
         raise ValueError(f"{name} must be a number, got {value!r}")
+    value = float(value)
     in_range = (low < value if low_open else low <= value) and value <= high
     if not in_range or not math.isfinite(value):
         opening = "above" if low_open else "at least"

@@ -57,6 +57,31 @@ CUTS = [
 ]
 
 
+EXTREMES = [
+    {"temperature": 2e-38},
+    {"temperature": 1e-45},
+    {"top_p": 5e-324},
+    {"top_p": 1e-39},
+    {"temperature": 2e-38, "top_p": 1e-39, "top_k": 1, "min_p": 1.0},
+]
+
+
+@pytest.mark.parametrize("options", EXTREMES, ids=str)
+def test_extreme_options_take_the_likeliest_token(options: dict[str, float]):
+    logits = np.random.default_rng(0).normal(size=(1, VOCAB)).astype(np.float32)
+    logits[0, 5] = 40
+    state = states([SamplingParams(**options)])
+    assert sample(logits, state, np.zeros(1, np.int32)).tokens[0] == 5
+
+
+def test_the_hottest_temperature_draws_from_all_tokens():
+    logits = np.zeros((1, VOCAB), np.float32)
+    logits[0, 5] = 40
+    state = states([SamplingParams(temperature=1e300)])
+    drawn = {int(sample(logits, state, np.full(1, i, np.int32)).tokens[0]) for i in range(40)}
+    assert len(drawn) > VOCAB // 3
+
+
 def states(params: list[SamplingParams], seeds: list[int] | None = None) -> SamplingState:
     return SamplingState.stack(list(zip(params, seeds or range(len(params)), strict=True)), VOCAB)
 
