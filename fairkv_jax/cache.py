@@ -6,7 +6,8 @@ One pool serves all layers, so what every device must hold is its load over the 
     page_table         [L, B, P*C, max_pages]      page numbers within the slot's own device
     lengths            [L, B, P*C]                 cached tokens; 0 where the slot owns no part
 
-Ownership is length: a replica that does not serve a row has length 0 there.
+Rows stand before slots, as in the queries of a step. Ownership is length: a replica that does not
+serve a row has length 0 there.
 """
 
 from dataclasses import dataclass
@@ -118,9 +119,7 @@ class PageBook:
 
     def insert(self, row: int, lengths: np.ndarray) -> None:
         """Gives an empty row pages for `lengths` [L, P*C]; the caller has seen that there are."""
-        pages = -(-lengths // self.page_size)
-        index = np.arange(self.max_pages) < pages[..., None]
-        layer, slot, page = np.nonzero(index)
+        layer, slot, page = self._pages(lengths)
         self.page_table[layer, row, slot, page] = self._take(self._device_of_slot[slot])
         self.lengths[:, row] = lengths
 
@@ -142,9 +141,7 @@ class PageBook:
 
     def release(self, row: int) -> None:
         """Frees all pages of a row."""
-        pages = -(-self.lengths[:, row] // self.page_size)
-        index = np.arange(self.max_pages) < pages[..., None]
-        layer, slot, page = np.nonzero(index)
+        layer, slot, page = self._pages(self.lengths[:, row])
         devices = self._device_of_slot[slot]
         freed = self.page_table[layer, row, slot, page]
         for device in range(self.num_devices):
@@ -153,6 +150,11 @@ class PageBook:
             self._free[device, start : start + len(mine)] = mine
             self._num_free[device] += len(mine)
         self.lengths[:, row] = 0
+
+    def _pages(self, lengths: np.ndarray) -> tuple[np.ndarray, ...]:
+        """(layer, slot, place in the row's table) of every page of a row's `lengths` [L, P*C]."""
+        pages = -(-lengths // self.page_size)
+        return np.nonzero(np.arange(self.max_pages) < pages[..., None])
 
     def _starts_page(self) -> np.ndarray:
         """Where the next token opens a page: 1 or 0, [L, B, P*C]."""

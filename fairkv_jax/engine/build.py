@@ -105,13 +105,15 @@ def build_engine(
     cost = CostModel.of(
         shape, tensor_parallel_size, _hardware(), batch=max_num_seqs, itemsize=itemsize
     )
-    profile = _profile(checkpoint.name, shape, kv_config, config.max_position_embeddings)
+    profile = _profile(checkpoint.name, shape, kv_config, engine_config.max_model_len)
     plan = _plan(head_plan, profile, checkpoint.name, cost, tensor_parallel_size, max_copies)
     if kv_cache_memory_bytes is None:
         embedding = 0 if config.tie_word_embeddings else config.vocab_size * config.hidden_size
         weights = plan.slots * plan.n_devices * config.num_layers * shape.head_params
         weights = itemsize * (weights + shape.rest_params + embedding)
-        num_bytes = _kv_bytes(weights, plan.n_devices, gpu_memory_utilization)
+        prefill = _prefill_bytes(shape, kv_config, engine_config.max_model_len, itemsize)
+        taken = weights + plan.n_devices * prefill
+        num_bytes = _kv_bytes(taken, plan.n_devices, gpu_memory_utilization)
         engine_config = replace(engine_config, kv_cache_bytes=num_bytes)
     return LLMEngine(checkpoint, plan, engine_config, kv_config, progress=progress)
 
@@ -169,11 +171,23 @@ def _plan(
     return plan
 
 
-def _kv_bytes(weight_bytes: int, num_devices: int, utilization: float) -> int:
-    """Bytes for the pool over all devices: what the weights leave of them, or a fixed size on CPU.
+def _prefill_bytes(
+    shape: ModelShape, kv_config: KVConfig, max_model_len: int, itemsize: int
+) -> int:
+    """What the longest prefill takes on a device beside the weights: its prefix and activations."""
+    kept = shape.num_kv_heads * kv_config.kept_tokens(max_model_len)
+    prefix = 2 * shape.num_layers * kept * shape.head_dim * itemsize
+    # A few of each live at a time: hidden states, one layer's heads, the MLP, in float32 at most.
+    heads = (shape.num_heads + 2 * shape.num_kv_heads) * shape.head_dim
+    widths = shape.hidden_size + heads + shape.intermediate_size
+    return prefix + 4 * 4 * max_model_len * widths
+
+
+def _kv_bytes(taken_bytes: int, num_devices: int, utilization: float) -> int:
+    """Bytes for the pool over all devices: what is left of them, or a fixed size on CPU.
 
     Raises:
-        ValueError: the weights leave nothing.
+        ValueError: nothing is left.
     """
     if not 0 < utilization <= 1:
         raise ValueError(f"gpu_memory_utilization must lie in (0, 1], got {utilization}")
@@ -181,10 +195,10 @@ def _kv_bytes(weight_bytes: int, num_devices: int, utilization: float) -> int:
     if not stats:
         return _CPU_KV_BYTES
     granted = int(stats["bytes_limit"] * utilization) * num_devices
-    if granted <= weight_bytes:
+    if granted <= taken_bytes:
         raise ValueError(
-            f"the weights need {weight_bytes / 2**30:.1f} GiB, gpu_memory_utilization "
+            f"weights and prefill need {taken_bytes / 2**30:.1f} GiB, gpu_memory_utilization "
             f"{utilization} grants {granted / 2**30:.1f} GiB over {num_devices} device(s): "
-            "raise it, or use more devices"
+            "raise it, lower max_model_len, or use more devices"
         )
-    return granted - weight_bytes
+    return granted - taken_bytes

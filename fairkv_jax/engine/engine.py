@@ -5,12 +5,13 @@ its tokens mean, is the scheduler's business.
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 from jax.stages import Compiled
 from tqdm import tqdm
 
@@ -21,7 +22,7 @@ from fairkv_jax.config import EngineConfig, KVConfig
 from fairkv_jax.decode import Rows, decode_step, idle_rows
 from fairkv_jax.plan import Plan, route
 from fairkv_jax.prefill import Prefix, insert, prefill, release
-from fairkv_jax.sampling import Sampled
+from fairkv_jax.sampling import Sampled, SamplingState, sample_first
 from fairkv_jax.sharding.mesh import make_mesh
 from fairkv_jax.sharding.place import load_model
 from fairkv_jax.sharding.slots import SlotLayout
@@ -35,7 +36,7 @@ class Placement:
 
     lengths: np.ndarray
     missing_pages: np.ndarray
-    """[P] pages by which the devices fall short of it, the next step's pages included."""
+    """[P] pages by which the devices fall short of it, those of its next tokens included."""
 
 
 class Engine:
@@ -63,21 +64,29 @@ class Engine:
         self.model = load_model(checkpoint, self.layout, self.mesh, config.dtype, progress=progress)
         self._progress = progress
         self._programs: dict[tuple[str, int], Compiled] = {}
-        self.cache = KVCache.empty(self.mesh, self.book, self.model_config.head_dim, config.dtype)
+        self.cache = self._empty_cache()
 
     def prefill(self, token_ids: list[int]) -> Prefix:
         """Runs a prompt through the model and compresses its cache; the pool is not touched."""
         bucket = prefill_bucket(len(token_ids), self.config.max_model_len)
         return self._prefill_program(bucket)(*self._prefill_args(token_ids, bucket))
 
-    def place(self, prefix: Prefix) -> Placement:
-        """Routes a prefix's heads to their replicas, by the load of the devices at this moment."""
+    def sample_first(self, prefix: Prefix, sampling: SamplingState) -> Sampled:
+        """Samples the token that follows a prompt, for one row's options."""
+        return self._sample_program(sampling)(prefix.logits, sampling)
+
+    def place(self, prefix: Prefix, known_tokens: int = 0) -> Placement:
+        """Routes a prefix's heads to their replicas, by the load of the devices at this moment.
+
+        `known_tokens` will be appended to it in any case: it needs pages for them too.
+        """
         head_lengths = np.asarray(prefix.head_lengths)
         owner = route(self.layout.replicas, head_lengths, self.book.load)
         slots = np.take_along_axis(self.layout.head_slot, owner[..., None], -1)[..., 0]
         lengths = np.zeros(self.layout.slot_head.shape, np.int32)
         np.put_along_axis(lengths, slots, head_lengths, axis=1)
-        needed = self.book.pages_for(lengths + (lengths > 0)) + self.book.growth
+        grown = lengths + (lengths > 0) * (1 + known_tokens)
+        needed = self.book.pages_for(grown) + self.book.growth
         missing = np.maximum(needed - self.book.free_pages, 0)
         return Placement(lengths, missing)
 
@@ -90,8 +99,8 @@ class Engine:
     def release(self, row: int) -> None:
         """Frees a row and its pages."""
         self.book.release(row)
-        lengths = release(self.cache.lengths, np.int32(row))
-        self.cache = KVCache(self.cache.k_pages, self.cache.v_pages, self.cache.page_table, lengths)
+        lengths = self._release_program()(self.cache.lengths, np.int32(row))
+        self.cache = replace(self.cache, lengths=lengths)
 
     def generate(self, rows: Rows) -> Sampled:
         """Appends the given tokens to the first rows of the batch and samples their next ones.
@@ -102,6 +111,16 @@ class Engine:
         program = self._decode_program(rows)
         self.cache, sampled = program(self.model, self.cache, rows, new_pages)
         return sampled
+
+    @property
+    def is_lost(self) -> bool:
+        """Whether a step failed after it had taken the cache: nothing of it is left."""
+        return any(array.is_deleted() for array in jax.tree.leaves(self.cache))
+
+    def reset(self) -> None:
+        """Starts over with an empty cache; nobody owns a row any more."""
+        self.book = self._make_book()
+        self.cache = self._empty_cache()
 
     def warm_up(self, prompt_lengths: Iterable[int], num_rows: int) -> None:
         """Compiles what prompts of these lengths and a batch of up to `num_rows` rows run."""
@@ -120,9 +139,14 @@ class Engine:
                 bar.update()
                 self._insert_program(prefix)
                 bar.update()
+            self._release_program()
+            self._sample_program(idle_rows(1, self.model_config.vocab_size).sampling)
             for batch in batches:
                 self._decode_program(idle_rows(batch, self.model_config.vocab_size))
                 bar.update()
+
+    def _empty_cache(self) -> KVCache:
+        return KVCache.empty(self.mesh, self.book, self.model_config.head_dim, self.config.dtype)
 
     def _prefill_args(self, token_ids: list[int], bucket: int) -> tuple:
         padded = np.zeros(bucket, np.int32)
@@ -137,6 +161,8 @@ class Engine:
         )
 
     def _prefill_program(self, bucket: int) -> Compiled:
+        if ("prefill", bucket) in self._programs:
+            return self._programs["prefill", bucket]
         # Rounded quotas may exceed the budget by half a token a head.
         kept = min(self.kv_config.kept_tokens(bucket) + 1, bucket)
         return self._program(
@@ -154,6 +180,15 @@ class Engine:
         lengths = jax.ShapeDtypeStruct((layers, slots), jnp.int32)
         args = (self.cache, prefix, np.int32(0), table, lengths)
         return self._program(("insert", prefix.k.shape[1]), insert, *args, mesh=self.mesh)
+
+    def _release_program(self) -> Compiled:
+        return self._program(("release", 1), release, self.cache.lengths, np.int32(0))
+
+    def _sample_program(self, sampling: SamplingState) -> Compiled:
+        whole = NamedSharding(self.mesh, PartitionSpec())
+        shape = (self.model_config.vocab_size,)
+        logits = jax.ShapeDtypeStruct(shape, jnp.float32, sharding=whole)
+        return self._program(("sample", 1), sample_first, logits, sampling)
 
     def _decode_program(self, rows: Rows) -> Compiled:
         layers, slots = self.layout.slot_head.shape

@@ -1,12 +1,14 @@
 """The Python API, shaped as vLLM's users know it."""
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from jaxtyping import Float
 from tqdm import tqdm
 
+from fairkv_jax.checkpoint.fetch import DEMO_MODEL
 from fairkv_jax.engine.build import build_engine
 from fairkv_jax.engine.request import Request, RequestOutput
 from fairkv_jax.sampling_params import SamplingParams
@@ -28,9 +30,9 @@ class LLM:
         ValueError: an option is out of its limits, or the checkpoint cannot be read.
     """
 
-    def __init__(self, **options: Any):
-        self.engine = build_engine(**options)
-        self._progress = options.get("progress", True)
+    def __init__(self, model: str | Path = DEMO_MODEL, *, progress: bool = True, **options: Any):
+        self.engine = build_engine(model, progress=progress, **options)
+        self._progress = progress
         self._num_requests = 0
 
     def generate(
@@ -74,8 +76,9 @@ class LLM:
         (prompt,) = _as_batch([token_ids])
         if isinstance(prompt, str):
             raise ValueError(f"prefill_logits takes token ids, got the text {prompt!r}")
+        prompt = list(prompt)
         self.engine.validate(Request("prefill_logits", prompt))
-        return np.asarray(self.engine.engine.prefill(token_ids).logits)
+        return np.asarray(self.engine.engine.prefill(prompt).logits)
 
     def get_tokenizer(self) -> Tokenizer:
         return self.engine.tokenizer
@@ -107,9 +110,9 @@ class LLM:
         """Runs requests to their ends; where that is interrupted, none stays behind."""
         self.engine.warm_up([len(r.prompt_token_ids) for r in requests], len(requests))
         finished: dict[str, RequestOutput] = {}
-        for request in requests:
-            self.engine.add_request(request)
         try:
+            for request in requests:
+                self.engine.add_request(request)
             with tqdm(total=len(requests), desc="requests", disable=not self._progress) as bar:
                 while self.engine.has_unfinished_requests():
                     for output in self.engine.step():

@@ -15,8 +15,8 @@ from fairkv_jax.engine.request import Logprob, Request, RequestOutput
 from fairkv_jax.engine.scheduler import Scheduler
 from fairkv_jax.engine.sequence import Sequence
 from fairkv_jax.plan import Plan
-from fairkv_jax.prefill import Prefix, kept_tokens
-from fairkv_jax.sampling import Sampled, SamplingState, sample_first
+from fairkv_jax.prefill import kept_tokens
+from fairkv_jax.sampling import Sampled, SamplingState
 from fairkv_jax.sampling_params import SamplingParams
 
 _IDLE_ROW = (SamplingParams(temperature=0), 0)
@@ -47,8 +47,6 @@ class LLMEngine:
         self.scheduler = Scheduler(engine_config.max_num_seqs)
         self._arrivals = itertools.count()
         self._seeds = np.random.default_rng(engine_config.seed)
-        self._pending: tuple[Sequence, Prefix] | None = None
-        """Prefilled, but there are no pages for it yet."""
         self._sampling: SamplingState | None = None
         """The rows' options on the devices; None when the rows have changed."""
 
@@ -62,7 +60,7 @@ class LLMEngine:
         self.engine.warm_up(prompt_lengths, rows)
 
     def has_unfinished_requests(self) -> bool:
-        return len(self.scheduler) > 0 or self._pending is not None
+        return len(self.scheduler) > 0
 
     def validate(self, request: Request) -> None:
         """Checks a request against the model's limits.
@@ -87,9 +85,11 @@ class LLMEngine:
         """Puts a request into the queue.
 
         Raises:
-            ValueError: see `validate`.
+            ValueError: see `validate`; or a request of that id is there already.
         """
         self.validate(request)
+        if self.scheduler.has(request.request_id):
+            raise ValueError(f"a request with the id {request.request_id!r} is still running")
         params = request.sampling_params
         room = self.engine_config.max_model_len - len(request.prompt_token_ids)
         seed = self._seeds.integers(2**63) if params.seed is None else params.seed
@@ -109,34 +109,37 @@ class LLMEngine:
         row = self.scheduler.row_of(request_id)
         if row is not None:
             self._leave(row)
-        elif self._pending is not None and self._pending[0].request.request_id == request_id:
-            self._pending = None
         else:
             self.scheduler.drop_waiting(request_id)
 
     def step(self) -> list[RequestOutput]:
-        """Admits, generates, and returns the state of every request that advanced."""
-        advanced = self._admit()
-        self._make_room()
-        advanced |= self._generate()
+        """Admits, generates, and returns the state of every request that advanced.
+
+        After an exception the requests are all still there, and further steps go on with them.
+        """
+        try:
+            advanced = self._admit()
+            self._make_room()
+            advanced |= self._generate()
+        except BaseException:
+            if self.engine.is_lost:
+                self._start_over()
+            raise
         return [sequence.output() for sequence in advanced]
 
     def _admit(self) -> dict[Sequence, None]:
         """Starts the oldest waiting request if there is a row and room for it."""
         scheduler = self.scheduler
-        if not scheduler.has_free_row:
+        if not scheduler.waiting or not scheduler.has_free_row:
             return {}
-        if self._pending is None and scheduler.waiting:
-            sequence = scheduler.waiting.popleft()
-            self._pending = sequence, self.engine.prefill(sequence.request.prompt_token_ids)
-        if self._pending is None:
-            return {}
-        sequence, prefix = self._pending
-        placement = self.engine.place(prefix)
+        sequence = scheduler.waiting[0]
+        prefix = sequence.prefix or self.engine.prefill(sequence.request.prompt_token_ids)
+        placement = self.engine.place(prefix, len(sequence.token_ids))
         if placement.missing_pages.any():
+            sequence.prefix = prefix  # it waits for pages
             return {}
-        self._pending = None
-        row = scheduler.start(sequence)
+        sequence.prefix = None
+        row = scheduler.start()
         self.engine.insert(prefix, row, placement)
         self._sampling = None
         wants_positions = sequence.request.return_kept_positions
@@ -146,17 +149,13 @@ class LLMEngine:
             return {}
         options = [(sequence.params, sequence.seed)]
         sampling = SamplingState.stack(options, self.model_config.vocab_size)
-        first = sample_first(prefix.logits[None], sampling, np.zeros(1, np.int32))
-        self._append(row, jax.device_get(first), 0)
+        self._append(row, jax.device_get(self.engine.sample_first(prefix, sampling)), 0)
         return {sequence: None}
 
     def _make_room(self) -> None:
         """Preempts the newest requests until every running one has pages for its next token."""
         while self.engine.book.missing_pages().any():
-            if self._pending is not None:
-                self.scheduler.waiting.appendleft(self._pending[0])
-                self._pending = None
-            self.scheduler.waiting.appendleft(self._leave(self.scheduler.newest()))
+            self.scheduler.wait_first(self._leave(self.scheduler.newest()))
 
     def _generate(self) -> dict[Sequence, None]:
         """One decode step for all running requests."""
@@ -172,6 +171,13 @@ class LLMEngine:
                 self._append(row, sampled, row)
                 advanced[sequence] = None
         return advanced
+
+    def _start_over(self) -> None:
+        """Puts all that ran before the others that wait, and takes a fresh cache."""
+        while self.scheduler.running:
+            self.scheduler.wait_first(self.scheduler.stop(self.scheduler.newest()))
+        self._sampling = None
+        self.engine.reset()
 
     def _rows(self) -> Rows:
         """The batch's next inputs, idle rows included."""

@@ -25,12 +25,23 @@ class Scheduler:
         """Rows of the batch up to the last one that is in use."""
         return max(self.running, default=-1) + 1
 
-    def start(self, sequence: Sequence) -> int:
-        """Gives a sequence the lowest free row, so that the batch stays short."""
+    def has(self, request_id: str) -> bool:
+        """Whether the request waits or runs."""
+        sequences = [*self.waiting, *self.running.values()]
+        return any(sequence.request.request_id == request_id for sequence in sequences)
+
+    def start(self) -> int:
+        """Gives the first that waits the lowest free row, so that the batch stays short."""
         row = min(self._free_rows)
         self._free_rows.remove(row)
-        self.running[row] = sequence
+        self.running[row] = self.waiting.popleft()
         return row
+
+    def wait_first(self, sequence: Sequence) -> None:
+        """Puts a sequence before all that wait; only the first of them holds a prefix."""
+        if self.waiting:
+            self.waiting[0].prefix = None
+        self.waiting.appendleft(sequence)
 
     def stop(self, row: int) -> Sequence:
         """Takes a sequence off its row."""

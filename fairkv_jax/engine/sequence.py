@@ -1,7 +1,7 @@
 """A request on its way: its tokens, its text, and whether it is over."""
 
 from fairkv_jax.engine.request import CompletionOutput, Logprob, Request, RequestOutput
-from fairkv_jax.prefill import KeptTokens
+from fairkv_jax.prefill import KeptTokens, Prefix
 from fairkv_jax.sampling_params import SamplingParams
 from fairkv_jax.tokenizer import Tokenizer
 
@@ -25,6 +25,8 @@ class Sequence:
         """Generated so far; they survive a preemption."""
         self.num_cached = 0
         """Generated tokens whose keys and values lie in the cache."""
+        self.prefix: Prefix | None = None
+        """Prefilled while it waits for pages."""
         self.kept: KeptTokens | None = None
         self.finish_reason: str | None = None
         self._stop_reason: int | str | None = None

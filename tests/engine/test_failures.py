@@ -1,0 +1,93 @@
+"""What is left when a step fails: nothing is lost, and the engine goes on."""
+
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from fairkv_jax import LLM, SamplingParams
+from fairkv_jax.compress import POLICIES
+from fairkv_jax.config import POLICY_NAMES
+from fairkv_jax.engine.engine import Engine
+from tests.engine.drive import check_idle, greedy, random_prompt, request, run
+
+ROWS = {"max_num_seqs": 3, "max_model_len": 256, "progress": False}
+
+
+@pytest.fixture(scope="module")
+def llm(tiny_checkpoint: Path) -> LLM:
+    return LLM(tiny_checkpoint, tensor_parallel_size=2, **ROWS)
+
+
+@pytest.mark.parametrize("failing", ["insert", "generate"])
+def test_requests_survive_a_step_that_loses_the_cache(
+    llm: LLM, failing: str, monkeypatch: pytest.MonkeyPatch
+):
+    engine = llm.engine
+    requests = [request(str(i), random_prompt(40 + i), greedy(12)) for i in range(4)]
+    expected = {name: out.outputs[0].token_ids for name, out in run(engine, requests).items()}
+    for each in requests:
+        engine.add_request(each)
+    engine.step()
+    original = getattr(Engine, failing)
+
+    def fail(self: Engine, *args: object) -> None:
+        # As an error while a step executes: its arguments were donated.
+        jax.tree.map(lambda array: array.delete(), self.cache)
+        monkeypatch.setattr(Engine, failing, original)
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(Engine, failing, fail)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        engine.step()
+    finished = run(engine)
+    assert {name: out.outputs[0].token_ids for name, out in finished.items()} == expected
+    check_idle(engine)
+
+
+def test_a_failed_generate_leaves_no_request_behind(llm: LLM, monkeypatch: pytest.MonkeyPatch):
+    def fail(self: Engine, *args: object) -> None:
+        jax.tree.map(lambda array: array.delete(), self.cache)
+        raise RuntimeError("out of memory")
+
+    prompts = [random_prompt(30, seed) for seed in range(3)]
+    with monkeypatch.context() as patch:
+        patch.setattr(Engine, "generate", fail)
+        with pytest.raises(RuntimeError, match="out of memory"):
+            llm.generate(prompts, greedy(4))
+    check_idle(llm.engine)
+    assert len(llm.generate(prompts, greedy(4))) == 3
+
+
+def test_preempted_requests_wait_until_there_is_room_for_all_they_had(tiny_checkpoint: Path):
+    small = 6 * (256 // 16) * 2 * 16 * 16 * 4  # one row of full length, on one device
+    llm = LLM(tiny_checkpoint, kv_cache_memory_bytes=small + small // 4, **ROWS)
+    prefills = []
+    original = llm.engine.engine.prefill
+    llm.engine.engine.prefill = lambda ids: prefills.append(1) or original(ids)  # pyright: ignore[reportAttributeAccessIssue]
+    requests = [request(str(i), random_prompt(8, i), greedy(200)) for i in range(3)]
+    assert len(run(llm.engine, requests)) == 3
+    # A preempted request that came back at once would be thrown out again every few tokens.
+    assert 3 < len(prefills) <= 8
+    check_idle(llm.engine)
+
+
+def test_an_id_may_be_used_again_only_after_its_request(llm: LLM):
+    llm.engine.add_request(request("same", random_prompt(5), greedy(2)))
+    with pytest.raises(ValueError, match="id 'same' is still running"):
+        llm.engine.add_request(request("same", random_prompt(5), greedy(2)))
+    run(llm.engine)
+    assert set(run(llm.engine, [request("same", random_prompt(5), greedy(2))])) == {"same"}
+
+
+def test_numpy_values_are_taken(llm: LLM):
+    params = SamplingParams(max_tokens=np.int64(3), temperature=np.float32(0), ignore_eos=True)  # pyright: ignore[reportArgumentType]
+    (output,) = llm.generate([random_prompt(9)], params)
+    assert len(output.outputs[0].token_ids) == 3
+    ids = np.array(random_prompt(9))
+    np.testing.assert_array_equal(llm.prefill_logits(ids), llm.prefill_logits(ids.tolist()))  # pyright: ignore[reportArgumentType]
+
+
+def test_every_policy_name_has_a_policy():
+    assert tuple(POLICIES) == POLICY_NAMES
