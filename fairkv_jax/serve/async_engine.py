@@ -204,6 +204,11 @@ class AsyncEngine:
         except ValueError as error:
             raise RequestRefused(str(error)) from error
         limit = engine.engine_config.max_num_seqs + self._max_queued
+        if len(requests) > limit:
+            raise RequestRefused(
+                f"{len(requests)} choices at a time are more than the {limit} that may run or "
+                "wait: send fewer prompts, or a smaller n"
+            )
         if self.num_requests + len(requests) > limit:
             raise QueueFull(
                 f"{self.num_requests} requests run or wait, and {len(requests)} more would "

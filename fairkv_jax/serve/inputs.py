@@ -68,7 +68,7 @@ def fan_out(
         for choice in range(choices):
             seeded = params
             if params.seed is not None and choice:
-                seeded = replace(params, seed=params.seed + choice)
+                seeded = replace(params, seed=(params.seed + choice) % 2**64)
             requests.append(
                 Request(f"{answer_id}-{place}-{choice}", prompt.token_ids, seeded, prompt.text)
             )

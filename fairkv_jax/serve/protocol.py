@@ -12,6 +12,8 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 from fairkv_jax.sampling_params import MAX_LOGPROBS, SamplingParams
 
 MAX_CHOICES = 128
+MAX_STOPS = 64
+MAX_STOP_CHARACTERS = 1000
 
 
 class Body(BaseModel):
@@ -57,6 +59,17 @@ class GenerationBody(Body):
     logit_bias: dict[str, float] | None = None
     min_tokens: int | None = None
     response_format: dict[str, Any] | None = None
+    structured_outputs: dict[str, Any] | None = None
+    guided_json: Any = None
+    guided_regex: str | None = None
+    guided_choice: list[str] | None = None
+    guided_grammar: str | None = None
+    allowed_token_ids: list[int] | None = None
+    bad_words: list[str] | None = None
+    truncate_prompt_tokens: int | None = None
+    prompt_logprobs: int | None = None
+    use_beam_search: bool | None = None
+    length_penalty: float | None = None
 
     NEUTRAL: ClassVar[dict[str, tuple[Any, ...]]] = {
         "frequency_penalty": (0.0,),
@@ -65,6 +78,17 @@ class GenerationBody(Body):
         "logit_bias": ({},),
         "min_tokens": (0,),
         "response_format": ({"type": "text"},),
+        "structured_outputs": (),
+        "guided_json": (),
+        "guided_regex": (),
+        "guided_choice": (),
+        "guided_grammar": (),
+        "allowed_token_ids": (),
+        "bad_words": ([],),
+        "truncate_prompt_tokens": (),
+        "prompt_logprobs": (),
+        "use_beam_search": (False,),
+        "length_penalty": (1.0,),
     }
     """Fields that are not served, with the values that ask for nothing."""
 
@@ -75,6 +99,18 @@ class GenerationBody(Body):
             if value is not None and value not in neutral:
                 raise NotServed(name)
         return self
+
+    @field_validator("stop")
+    @classmethod
+    def _few_short_stops(cls, stop: str | list[str] | None) -> str | list[str] | None:
+        """They are searched for at every token of everybody's step."""
+        stops = [stop] if isinstance(stop, str) else stop or []
+        if len(stops) > MAX_STOPS or any(len(each) > MAX_STOP_CHARACTERS for each in stops):
+            raise ValueError(
+                f"at most {MAX_STOPS} stop strings of {MAX_STOP_CHARACTERS} characters are "
+                "taken: send fewer or shorter ones"
+            )
+        return stop
 
     @model_validator(mode="after")
     def _check_ranges(self) -> "GenerationBody":
