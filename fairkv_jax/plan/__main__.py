@@ -8,6 +8,7 @@ import numpy as np
 from absl import flags
 from rich.console import Console
 
+from fairkv_jax.command_line import with_underscores
 from fairkv_jax.plan.cost import HARDWARE, CostModel
 from fairkv_jax.plan.make import ROW_SPLITS, STRATEGIES, make_plan
 from fairkv_jax.plan.objective import OBJECTIVES
@@ -78,7 +79,7 @@ def parse(arguments: list[str]) -> flags.FlagValues:
         ValueError: an unknown flag, a bad value or a missing profile.
     """
     values = define_flags()
-    names = [_with_underscores(argument) for argument in arguments]
+    names = [with_underscores(argument) for argument in arguments]
     try:
         rest = values(["plan", *names])[1:]
     except flags.Error as error:
@@ -143,13 +144,6 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1
     return 0
-
-
-def _with_underscores(argument: str) -> str:
-    if not argument.startswith("--"):
-        return argument
-    name, equals, value = argument.partition("=")
-    return "--" + name[2:].replace("-", "_") + equals + value
 
 
 def _cost(profile: Profile, values: flags.FlagValues) -> CostModel:

@@ -1,7 +1,7 @@
 """The device mesh, and the one table that maps logical axes to mesh axes."""
 
 import jax
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, Mesh, PartitionSpec
 
 from fairkv_jax.shapes import DATA_AXIS, TENSOR_AXIS
 
@@ -9,9 +9,6 @@ RULES: dict[str | None, str | None] = {
     "slot": TENSOR_AXIS,
     "mlp": TENSOR_AXIS,
     "vocab": TENSOR_AXIS,
-    "page": TENSOR_AXIS,
-    "layer": None,
-    "row": None,
     "head_dim": None,
     "model": None,
     None: None,
@@ -39,8 +36,3 @@ def make_mesh(num_devices: int) -> Mesh:
 def spec(*axes: str | None) -> PartitionSpec:
     """The partition of an array with these logical axes."""
     return PartitionSpec(*(RULES[axis] for axis in axes))
-
-
-def sharding(mesh: Mesh, *axes: str | None) -> NamedSharding:
-    """The placement on the mesh of an array with these logical axes."""
-    return NamedSharding(mesh, spec(*axes))
