@@ -95,7 +95,8 @@ class Detokenizer:
     """Turns the token ids of one output into text as they come.
 
     The text of all pushes and the flush together is what `decode` makes of all ids: a
-    character that is split over tokens is held back until it is whole.
+    character that is split over tokens is held back until it is whole. Decoders that look back, as
+    SentencePiece's do at bytes that are no UTF-8, may differ there.
     """
 
     def __init__(self, backend: Backend, skip_special_tokens: bool = True) -> None:
@@ -108,7 +109,17 @@ class Detokenizer:
     def push(self, token_id: int) -> str:
         """The text that this token completes, "" where it completes none."""
         self._held.append(token_id)
-        text = self._stream.step(self._backend, token_id)
+        try:
+            text = self._stream.step(self._backend, token_id)
+        except Exception as error:
+            # Where tokens change the text before them, as broken bytes in SentencePiece's decoders
+            # do, the stream cannot go on; what it has not shown yet is decoded afresh.
+            if "Invalid prefix" not in str(error):
+                raise
+            text = self.flush()
+            self._stream = DecodeStream(skip_special_tokens=self._skip_special_tokens)
+            self._emitted = []
+            return text
         if text is None:
             return ""
         self._emitted, self._held = self._held, []
