@@ -67,7 +67,7 @@ EXTREMES = [
 
 
 @pytest.mark.parametrize("options", EXTREMES, ids=str)
-def test_extreme_options_take_the_likeliest_token(options: dict[str, float]):
+def test_extreme_options_take_the_likeliest_token(options: dict[str, Any]):
     logits = np.random.default_rng(0).normal(size=(1, VOCAB)).astype(np.float32)
     logits[0, 5] = 40
     state = states([SamplingParams(**options)])
