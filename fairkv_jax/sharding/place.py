@@ -70,7 +70,7 @@ def _tensors(
             return layout.to_slots(np.concatenate(heads, axis=1), layer)
 
         attention = layers.attention
-        yield attention.qkv, layer, stacked("q", "k", "v")
+        yield attention.qkv, layer, np.moveaxis(stacked("q", "k", "v"), -1, 0)
         yield attention.out, layer, layout.to_slots(read("o"), layer)
         if attention.bias is not None:
             yield attention.bias, layer, stacked("q_bias", "k_bias", "v_bias")
@@ -79,8 +79,8 @@ def _tensors(
             yield attention.k_norm.scale, layer, read("k_norm")
         yield layers.attn_norm.scale, layer, read("attn_norm")
         yield layers.mlp_norm.scale, layer, read("mlp_norm")
-        yield layers.mlp.gate, layer, read("gate")
-        yield layers.mlp.up, layer, read("up")
+        yield layers.mlp.gate, layer, read("gate").T
+        yield layers.mlp.up, layer, read("up").T
         yield layers.mlp.down, layer, read("down")
 
 

@@ -64,11 +64,11 @@ def test_every_device_holds_its_heads_and_its_part_of_the_rest(
     mesh = make_mesh(num_devices)
     model = load_model(checkpoint, layout, mesh, "float32", progress=False)
     qkv, out = model.layers.attention.qkv.get_value(), model.layers.attention.out.get_value()
-    assert {s.data.shape[1] for s in qkv.addressable_shards} == {layout.slots_per_device}
+    assert {s.data.shape[2] for s in qkv.addressable_shards} == {layout.slots_per_device}
     for layer, heads in enumerate(layout.slot_head):
         q, k, v, o = (checkpoint.tensor(f"layers.{layer}.{name}") for name in "qkvo")
         for slot, head in enumerate(heads):
-            got = np.asarray(qkv[layer, slot])
+            got = np.moveaxis(np.asarray(qkv[layer, :, slot]), 0, -1)
             if head == EMPTY:
                 assert not got.any()
                 assert not np.asarray(out[layer, slot]).any()
@@ -80,8 +80,9 @@ def test_every_device_holds_its_heads_and_its_part_of_the_rest(
         stack = getattr(mlp, name).get_value()
         assert len({s.data.shape for s in stack.addressable_shards}) == 1
         stored = checkpoint.tensor(f"layers.1.{name}")
-        np.testing.assert_array_equal(stack[1][: len(stored)], stored)
-        assert not np.asarray(stack[1][len(stored) :]).any()
+        got = np.asarray(stack[1]) if name == "down" else np.asarray(stack[1]).T
+        np.testing.assert_array_equal(got[: len(stored)], stored)
+        assert not got[len(stored) :].any()
     embed = checkpoint.tensor("embed")
     np.testing.assert_array_equal(model.embed.get_value()[: len(embed)], embed)
 
