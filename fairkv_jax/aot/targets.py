@@ -40,7 +40,7 @@ class Target:
 
     def _find(self, pattern: str) -> str:
         found = re.search(pattern, self.description)
-        assert found, f"{self.name}.pbtxt lacks {pattern}"
+        assert found, f"{self.name}.textproto lacks {pattern}"
         return found.group(1)
 
     def mesh(self, num_devices: int) -> Mesh:
@@ -63,8 +63,8 @@ def targets() -> dict[str, Target]:
     """By name."""
     folder = resources.files("fairkv_jax.aot") / "devices"
     files = sorted(folder.iterdir(), key=lambda path: path.name)
-    names = [path.name.removesuffix(".pbtxt") for path in files if path.name.endswith(".pbtxt")]
-    return {name: Target(name, (folder / f"{name}.pbtxt").read_text()) for name in names}
+    names = [path.name.removesuffix(".textproto") for path in files if path.name.endswith(".textproto")]
+    return {name: Target(name, (folder / f"{name}.textproto").read_text()) for name in names}
 
 
 def missing_parts() -> str | None:
