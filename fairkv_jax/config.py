@@ -6,8 +6,10 @@ Standard library only, so that the planner and the tools can read them without J
 from dataclasses import dataclass
 from numbers import Integral, Real
 
-POLICY_NAMES = ("full", "streaming_llm", "snapkv", "ada_snapkv")
+POLICY_NAMES = ("full", "streaming_llm", "snapkv", "ada_snapkv", "pyramidkv", "head_budgets")
 POOLS = ("max", "avg")
+PYRAMID_STEEPNESS = 20
+"""PyramidKV's last layer keeps a twentieth of the mean outside the window, its first the rest."""
 FLOORS = ("blend", "reserve")
 
 
@@ -79,16 +81,22 @@ class KVConfig:
     """How Ada-SnapKV protects weak heads: "blend" (as published) or "reserve" (as in kvpress)."""
     alpha: float = 0.2
     """The protected fraction of a head's budget, in [0, 1]."""
+    head_budgets: tuple[tuple[int, ...], ...] | None = None
+    """For the policy `head_budgets`: kept tokens of every layer and head, [L][K]."""
 
     def __post_init__(self) -> None:
         if self.policy not in POLICY_NAMES:
             names = ", ".join(POLICY_NAMES)
             raise ValueError(f"unknown kv_policy {self.policy!r}: use one of {names}")
-        if self.policy == "full":
+        if (self.policy == "head_budgets") != (self.head_budgets is not None):
+            raise ValueError(
+                "kv_head_budgets goes with kv_policy 'head_budgets', and no other: give both"
+            )
+        if self.policy in ("full", "head_budgets"):
             if self.budget is not None or self.ratio is not None:
                 raise ValueError(
-                    "kv_policy 'full' keeps everything: drop kv_budget and kv_ratio, "
-                    "or choose a policy that compresses"
+                    f"kv_policy {self.policy!r} takes neither kv_budget nor kv_ratio: drop them, "
+                    "or choose a policy that takes one"
                 )
         elif (self.budget is None) == (self.ratio is None):
             raise ValueError(
@@ -111,11 +119,53 @@ class KVConfig:
 
     def kept_tokens(self, prompt_tokens: int) -> int:
         """Tokens kept per head, on average, of a prompt of that length."""
+        if self.head_budgets is not None:
+            kept = [min(budget, prompt_tokens) for layer in self.head_budgets for budget in layer]
+            return sum(kept) // len(kept)
         if self.budget is not None:
             return min(self.budget, prompt_tokens)
         if self.ratio is not None:
             return max(1, int(prompt_tokens * (1 - self.ratio)))
         return prompt_tokens
+
+    def budgets(
+        self, prompt_tokens: int, num_layers: int, num_heads: int
+    ) -> tuple[tuple[int, ...], ...]:
+        """Budgets [L][K] in tokens; what heads keep may then be moved within a layer."""
+        if self.head_budgets is not None:
+            return self.head_budgets
+        kept = self.kept_tokens(prompt_tokens)
+        layers = [kept] * num_layers
+        if self.policy == "pyramidkv" and kept < prompt_tokens:
+            window = min(self.window, kept)
+            layers = _pyramid(kept - window, prompt_tokens - window, num_layers)
+            layers = [window + outside for outside in layers]
+        return tuple((budget,) * num_heads for budget in layers)
+
+    def most_kept_of_a_layer(self, prompt_tokens: int, num_layers: int, num_heads: int) -> int:
+        """An upper bound of the tokens that all heads of a layer keep, for prompts up to that."""
+        # Rounded quotas may exceed a budget by half a token a head.
+        budgets = self.budgets(prompt_tokens, num_layers, num_heads)
+        return max(sum(min(budget + 1, prompt_tokens) for budget in layer) for layer in budgets)
+
+
+def _pyramid(mean: int, most: int, num_layers: int) -> list[int]:
+    """Falling budgets of that exact mean, the first at most `most` (Cai et al., 2024).
+
+    They fall linearly from first to last; sums of the line are rounded, so that none is lost.
+    """
+    last = mean // PYRAMID_STEEPNESS
+    first = min(2 * mean - last, most)
+    last = 2 * mean - first
+    steps = max(num_layers - 1, 1)
+
+    def total(layers: int) -> int:
+        drop = (first - last) * layers * (layers - 1)
+        return (2 * steps * layers * first - drop) // (2 * steps)
+
+    if num_layers == 1:
+        return [mean]
+    return [total(layer + 1) - total(layer) for layer in range(num_layers)]
 
 
 @dataclass(frozen=True)

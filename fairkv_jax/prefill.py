@@ -86,7 +86,7 @@ def prefill(
     model: Llama,
     tokens: Int[Array, "T"],
     length: Int[Array, ""],
-    budget: Int[Array, ""],
+    budgets: Int[Array, "L K"],
     slot_head: Int[Array, "L PC"],
     first_slot: Int[Array, "L K"],
     *,
@@ -94,7 +94,7 @@ def prefill(
     policy: Policy,
     packed_size: int,
 ) -> Prefix:
-    """Runs a prompt of `length` tokens, padded to T, keeping `budget` tokens a head on average.
+    """Runs a prompt of `length` tokens, padded to T, keeping `budgets` tokens of it.
 
     `packed_size` bounds what the policy keeps of a layer over all heads.
     """
@@ -110,7 +110,7 @@ def prefill(
         out_specs=Prefix.partition(),
         check_vma=False,
     )
-    return run(model, slot_head, tokens, length, budget, first_slot)
+    return run(model, slot_head, tokens, length, budgets, first_slot)
 
 
 def _prefill_local(
@@ -118,7 +118,7 @@ def _prefill_local(
     slot_head: Int[Array, "L C"],
     tokens: Int[Array, "T"],
     length: Int[Array, ""],
-    budget: Int[Array, ""],
+    budgets: Int[Array, "L K"],
     first_slot: Int[Array, "L K"],
     *,
     policy: Policy,
@@ -127,21 +127,22 @@ def _prefill_local(
     """The part of one device, inside `shard_map`."""
 
     def attend(
-        q: Array, k: Array, v: Array, cache: None, layer: tuple[Array, Array]
+        q: Array, k: Array, v: Array, cache: None, layer: tuple[Array, Array, Array]
     ) -> tuple[Array, None, tuple[Array, ...]]:
-        slot_head, first_slot = layer
+        slot_head, first_slot, budgets = layer
         # The prompt belongs to no replica yet: the first one speaks for the head.
         slots = len(slot_head)
         slot = jax.lax.axis_index(TENSOR_AXIS) * slots + jnp.arange(slots)
         speaks = first_slot[slot_head] == slot
         out = jnp.where(speaks[:, None, None], causal_attention(q, k, v), 0)
-        scores = jax.lax.all_gather(policy.scorer(q, k, length, budget), TENSOR_AXIS, tiled=True)
-        keep = policy.select(scores[first_slot], length, budget)
+        scores = policy.scorer(q, k, length, jnp.min(budgets))
+        scores = jax.lax.all_gather(scores, TENSOR_AXIS, tiled=True)
+        keep = policy.select(scores[first_slot], length, budgets)
         packed = _pack(k, v, keep, slot_head, size)
         return out, cache, (*packed, jnp.sum(keep, 1))
 
     positions = jnp.arange(tokens.shape[0])
-    x, _, outputs = model(tokens, positions, attend, None, (slot_head, first_slot))
+    x, _, outputs = model(tokens, positions, attend, None, (slot_head, first_slot, budgets))
     last = jax.lax.dynamic_slice_in_dim(x, length - 1, 1)
     k, v, kept_at, slot_lengths, head_lengths = outputs
     return Prefix(k, v, kept_at, slot_lengths, head_lengths, model.logits(last)[0])

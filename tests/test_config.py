@@ -21,7 +21,7 @@ def test_it_imports_no_jax():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"budget": 64}, "kv_policy 'full' keeps everything: drop kv_budget and kv_ratio"),
+        ({"budget": 64}, "kv_policy 'full' takes neither kv_budget nor kv_ratio: drop them"),
         ({"policy": "snapkv"}, "needs either kv_budget or kv_ratio, got kv_budget=None"),
         ({"policy": "snapkv", "budget": 64, "ratio": 0.5}, "kv_budget=64 and kv_ratio=0.5"),
         ({"policy": "snapkv", "budget": 0}, "kv_budget must be an integer of at least 1, got 0"),

@@ -87,18 +87,17 @@ def lower_prefill(setup: Setup, mesh: Mesh, num_tokens: int, kv_config: KVConfig
     layers, slots = setup.layout.slot_head.shape
     by_slot = PartitionSpec(None, TENSOR_AXIS)
     heads = setup.config.num_kv_heads
-    kept = min(kv_config.kept_tokens(num_tokens) + 1, num_tokens)
     return _lower(
         prefill,
         mesh,
         abstract_model(setup, mesh),
         _array(mesh, (num_tokens,), "int32", _WHOLE),
         _array(mesh, (), "int32", _WHOLE),
-        _array(mesh, (), "int32", _WHOLE),
+        _array(mesh, (layers, heads), "int32", _WHOLE),
         _array(mesh, (layers, slots), "int32", by_slot),
         _array(mesh, (layers, heads), "int32", _WHOLE),
         policy=make_policy(kv_config),
-        packed_size=heads * kept,
+        packed_size=kv_config.most_kept_of_a_layer(num_tokens, layers, heads),
     )
 
 

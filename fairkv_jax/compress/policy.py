@@ -22,13 +22,13 @@ class Policy:
     allocator: Allocator
 
     def select(
-        self, scores: Float[Array, "K T"], length: Int[Array, ""], budget: Int[Array, ""]
+        self, scores: Float[Array, "K T"], length: Int[Array, ""], budgets: Int[Array, "K"]
     ) -> Bool[Array, "K T"]:
-        """Marks the kept tokens of every head; a prompt within the budget is kept whole."""
-        num_heads, num_tokens = scores.shape
-        window = jnp.minimum(self.scorer.window, budget)
-        keep = self.allocator(scores, jnp.full(num_heads, budget), length, window)
-        return jnp.where(budget >= length, jnp.arange(num_tokens) < length, keep)
+        """Marks the kept tokens of every head; a prompt within its budget is kept whole."""
+        window = jnp.minimum(self.scorer.window, jnp.min(budgets))
+        keep = self.allocator(scores, budgets, length, window)
+        is_prompt = jnp.arange(scores.shape[1]) < length
+        return jnp.where((budgets >= length)[:, None], is_prompt, keep & is_prompt)
 
 
 def _full(config: KVConfig) -> Policy:
@@ -48,11 +48,14 @@ def _ada_snapkv(config: KVConfig) -> Policy:
     return Policy(WindowAttention.from_config(config), floor(config.alpha))
 
 
+# PyramidKV and tables of budgets choose keys as SnapKV does; their budgets are in `KVConfig`.
 POLICIES: dict[str, Callable[[KVConfig], Policy]] = {
     "full": _full,
     "streaming_llm": _streaming_llm,
     "snapkv": _snapkv,
     "ada_snapkv": _ada_snapkv,
+    "pyramidkv": _snapkv,
+    "head_budgets": _snapkv,
 }
 
 

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from fairkv_jax.checkpoint import open_checkpoint
 from fairkv_jax.checkpoint.fetch import DEMO_MODEL
 from fairkv_jax.compress import make_policy
-from fairkv_jax.config import EngineConfig, KVConfig
+from fairkv_jax.config import EngineConfig, KVConfig, ModelConfig
 from fairkv_jax.engine.llm_engine import LLMEngine
 from fairkv_jax.pallas.ragged_decode import AUTO, check_backend
 from fairkv_jax.plan import (
@@ -44,6 +44,7 @@ def build_engine(
     kv_pool_first: bool = False,
     kv_floor: str = "blend",
     kv_alpha: float = 0.2,
+    kv_head_budgets: str | Path | Profile | None = None,
     head_plan: str | Path | Plan = "fair_copying",
     max_copies: int | None = None,
     page_size: int = 16,
@@ -59,6 +60,8 @@ def build_engine(
         max_model_len: most tokens of a request, prompt and output; None: the model's context.
         dtype: of weights and cache; "auto" is float32 on CPU and bfloat16 on GPUs.
         kv_policy and the other kv_ options: see `KVConfig`.
+        kv_head_budgets: for the policy `head_budgets`: a profile, or the path of its JSON file,
+            whose tokens are the budgets.
         head_plan: a strategy, a plan, or the path of a plan's JSON file.
         max_copies: most extra head copies a layer, for `fair_copying`; None: one less than devices.
         kv_cache_memory_bytes: of the KV pool over all devices; None: 1 GiB on CPU, and on GPUs
@@ -78,6 +81,7 @@ def build_engine(
         pool_first=kv_pool_first,
         floor=kv_floor,
         alpha=kv_alpha,
+        head_budgets=None if kv_head_budgets is None else _head_budgets(kv_head_budgets),
     )
     make_policy(kv_config)  # a wrong option shows before anything is loaded
     check_backend(attention_backend)
@@ -87,6 +91,7 @@ def build_engine(
         dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
     checkpoint = open_checkpoint(model)
     config = checkpoint.config
+    _check_head_budgets(kv_config, config)
     context = config.max_position_embeddings
     engine_config = EngineConfig(
         tensor_parallel_size=tensor_parallel_size,
@@ -118,6 +123,26 @@ def build_engine(
     return LLMEngine(checkpoint, plan, engine_config, kv_config, progress=progress)
 
 
+def _head_budgets(source: str | Path | Profile) -> tuple[tuple[int, ...], ...]:
+    """A profile's tokens, rounded, as budgets of its heads."""
+    profile = source
+    if not isinstance(profile, Profile):
+        if not Path(profile).is_file():
+            raise ValueError(f"kv_head_budgets {str(source)!r} is no file: give a profile's JSON")
+        profile = Profile.from_json(Path(profile).read_text(encoding="utf-8"))
+    return tuple(tuple(max(1, round(tokens)) for tokens in layer) for layer in profile.tokens)
+
+
+def _check_head_budgets(kv_config: KVConfig, config: ModelConfig) -> None:
+    table = kv_config.head_budgets
+    needs = (config.num_layers, config.num_kv_heads)
+    if table is not None and (len(table), len(table[0])) != needs:
+        raise ValueError(
+            f"kv_head_budgets is a table of {len(table)} x {len(table[0])}, but the model has "
+            f"{needs[0]} layers x {needs[1]} KV heads"
+        )
+
+
 def _hardware() -> str:
     """The cost model's name for the devices that are here; an H100 where it has none."""
     kind = jax.devices()[0].device_kind.upper()
@@ -125,19 +150,19 @@ def _hardware() -> str:
 
 
 def _profile(name: str, shape: ModelShape, kv_config: KVConfig, context: int) -> Profile:
-    """What each head is expected to hold: as measured, scaled to the budget, or else alike."""
-    kept = float(kv_config.kept_tokens(context))
+    """What each head is expected to hold: as measured, scaled to the budget, or its budget."""
     measured = shipped_profile(name, kv_config.policy)
     if measured is not None and measured.shape == shape:
+        kept = kv_config.kept_tokens(context)
         tokens = (measured.array * (kept / measured.array.mean())).tolist()
         return replace(measured, tokens=tokens, budget=kv_config.budget, spread=None, samples=None)
-    tokens = (kept,) * shape.num_kv_heads
+    budgets = kv_config.budgets(context, shape.num_layers, shape.num_kv_heads)
     return Profile(
         model=name,
         policy=kv_config.policy,
         budget=kv_config.budget,
-        tokens=(tokens,) * shape.num_layers,
-        source="uniform",
+        tokens=tuple(tuple(float(min(budget, context)) for budget in layer) for layer in budgets),
+        source="budgets",
         shape=shape,
     )
 
@@ -175,11 +200,12 @@ def _prefill_bytes(
     shape: ModelShape, kv_config: KVConfig, max_model_len: int, itemsize: int
 ) -> int:
     """What the longest prefill takes on a device beside the weights: its prefix and activations."""
-    kept = shape.num_kv_heads * kv_config.kept_tokens(max_model_len)
+    heads = (shape.num_layers, shape.num_kv_heads)
+    kept = kv_config.most_kept_of_a_layer(max_model_len, *heads)
     prefix = 2 * shape.num_layers * kept * shape.head_dim * itemsize
     # A few of each live at a time: hidden states, one layer's heads, the MLP, in float32 at most.
-    heads = (shape.num_heads + 2 * shape.num_kv_heads) * shape.head_dim
-    widths = shape.hidden_size + heads + shape.intermediate_size
+    qkv = (shape.num_heads + 2 * shape.num_kv_heads) * shape.head_dim
+    widths = shape.hidden_size + qkv + shape.intermediate_size
     return prefix + 4 * 4 * max_model_len * widths
 
 

@@ -145,6 +145,11 @@ class Engine:
                 self._decode_program(idle_rows(batch, self.model_config.vocab_size))
                 bar.update()
 
+    @property
+    def _heads(self) -> tuple[int, int]:
+        """Layers and KV heads."""
+        return self.model_config.num_layers, self.model_config.num_kv_heads
+
     def _empty_cache(self) -> KVCache:
         return KVCache.empty(self.mesh, self.book, self.model_config.head_dim, self.config.dtype)
 
@@ -155,7 +160,7 @@ class Engine:
             self.model,
             padded,
             np.int32(len(token_ids)),
-            np.int32(self.kv_config.kept_tokens(len(token_ids))),
+            np.array(self.kv_config.budgets(len(token_ids), *self._heads), np.int32),
             self.layout.slot_head,
             self.layout.first_slot,
         )
@@ -163,15 +168,13 @@ class Engine:
     def _prefill_program(self, bucket: int) -> Compiled:
         if ("prefill", bucket) in self._programs:
             return self._programs["prefill", bucket]
-        # Rounded quotas may exceed the budget by half a token a head.
-        kept = min(self.kv_config.kept_tokens(bucket) + 1, bucket)
         return self._program(
             ("prefill", bucket),
             prefill,
             *self._prefill_args([0], bucket),
             mesh=self.mesh,
             policy=self.policy,
-            packed_size=self.model_config.num_kv_heads * kept,
+            packed_size=self.kv_config.most_kept_of_a_layer(bucket, *self._heads),
         )
 
     def _insert_program(self, prefix: Prefix) -> Compiled:

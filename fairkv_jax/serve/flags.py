@@ -53,7 +53,12 @@ _ENGINE_FLAGS = {
         ),
     ),
     "compression of the KV cache": (
-        _Flag("kv_policy", str, "ada_snapkv", "full, streaming_llm, snapkv or ada_snapkv"),
+        _Flag(
+            "kv_policy",
+            str,
+            "ada_snapkv",
+            "full, streaming_llm, [ada_]snapkv, pyramidkv, head_budgets",
+        ),
         _Flag("kv_budget", int, None, f"kept tokens a head on average (default: {DEFAULT_BUDGET})"),
         _Flag("kv_ratio", float, None, "instead of it, the fraction removed of each prompt"),
         _Flag("kv_window", int, KVConfig.window, "last tokens: always kept, they score the others"),
@@ -62,6 +67,7 @@ _ENGINE_FLAGS = {
         _Flag("kv_pool_first", bool, KVConfig.pool_first, "pool before the mean over query heads"),
         _Flag("kv_floor", FLOORS, KVConfig.floor, "how ada_snapkv protects weak heads"),
         _Flag("kv_alpha", float, KVConfig.alpha, "protected fraction of a head's budget"),
+        _Flag("kv_head_budgets", str, None, "for kv_policy head_budgets: a profile's JSON file"),
     ),
 }
 _PROCESS_FLAGS = {
@@ -165,7 +171,8 @@ def _engine_options(given: dict[str, Any]) -> dict[str, Any]:
     """Those that were given or have a default here."""
     names = [flag.name for members in _ENGINE_FLAGS.values() for flag in members]
     options = {name: given[name] for name in names if given[name] is not None}
-    if options["kv_policy"] != "full" and "kv_ratio" not in options:
+    takes_budget = options["kv_policy"] not in ("full", "head_budgets")
+    if takes_budget and "kv_ratio" not in options:
         options.setdefault("kv_budget", DEFAULT_BUDGET)
     if options.get("tensor_parallel_size", 1) < 1:
         raise ValueError(

@@ -5,6 +5,7 @@ from functools import partial
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -26,7 +27,8 @@ def queries_and_keys(length: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray
 
 @partial(jax.jit, static_argnames="policy")
 def select(policy: Policy, q, k, length, budget):
-    return policy.select(policy.scorer(q, k, length, budget), length, budget)
+    scores = policy.scorer(q, k, length, budget)
+    return policy.select(scores, length, jnp.full(len(scores), budget))
 
 
 def selected(options: Options, q: np.ndarray, k: np.ndarray) -> list[np.ndarray]:

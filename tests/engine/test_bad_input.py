@@ -109,7 +109,7 @@ BAD_OPTIONS = [
     ({"kv_policy": "h2o", "kv_budget": 64}, "unknown kv_policy 'h2o': use one of full, "),
     ({"kv_policy": "ada_snapkv", "kv_budget": 16}, "kv_budget 16 is smaller than the window 32"),
     ({"kv_policy": "snapkv"}, "needs either kv_budget or kv_ratio"),
-    ({"kv_budget": 64}, "kv_policy 'full' keeps everything"),
+    ({"kv_budget": 64}, "kv_policy 'full' takes neither"),
     ({"kv_policy": 5, "kv_budget": 64}, "kv_policy 5"),
     ({"head_plan": "unfair"}, "head_plan 'unfair' is neither one of static, best_effort, "),
     ({"head_plan": 5}, "head_plan 5|head_plan '5'"),

@@ -1,0 +1,85 @@
+"""Policies whose budgets differ by layer or head: PyramidKV and tables of head budgets."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from fairkv_jax import LLM
+from fairkv_jax.config import KVConfig
+from fairkv_jax.plan import Profile
+from tests.engine.drive import greedy, random_prompt
+from tests.oracle.forward import forward, read_llama
+from tests.oracle.selection import Options, kept_positions
+
+WINDOW = 8
+OPTIONS = {"kv_window": WINDOW, "max_num_seqs": 1, "max_model_len": 256, "progress": False}
+
+
+@pytest.mark.parametrize("layers", [1, 2, 5, 30, 80])
+@pytest.mark.parametrize("tokens", [70, 100, 180, 2000])
+def test_a_pyramid_falls_and_keeps_the_mean(layers: int, tokens: int):
+    config = KVConfig("pyramidkv", budget=64, window=WINDOW)
+    budgets = np.array(config.budgets(tokens, layers, 3))
+    assert budgets.shape == (layers, 3)
+    assert budgets[:, 0].sum() == 64 * layers
+    assert budgets.max() <= tokens
+    assert budgets.min() >= WINDOW
+    assert (np.diff(budgets[:, 0]) <= 1).all()  # rounding may lift a layer by one
+    assert config.most_kept_of_a_layer(tokens, layers, 3) >= budgets.sum(1).max()
+
+
+def test_a_pyramid_of_long_prompts_spans_a_twentieth_to_the_rest():
+    budgets = KVConfig("pyramidkv", budget=108, window=WINDOW).budgets(4000, 11, 1)
+    assert (budgets[0], budgets[-1]) == ((WINDOW + 195,), (WINDOW + 5,))
+    assert KVConfig("pyramidkv", budget=64).budgets(50, 4, 2) == ((50, 50),) * 4
+
+
+def test_a_pyramid_keeps_what_snapkv_keeps_at_each_budget(tiny_checkpoint: Path):
+    llm = LLM(tiny_checkpoint, kv_policy="pyramidkv", kv_budget=24, **OPTIONS)
+    prompt = random_prompt(120)
+    (output,) = llm.generate([prompt], greedy(2), return_kept_positions=True)
+    seen = forward(read_llama(tiny_checkpoint), prompt)
+    budgets = KVConfig("pyramidkv", budget=24, window=WINDOW).budgets(120, 2, 3)
+    assert budgets[0] != budgets[1]
+    assert output.kept_positions is not None
+    for layer, positions in enumerate(output.kept_positions):
+        options = Options("snapkv", budget=budgets[layer][0], window=WINDOW)
+        expected = kept_positions(seen.q[layer], seen.k[layer], options)
+        for got, wanted in zip(positions, expected, strict=True):
+            np.testing.assert_array_equal(got, wanted)
+
+
+def test_heads_keep_what_the_table_says(tiny_checkpoint: Path, tmp_path: Path):
+    table = ((10, 60, 200), (16, 120, 8))
+    profile = Profile("tiny", "head_budgets", None, table)
+    file = tmp_path / "profile.json"
+    file.write_text(profile.to_json())
+    options = {"kv_policy": "head_budgets", "kv_head_budgets": file, **OPTIONS}
+    llm = LLM(tiny_checkpoint, **options)
+    prompt = random_prompt(120)
+    (output,) = llm.generate([prompt], greedy(6), return_kept_positions=True)
+    np.testing.assert_array_equal(output.kv_lengths, np.minimum(table, 120))
+    assert output.kept_positions is not None
+    np.testing.assert_array_equal(output.kept_positions[0][2], np.arange(120))
+    seen = forward(read_llama(tiny_checkpoint), prompt)
+    snapkv = Options("snapkv", budget=60, window=WINDOW)
+    expected = kept_positions(seen.q[0], seen.k[0], snapkv)[1]
+    np.testing.assert_array_equal(output.kept_positions[0][1], expected)
+    sharded = LLM(tiny_checkpoint, tensor_parallel_size=2, **options)
+    (other,) = sharded.generate([prompt], greedy(6))
+    assert other.outputs[0].token_ids == output.outputs[0].token_ids
+
+
+def test_tables_must_fit(tiny_checkpoint: Path):
+    wrong = Profile("other", "head_budgets", None, ((10, 20),) * 2)
+    with pytest.raises(
+        ValueError, match=r"table of 2 x 2, but the model has 2 layers x 3 KV heads"
+    ):
+        LLM(tiny_checkpoint, kv_policy="head_budgets", kv_head_budgets=wrong, **OPTIONS)
+    with pytest.raises(ValueError, match="give both"):
+        LLM(tiny_checkpoint, kv_policy="head_budgets", **OPTIONS)
+    with pytest.raises(ValueError, match=r"'nothing.json' is no file"):
+        LLM(tiny_checkpoint, kv_policy="head_budgets", kv_head_budgets="nothing.json", **OPTIONS)
+    with pytest.raises(ValueError, match="takes neither"):
+        LLM(tiny_checkpoint, kv_policy="head_budgets", kv_head_budgets=wrong, kv_budget=9)
