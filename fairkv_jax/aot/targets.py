@@ -63,7 +63,9 @@ def targets() -> dict[str, Target]:
     """By name."""
     folder = resources.files("fairkv_jax.aot") / "devices"
     files = sorted(folder.iterdir(), key=lambda path: path.name)
-    names = [path.name.removesuffix(".textproto") for path in files if path.name.endswith(".textproto")]
+    names = [
+        path.name.removesuffix(".textproto") for path in files if path.name.endswith(".textproto")
+    ]
     return {name: Target(name, (folder / f"{name}.textproto").read_text()) for name in names}
 
 
