@@ -1,7 +1,5 @@
 """What every checkpoint format offers: a configuration, tensors in head order, a tokenizer."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
@@ -22,23 +20,8 @@ class Stored(NamedTuple):
     num_bytes: int
 
 
-@dataclass(frozen=True)
-class LazyTensor:
-    """A tensor in head order, of which nothing is read before it is asked for."""
-
-    shape: tuple[int, ...]
-    block: int
-    """Rows of the leading axis that are best read at once, so that no byte is read twice."""
-    read: Callable[[int, int], np.ndarray]
-    """Rows [start, stop): float32, float16 or bfloat16, read-only, perhaps a strided view."""
-
-    def whole(self) -> np.ndarray:
-        """All rows, contiguous."""
-        return np.ascontiguousarray(self.read(0, self.shape[0]))
-
-
 class Checkpoint(Protocol):
-    """Model weights on disk, read lazily under canonical names.
+    """Model weights on disk, read one tensor at a time under canonical names.
 
     The names and shapes are those of `layout.tensor_shapes`, whatever the file calls them.
     """
@@ -51,16 +34,12 @@ class Checkpoint(Protocol):
         """The canonical names of all tensors, in the order of the layers."""
         ...
 
-    def lazy(self, name: str) -> LazyTensor:
-        """One tensor in head order; what is wrong with its bytes shows as it is read.
+    def tensor(self, name: str) -> np.ndarray:
+        """One tensor in head order: float32, or the file's own float16 or bfloat16.
 
         Raises:
-            CheckpointError: there is no such tensor.
+            CheckpointError: there is no such tensor, or it cannot be read.
         """
-        ...
-
-    def tensor(self, name: str) -> np.ndarray:
-        """The same, read as a whole: float32, or the file's own float16 or bfloat16."""
         ...
 
     def stored(self, name: str) -> Stored:

@@ -162,7 +162,7 @@ def test_stored_types_give_back_the_values(tmp_path, kind, dtype, relative_error
     path = write_one_tensor(tmp_path / "x.gguf", values, GGMLQuantizationType[kind])
     read = GGUFFile(path).read("x")
     assert read.dtype == dtype
-    np.testing.assert_array_equal(GGUFFile(path).read("x", 1, 2), read[1:2])
+    assert read.flags.writeable
     np.testing.assert_allclose(
         read.astype(np.float32), values, atol=relative_error * np.abs(values).max()
     )
