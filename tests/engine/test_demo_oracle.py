@@ -128,12 +128,12 @@ def test_kept_positions(
             engine.model,
             padded,
             np.int32(PROMPT),
-            np.int32(case.config.kept_tokens(PROMPT)),
+            np.array(case.config.budgets(PROMPT, 30, 3), np.int32),
             engine.layout.slot_head,
             engine.layout.first_slot,
             mesh=engine.mesh,
             policy=make_policy(case.config),
-            packed_size=3 * min(case.config.kept_tokens(512) + 1, 512),
+            packed_size=case.config.most_kept_of_a_layer(512, 30, 3),
         )
         kept = kept_tokens(prefix, engine.layout, positions=True)
         assert kept.positions is not None
