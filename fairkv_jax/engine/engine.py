@@ -215,6 +215,11 @@ class Engine:
                 self._programs[key] = step.lower(*args, **static).compile()
         return self._programs[key]
 
+    @property
+    def num_programs(self) -> int:
+        """Programs compiled so far."""
+        return len(self._programs)
+
     def batch_bucket(self, num_rows: int) -> int:
         """The compiled batch that holds the first `num_rows` rows."""
         return min(next_power_of_two(num_rows), self.config.max_num_seqs)

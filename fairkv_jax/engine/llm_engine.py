@@ -14,6 +14,7 @@ from fairkv_jax.engine.engine import Engine
 from fairkv_jax.engine.request import Logprob, Request, RequestOutput
 from fairkv_jax.engine.scheduler import Scheduler
 from fairkv_jax.engine.sequence import Sequence
+from fairkv_jax.engine.stats import EngineStats
 from fairkv_jax.plan import Plan
 from fairkv_jax.prefill import kept_tokens
 from fairkv_jax.sampling import Sampled, SamplingState
@@ -46,6 +47,7 @@ class LLMEngine:
         self.engine = Engine(checkpoint, plan, engine_config, kv_config, progress=progress)
         self.scheduler = Scheduler(engine_config.max_num_seqs)
         self._arrivals = itertools.count()
+        self._num_preemptions = 0
         self._seeds = np.random.default_rng(engine_config.seed)
         self._sampling: SamplingState | None = None
         """The rows' options on the devices; None when the rows have changed."""
@@ -58,6 +60,19 @@ class LLMEngine:
         """Compiles all that requests of these prompt lengths run, with a progress bar."""
         rows = min(num_requests, self.engine_config.max_num_seqs)
         self.engine.warm_up(prompt_lengths, rows)
+
+    def stats(self) -> EngineStats:
+        """What runs and waits, and how full the pool is; for the thread that calls `step`."""
+        book = self.engine.book
+        return EngineStats(
+            num_running=len(self.scheduler.running),
+            num_waiting=len(self.scheduler.waiting),
+            num_preemptions=self._num_preemptions,
+            used_pages=tuple(book.used_pages.tolist()),
+            pages_per_device=book.pages_per_device,
+            kv_tokens=tuple(book.load.sum(0).tolist()),
+            compilations=self.engine.num_programs,
+        )
 
     def has_unfinished_requests(self) -> bool:
         return len(self.scheduler) > 0
@@ -133,6 +148,7 @@ class LLMEngine:
         if not scheduler.waiting or not scheduler.has_free_row:
             return {}
         sequence = scheduler.waiting[0]
+        sequence.scheduled()
         prefix = sequence.prefix or self.engine.prefill(sequence.request.prompt_token_ids)
         placement = self.engine.place(prefix, len(sequence.token_ids))
         if placement.missing_pages.any():
@@ -156,6 +172,7 @@ class LLMEngine:
         """Preempts the newest requests until every running one has pages for its next token."""
         while self.engine.book.missing_pages().any():
             self.scheduler.wait_first(self._leave(self.scheduler.newest()))
+            self._num_preemptions += 1
 
     def _generate(self) -> dict[Sequence, None]:
         """One decode step for all running requests."""

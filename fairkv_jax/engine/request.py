@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from fairkv_jax.engine.stats import RequestMetrics
 from fairkv_jax.sampling_params import SamplingParams
 
 
@@ -46,6 +47,8 @@ class RequestOutput:
     """Kept prompt tokens per layer and KV head, [L, K]; None before the prefill."""
     kept_positions: list[list[np.ndarray]] | None = None
     """For each layer and KV head the kept prompt positions, ascending; None unless asked for."""
+    metrics: RequestMetrics | None = None
+    """When it came, started and advanced."""
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,10 @@
 """A request on its way: its tokens, its text, and whether it is over."""
 
+import time
+from dataclasses import replace
+
 from fairkv_jax.engine.request import CompletionOutput, Logprob, Request, RequestOutput
+from fairkv_jax.engine.stats import RequestMetrics
 from fairkv_jax.prefill import KeptTokens, Prefix
 from fairkv_jax.sampling_params import SamplingParams
 from fairkv_jax.tokenizer import Tokenizer
@@ -29,6 +33,7 @@ class Sequence:
         """Prefilled while it waits for pages."""
         self.kept: KeptTokens | None = None
         self.finish_reason: str | None = None
+        self._metrics = RequestMetrics(arrival_time=time.monotonic())
         self._stop_reason: int | str | None = None
         self._tokenizer = tokenizer
         self._max_tokens = max_tokens
@@ -53,9 +58,17 @@ class Sequence:
         """Whether the next step's token is known already, from before a preemption."""
         return self.num_cached + 1 < len(self.token_ids)
 
+    def scheduled(self) -> None:
+        """Notes that its prefill begins; again after a preemption, which does not count."""
+        if self._metrics.first_scheduled_time is None:
+            self._metrics.first_scheduled_time = time.monotonic()
+
     def append(self, token_id: int, logprobs: dict[int, Logprob] | None) -> None:
         """Takes a sampled token, and ends the sequence where it is due."""
         self.token_ids.append(token_id)
+        self._metrics.last_token_time = time.monotonic()
+        if self._metrics.prefill_finished_time is None:
+            self._metrics.prefill_finished_time = self._metrics.last_token_time
         if self._logprobs is not None and logprobs is not None:
             self._logprobs.append(logprobs)
         is_end = token_id in self._tokenizer.eos_token_ids and not self.params.ignore_eos
@@ -90,6 +103,7 @@ class Sequence:
             finished=self.finish_reason is not None,
             kv_lengths=None if self.kept is None else self.kept.lengths,
             kept_positions=None if self.kept is None else self.kept.positions,
+            metrics=replace(self._metrics),
         )
 
     @property

@@ -1,5 +1,6 @@
 """Requests that come, run, stop and leave, on a tiny model over two devices."""
 
+import time
 from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
@@ -143,6 +144,26 @@ def test_abort_frees_at_once(engine: LLMEngine):
     engine.step()
     check_owners(engine)
     engine.abort_request("b")
+
+
+def test_stats_and_times(engine: LLMEngine):
+    """What the page and the metrics show: who runs and waits, what is full, when it happened."""
+    for i in range(8):
+        engine.add_request(request(str(i), PROMPT, greedy(20)))
+    assert (engine.stats().num_running, engine.stats().num_waiting) == (0, 8)
+    before = time.monotonic()
+    while len(engine.scheduler.running) < 2:
+        outputs = engine.step()
+    stats = engine.stats()
+    assert (stats.num_running, stats.num_waiting, stats.num_preemptions) == (2, 6, 0)
+    assert stats.used_pages == tuple(engine.engine.book.used_pages)
+    assert sum(stats.kv_tokens) == engine.engine.book.lengths.sum() > 0
+    times = outputs[0].metrics
+    assert times is not None
+    assert times.arrival_time < before < times.first_scheduled_time  # pyright: ignore[reportOptionalOperand]
+    assert times.first_scheduled_time < times.prefill_finished_time <= times.last_token_time  # pyright: ignore[reportOptionalOperand]
+    run(engine)
+    assert engine.stats().num_running == engine.stats().num_waiting == 0
 
 
 def test_abort_while_it_waits(engine: LLMEngine):
