@@ -61,6 +61,16 @@ class Tokenizer:
         """The text of ids; bytes that are not UTF-8 become U+FFFD."""
         return self._backend.decode(list(ids), skip_special_tokens=skip_special_tokens)
 
+    def info(self) -> dict[str, Any]:
+        """What clients ask about it: its kind, its special tokens by name, its chat template."""
+        return {
+            "tokenizer_class": type(self._backend.model).__name__,
+            "vocab_size": self.vocab_size,
+            **self._template_tokens,
+            "eos_token_ids": sorted(self.eos_token_ids),
+            "chat_template": self._chat_template,
+        }
+
     def token_text(self, token_id: int) -> str:
         """The text of one token by itself, special tokens included."""
         return self.decode([token_id], skip_special_tokens=False)

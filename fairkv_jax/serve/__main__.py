@@ -24,8 +24,10 @@ def main() -> int:
     )
     _prepare_jax(options)
     # Only now, as whatever imports JAX must find the environment that it reads.
+    from fairkv_jax.serve.access import log_to_stdout
     from fairkv_jax.serve.server import serve
 
+    log_to_stdout(options.server.log_level.upper())
     return serve(partial(_load, options), options.server)
 
 

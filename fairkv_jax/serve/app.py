@@ -8,12 +8,15 @@ from typing import Any
 from fastapi import FastAPI, Response
 from fastapi.responses import JSONResponse
 from prometheus_client import CONTENT_TYPE_LATEST
+from starlette.middleware.cors import CORSMiddleware
 
 from fairkv_jax import __version__
 from fairkv_jax.serve import chat, completions, tokenization
+from fairkv_jax.serve.access import REQUEST_ID, AccessLog
 from fairkv_jax.serve.async_engine import State
 from fairkv_jax.serve.errors import add_error_handlers, error_response
 from fairkv_jax.serve.middleware import ApiKeys, BodyLimit
+from fairkv_jax.serve.options import ServerOptions
 from fairkv_jax.serve.service import Service
 
 
@@ -37,23 +40,45 @@ def create_app(service: Service) -> FastAPI:
     for router in (completions.router, chat.router, tokenization.router):
         app.include_router(router)
     _add_status_routes(app, service)
-    if service.options.api_keys:
-        app.add_middleware(ApiKeys, keys=service.options.api_keys)
-    app.add_middleware(BodyLimit, max_bytes=service.options.max_request_bytes)
+    _add_middleware(app, service.options)
     return app
+
+
+def _add_middleware(app: FastAPI, options: ServerOptions) -> None:
+    """What comes last here sees a request first."""
+    if options.api_keys:
+        app.add_middleware(ApiKeys, keys=options.api_keys)
+    app.add_middleware(BodyLimit, max_bytes=options.max_request_bytes)
+    if options.allowed_origins:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=options.allowed_origins,
+            allow_methods=options.allowed_methods,
+            allow_headers=options.allowed_headers,
+            allow_credentials=options.allow_credentials,
+            expose_headers=[REQUEST_ID],
+        )
+    app.add_middleware(AccessLog, log_prompts=options.enable_log_requests)
 
 
 def _add_status_routes(app: FastAPI, service: Service) -> None:
     started = int(time.time())
 
+    def status(is_well: bool) -> JSONResponse:
+        state = service.engine.state.value
+        if is_well:
+            return JSONResponse({"status": state})
+        return error_response(503, f"the engine's state is: {state}")
+
     @app.get("/health")
-    @app.get("/ready")
     async def health() -> JSONResponse:
-        """200 while requests are taken; 503 before, and after a failure."""
-        state = service.engine.state
-        if state is State.READY:
-            return JSONResponse({"status": state.value})
-        return error_response(503, f"the engine is not ready, its state is: {state.value}")
+        """Liveness: 200 while the engine loads or works, 503 after a failure."""
+        return status(service.engine.is_alive)
+
+    @app.get("/ready")
+    async def ready() -> JSONResponse:
+        """Readiness: 200 while requests are taken; 503 before, while draining, and afterwards."""
+        return status(service.engine.state is State.READY)
 
     @app.get("/metrics")
     async def metrics() -> Response:
@@ -62,6 +87,12 @@ def _add_status_routes(app: FastAPI, service: Service) -> None:
     @app.get("/version")
     async def version() -> dict[str, str]:
         return {"version": __version__}
+
+    @app.get("/tokenizer_info")
+    async def tokenizer_info() -> dict[str, Any]:
+        """What the tokenizer is, its special tokens and its chat template."""
+        engine = service.engine.engine
+        return {**engine.tokenizer.info(), "model_max_length": engine.engine_config.max_model_len}
 
     @app.get("/v1/models")
     async def models() -> dict[str, Any]:

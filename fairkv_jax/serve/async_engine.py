@@ -17,6 +17,7 @@ from typing import Protocol
 
 from fairkv_jax.config import EngineConfig, KVConfig, ModelConfig
 from fairkv_jax.engine.request import Request, RequestOutput
+from fairkv_jax.engine.stats import EngineStats
 from fairkv_jax.plan import Plan
 from fairkv_jax.tokenizer import Tokenizer
 
@@ -40,13 +41,14 @@ class Engine(Protocol):
     def abort_request(self, request_id: str) -> None: ...
     def has_unfinished_requests(self) -> bool: ...
     def step(self) -> list[RequestOutput]: ...
+    def stats(self) -> EngineStats: ...
 
 
 class Observer(Protocol):
-    """Who is told of every request; called in the event loop."""
+    """Who is told of every request, and of the engine after every step; in the event loop."""
 
     def submitted(self, requests: Sequence[Request]) -> None: ...
-    def stepped(self, outputs: Sequence[RequestOutput]) -> None: ...
+    def stepped(self, outputs: Sequence[RequestOutput], stats: EngineStats) -> None: ...
     def dropped(self, request_ids: Iterable[str]) -> None: ...
 
 
@@ -55,6 +57,8 @@ class State(Enum):
 
     LOADING = "loading"
     READY = "ready"
+    DRAINING = "draining"
+    """What runs finishes; nothing new is taken."""
     FAILED = "failed"
     STOPPED = "stopped"
 
@@ -93,15 +97,20 @@ class OutputStream:
     """
 
     def __init__(self, engine: "AsyncEngine", requests: Sequence[Request]):
+        self.requests = requests
+        self.latest: dict[int, RequestOutput] = {}
+        """By place in the group; a request that has not begun is missing."""
         self._engine = engine
         self._places = {request.request_id: place for place, request in enumerate(requests)}
         self._unfinished = set(self._places)
-        self._latest: dict[int, RequestOutput] = {}
+        self._fresh: set[int] = set()
         self._error: Exception | None = None
         self._news = asyncio.Event()
 
     def put(self, output: RequestOutput) -> None:
-        self._latest[self._places[output.request_id]] = output
+        place = self._places[output.request_id]
+        self.latest[place] = output
+        self._fresh.add(place)
         if output.finished:
             self._unfinished.discard(output.request_id)
         self._news.set()
@@ -124,12 +133,12 @@ class OutputStream:
         while True:
             await self._news.wait()
             self._news.clear()
-            latest, self._latest = self._latest, {}
-            for place, output in sorted(latest.items()):
-                yield place, output
+            fresh, self._fresh = self._fresh, set()
+            for place in sorted(fresh):
+                yield place, self.latest[place]
             if self._error is not None:
                 raise self._error
-            if not self._unfinished and not self._latest:
+            if not self._unfinished and not self._fresh:
                 return
 
     async def collect(self) -> list[RequestOutput]:
@@ -181,9 +190,14 @@ class AsyncEngine:
         Raises:
             EngineUnavailable: it is still loading, or does not work any more.
         """
-        if self._engine is None or self.state is not State.READY:
+        if self._engine is None or self.state not in (State.READY, State.DRAINING):
             raise EngineUnavailable(_WHY_NOT.get(self.state, "the engine is loading"))
         return self._engine
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether the thread loads or works, and has not failed."""
+        return self._thread.is_alive() and self.state not in (State.FAILED, State.STOPPED)
 
     @property
     def num_requests(self) -> int:
@@ -198,6 +212,8 @@ class AsyncEngine:
             QueueFull: too many are waiting.
         """
         engine = self.engine
+        if self.state is State.DRAINING:
+            raise EngineUnavailable(_WHY_NOT[self.state])
         try:
             for request in requests:
                 engine.validate(request)
@@ -230,6 +246,11 @@ class AsyncEngine:
         for request_id in request_ids:
             self._streams.pop(request_id, None)
 
+    def drain(self) -> None:
+        """Take no more requests; those that run or wait go on."""
+        if self.state is State.READY:
+            self.state = State.DRAINING
+
     def stop(self) -> None:
         """Ask the thread to end after its present step; requests that still run get an error."""
         self._mailbox.put(_Stop())
@@ -239,13 +260,14 @@ class AsyncEngine:
         self._thread.join(timeout_s)
         return not self._thread.is_alive()
 
-    def _loaded(self, engine: Engine) -> None:
+    def _loaded(self, engine: Engine, stats: EngineStats) -> None:
         self._engine = engine
         self.state = State.READY
         self._on_ready(engine)
+        self._observer.stepped([], stats)
 
-    def _deliver(self, outputs: list[RequestOutput]) -> None:
-        self._observer.stepped(outputs)
+    def _deliver(self, outputs: list[RequestOutput], stats: EngineStats) -> None:
+        self._observer.stepped(outputs, stats)
         for output in outputs:
             stream = self._streams.get(output.request_id)
             if stream is not None:
@@ -259,7 +281,7 @@ class AsyncEngine:
             stream.fail(error)
 
     def _fail(self, error: BaseException) -> None:
-        was_ready = self.state is State.READY
+        was_ready = self.state is not State.LOADING
         self.state, self.failure = State.FAILED, error
         self._fail_all()
         self._on_failure(error, was_ready)
@@ -280,7 +302,7 @@ class AsyncEngine:
     def _run(self) -> None:
         try:
             engine = self._load()
-            self._post(self._loaded, engine)
+            self._post(self._loaded, engine, engine.stats())
             self._serve(engine)
         except BaseException as error:  # whatever it is, the clients must hear of it
             self._post(self._fail, error)
@@ -293,8 +315,8 @@ class AsyncEngine:
                 if isinstance(message, _Stop):
                     return
                 self._apply(engine, message)
-            if engine.has_unfinished_requests() and (outputs := engine.step()):
-                self._post(self._deliver, outputs)
+            outputs = engine.step() if engine.has_unfinished_requests() else []
+            self._post(self._deliver, outputs, engine.stats())
 
     def _messages(self, *, wait: bool) -> Iterable[_Add | _Abort | _Stop]:
         """All that lie in the mailbox; `wait` for the first one."""
@@ -320,6 +342,7 @@ class AsyncEngine:
 
 
 _WHY_NOT = {
+    State.DRAINING: "the server is shutting down: it finishes what runs and takes nothing new",
     State.FAILED: "the engine has failed, see the server's log: start the server again",
     State.STOPPED: "the server is shutting down",
 }

@@ -29,7 +29,7 @@ async def create_chat_completion(body: ChatBody, request: Request) -> Response:
     answer_id = f"chatcmpl-{uuid4().hex}"
     requests = fan_out(answer_id, [prompt], body.sampling_params(), body.n or 1)
     head = {"id": answer_id, "created": int(time.time()), "model": service.model_name}
-    outputs = service.engine.submit(requests)
+    outputs = service.submit(request, requests, body.n or 1)
     if body.stream:
         head["object"] = "chat.completion.chunk"
         return EventStream(_chunks(head, body, outputs), outputs)

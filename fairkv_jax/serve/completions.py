@@ -34,7 +34,7 @@ async def create_completion(body: CompletionBody, request: Request) -> Response:
         "created": int(time.time()),
         "model": service.model_name,
     }
-    outputs = service.engine.submit(requests)
+    outputs = service.submit(request, requests, body.n or 1)
     if body.stream:
         return EventStream(_chunks(head, body, outputs), outputs)
     finished = await collect(request, outputs)

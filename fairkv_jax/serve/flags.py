@@ -1,7 +1,9 @@
 """The command line: vLLM's names where vLLM has one; dashes and underscores are the same."""
 
+import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -81,10 +83,21 @@ _SERVER_FLAGS = {
         _Flag("port", int, ServerOptions.port, "0 takes a free one, which the log names"),
         _Flag("served_model_name", list, [], "names that clients may ask for, with commas"),
         _Flag("api_key", list, [], f"keys that open /v1, with commas; also ${API_KEY_VARIABLE}"),
+        _Flag(
+            "ssl_keyfile", str, None, "PEM file of the key; with the certificate, HTTPS is served"
+        ),
+        _Flag("ssl_certfile", str, None, "PEM file of the certificate"),
         _Flag("max_num_queued_reqs", int, ServerOptions.max_num_queued_reqs, "503 beyond"),
         _Flag("max_request_bytes", int, ServerOptions.max_request_bytes, "413 beyond"),
         _Flag("shutdown_timeout", int, ServerOptions.shutdown_timeout, "seconds after SIGTERM"),
         _Flag("log_level", ("debug", "info", "warning", "error"), "info", "least level logged"),
+        _Flag("enable_log_requests", bool, False, "prompts too, in the access log"),
+    ),
+    "pages of other origins (CORS); lists with commas, or in JSON": (
+        _Flag("allowed_origins", str, "", "that may read answers, or *; none by default"),
+        _Flag("allowed_methods", str, "*", "that they may use"),
+        _Flag("allowed_headers", str, "*", "that they may send"),
+        _Flag("allow_credentials", bool, False, "whether they may send cookies"),
     ),
 }
 
@@ -188,12 +201,21 @@ def _server_options(given: dict[str, Any], environ: Mapping[str, str]) -> Server
         host=given["host"],
         port=given["port"],
         served_model_names=tuple(given["served_model_name"]),
+        ssl_keyfile=given["ssl_keyfile"],
+        ssl_certfile=given["ssl_certfile"],
+        allowed_origins=_strings("allowed_origins", given),
+        allowed_methods=_strings("allowed_methods", given),
+        allowed_headers=_strings("allowed_headers", given),
+        allow_credentials=given["allow_credentials"],
+        enable_log_requests=given["enable_log_requests"],
         api_keys=tuple(key for key in keys if key),
         max_num_queued_reqs=given["max_num_queued_reqs"],
         max_request_bytes=given["max_request_bytes"],
         shutdown_timeout=given["shutdown_timeout"],
         log_level=given["log_level"],
     )
+    if (options.ssl_keyfile is None) != (options.ssl_certfile is None):
+        raise ValueError("--ssl-keyfile and --ssl-certfile go together: give both")
     if not 0 <= options.port <= 65535:
         raise ValueError(f"--port must lie between 0 and 65535, got {options.port}")
     for name, low in (
@@ -207,6 +229,20 @@ def _server_options(given: dict[str, Any], environ: Mapping[str, str]) -> Server
     return options
 
 
+def _strings(name: str, given: dict[str, Any]) -> tuple[str, ...]:
+    """A list with commas, or one in JSON, which is how vLLM takes them."""
+    text: str = given[name].strip()
+    if not text.startswith("["):
+        return tuple(part.strip() for part in text.split(",") if part.strip())
+    values: list[Any] = [None]
+    with suppress(ValueError):
+        values = json.loads(text)
+    if not all(isinstance(value, str) for value in values):
+        flag = name.replace("_", "-")
+        raise ValueError(f"--{flag} must be a list of strings, got {text}")
+    return tuple(values)
+
+
 def _help() -> str:
     """All options on one page, by group."""
     lines = [f"usage: {PROGRAM} [--option value ...]", ""]
@@ -216,7 +252,7 @@ def _help() -> str:
             lines.append(f"{group}:")
             previous = group
         choices = f" ({', '.join(flag.kind)})" if isinstance(flag.kind, tuple) else ""
-        shown = "" if flag.default in (None, []) else f" [{flag.default}]"
+        shown = "" if flag.default in (None, [], "") else f" [{flag.default}]"
         name = "--" + flag.name.replace("_", "-")
         lines.append(f"  {name:<24} {flag.help}{choices}{shown}")
     return "\n".join(lines)

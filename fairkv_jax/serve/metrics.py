@@ -1,18 +1,23 @@
 """What a monitor reads at /metrics: vLLM's names, so that its dashboards work, and a few of ours.
 
-All is counted from what passes between clients and engine; nothing here asks the engine thread.
+All is counted from what the engine thread hands over after a step; nothing here asks it.
 """
 
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector
 from prometheus_client.exposition import generate_latest
 
 from fairkv_jax.engine.request import Request, RequestOutput
+from fairkv_jax.engine.stats import EngineStats
+from fairkv_jax.plan import Plan
 
-_LABEL = "model_name"
+_LABELS = ("model_name", "engine")
+_ENGINE = "0"
+"""vLLM numbers the engines of a server; here there is one."""
 _SECONDS = (0.001, 0.005, 0.01, 0.02, 0.04, 0.08, 0.15, 0.3, 0.5, 0.75, 1, 2.5, 5, 10, 20, 40, 80)
 _LONG_SECONDS = (0.1, 0.3, 0.5, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 60, 120, 240, 480, 960)
 _TOKENS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10000, 20000, 50000, 100000)
@@ -29,85 +34,139 @@ class _Progress:
     num_tokens: int = 0
 
 
+@dataclass
+class Totals:
+    """Sums since the start, for who wants rates and means without Prometheus."""
+
+    finished: int = 0
+    prompts: int = 0
+    prompt_tokens: int = 0
+    generation_tokens: int = 0
+    first_token_seconds: float = 0.0
+    """Over all prompts."""
+    intervals: int = 0
+    """Between the tokens of a request."""
+    interval_seconds: float = 0.0
+    kept_tokens: np.ndarray | float = 0.0
+    """Of all prompts, by layer and KV head, [L, K]."""
+
+
 class Metrics:
     """Counters, gauges and histograms of one server, in a registry of its own.
 
-    The event loop tells it what happens; `clock` gives seconds.
+    The event loop tells it what happens; `clock` gives seconds, those of the requests' metrics.
     """
 
     def __init__(self, clock=time.monotonic):
         self._clock = clock
-        self._model_name = ""
+        self._labels = {"model_name": "", "engine": _ENGINE}
         self._requests: dict[str, _Progress] = {}
+        self.totals = Totals()
+        self.stats: EngineStats | None = None
+        """The engine after its last step; None until it is ready."""
+        self._compiled_at_ready = 0
         self.registry = CollectorRegistry()
         ProcessCollector(registry=self.registry)
-        self._define_gauges_and_counters()
+        self._define_gauges()
+        self._define_counters()
         self._define_histograms()
 
-    def _define_gauges_and_counters(self) -> None:
-        self._running = self._make(Gauge, "vllm:num_requests_running", "that generate")
-        self._waiting = self._make(Gauge, "vllm:num_requests_waiting", "that have no token yet")
-        self._prompt_tokens = self._make(Counter, "vllm:prompt_tokens", "of started requests")
-        self._generation_tokens = self._make(Counter, "vllm:generation_tokens", "generated")
-        self._success = self._make(
-            Counter, "vllm:request_success", "finished requests", labels=("finished_reason",)
-        )
-        self._utilization = self._make(
-            Gauge, "fairkv:plan_utilization", "the plan's mean over fullest device, as planned"
-        )
-        self._copies = self._make(Gauge, "fairkv:plan_copies", "head copies over all layers")
+    def _define_gauges(self) -> None:
+        def gauge(name: str, text: str, *labels: str) -> Gauge:
+            return Gauge(name, text, [*_LABELS, *labels], registry=self.registry)
+
+        self._running = gauge("vllm:num_requests_running", "that have a row")
+        self._waiting = gauge("vllm:num_requests_waiting", "that wait for one")
+        self._usage = gauge("vllm:kv_cache_usage_perc", "of the fullest device's pages; 1 is full")
+        self._kv_tokens = gauge("fairkv:kv_tokens", "over all layers and heads", "device")
+        self._imbalance = gauge("fairkv:kv_load_max_over_mean", "cached tokens of the devices")
+        self._utilization = gauge("fairkv:plan_utilization", "mean over fullest device, as planned")
+        self._copies = gauge("fairkv:plan_copies", "head copies over all layers")
+
+    def _define_counters(self) -> None:
+        def counter(name: str, text: str, *labels: str) -> Counter:
+            return Counter(name, text, [*_LABELS, *labels], registry=self.registry)
+
+        self._prompt_tokens = counter("vllm:prompt_tokens", "of started requests")
+        self._generation_tokens = counter("vllm:generation_tokens", "generated")
+        self._success = counter("vllm:request_success", "finished requests", "finished_reason")
+        self._preemptions = counter("vllm:num_preemptions", "requests put back for want of pages")
+        self._compilations = counter("fairkv:compilations_after_ready", "there should be none")
 
     def _define_histograms(self) -> None:
-        def seconds(name: str, text: str, buckets: Sequence[float] = _SECONDS) -> Histogram:
-            return self._make(Histogram, f"vllm:{name}_seconds", text, buckets=buckets)
+        def histogram(name: str, text: str, buckets: Sequence[float]) -> Histogram:
+            return Histogram(name, text, _LABELS, registry=self.registry, buckets=buckets)
 
-        def tokens(name: str, text: str) -> Histogram:
-            return self._make(Histogram, f"vllm:{name}", text, buckets=_TOKENS)
+        def seconds(name: str, text: str, buckets: Sequence[float] = _LONG_SECONDS) -> Histogram:
+            return histogram(f"vllm:{name}_seconds", text, buckets)
 
-        self._first_token = seconds("time_to_first_token", "from arrival to the first token")
-        self._between = seconds("inter_token_latency", "between the tokens of a request")
-        self._per_token = seconds("request_time_per_output_token", "mean over a request's tokens")
-        self._whole = seconds("e2e_request_latency", "from arrival to the end", _LONG_SECONDS)
-        self._decode = seconds("request_decode_time", "from the first token on", _LONG_SECONDS)
-        self._prompt_length = tokens("request_prompt_tokens", "prompt tokens of a request")
-        self._output_length = tokens("request_generation_tokens", "tokens a request generated")
-        self._per_step = tokens("iteration_tokens_total", "prompt and new tokens of a step")
-        self._kept = self._make(
-            Histogram, "fairkv:kept_fraction", "kept part of a prompt", buckets=_TENTHS
-        )
+        self._first_token = seconds("time_to_first_token", "from arrival on", _SECONDS)
+        self._between = seconds("inter_token_latency", "between a request's tokens", _SECONDS)
+        self._per_token = seconds("request_time_per_output_token", "mean of a request", _SECONDS)
+        self._whole = seconds("e2e_request_latency", "from arrival to the end")
+        self._queue = seconds("request_queue_time", "from arrival until its prefill begins")
+        self._prefill = seconds("request_prefill_time", "from then to the first token")
+        self._decode = seconds("request_decode_time", "from the first token to the last")
+        self._inference = seconds("request_inference_time", "prefill and decode")
+        self._prompt_length = histogram("vllm:request_prompt_tokens", "of a request", _TOKENS)
+        self._output_length = histogram("vllm:request_generation_tokens", "of a request", _TOKENS)
+        self._per_step = histogram("vllm:iteration_tokens_total", "read or made in a step", _TOKENS)
+        self._kept = histogram("fairkv:kept_fraction", "kept part of a prompt", _TENTHS)
 
-    def _make(self, kind, name: str, text: str, labels: Iterable[str] = (), **options):
-        return kind(name, text, [_LABEL, *labels], registry=self.registry, **options)
-
-    def describe(self, model_name: str, plan_utilization: float, plan_copies: int) -> None:
+    def describe(self, model_name: str, plan: Plan) -> None:
         """Say what is served; before that, nothing is counted."""
-        self._model_name = model_name
-        self._utilization.labels(model_name).set(plan_utilization)
-        self._copies.labels(model_name).set(plan_copies)
-        self._set_gauges()
+        self._labels["model_name"] = model_name
+        self._utilization.labels(**self._labels).set(plan.utilization)
+        self._copies.labels(**self._labels).set(plan.n_copies)
+
+    @property
+    def num_running(self) -> int:
+        return min(self.stats.num_running if self.stats else 0, len(self._requests))
+
+    @property
+    def num_waiting(self) -> int:
+        """Those that the engine has not heard of yet among them."""
+        return len(self._requests) - self.num_running
+
+    @property
+    def compilations_after_ready(self) -> int:
+        return self.stats.compilations - self._compiled_at_ready if self.stats else 0
 
     def submitted(self, requests: Iterable[Request]) -> None:
         now = self._clock()
         self._requests |= {request.request_id: _Progress(now) for request in requests}
-        self._set_gauges()
+        self._set_queue_gauges()
 
-    def stepped(self, outputs: Sequence[RequestOutput]) -> None:
+    def stepped(self, outputs: Sequence[RequestOutput], stats: EngineStats) -> None:
         """Count what a step brought; outputs are cumulative."""
         now = self._clock()
-        tokens = sum(self._advance(output, now) for output in outputs)
-        self._per_step.labels(self._model_name).observe(tokens)
-        self._set_gauges()
+        if tokens := sum(self._advance(output, now) for output in outputs):
+            self._per_step.labels(**self._labels).observe(tokens)
+        self._take(stats)
 
     def dropped(self, request_ids: Iterable[str]) -> None:
         """Requests that nobody waits for any more, or that failed."""
         for request_id in request_ids:
             if self._requests.pop(request_id, None) is not None:
-                self._success.labels(self._model_name, "abort").inc()
-        self._set_gauges()
+                self._success.labels(**self._labels, finished_reason="abort").inc()
+        self._set_queue_gauges()
 
     def exposition(self) -> bytes:
         """All of it in Prometheus' text format."""
         return generate_latest(self.registry)
+
+    def _take(self, stats: EngineStats) -> None:
+        if self.stats is None:
+            self._compiled_at_ready = stats.compilations
+        before, self.stats = self.stats or stats, stats
+        labels = self._labels
+        self._preemptions.labels(**labels).inc(stats.num_preemptions - before.num_preemptions)
+        self._compilations.labels(**labels).inc(stats.compilations - before.compilations)
+        self._usage.labels(**labels).set(max(stats.used_pages) / stats.pages_per_device)
+        for device, tokens in enumerate(stats.kv_tokens):
+            self._kv_tokens.labels(**labels, device=device).set(tokens)
+        self._imbalance.labels(**labels).set(max_over_mean(stats.kv_tokens))
+        self._set_queue_gauges()
 
     def _advance(self, output: RequestOutput, now: float) -> int:
         """Count one request's new tokens and return them, its prompt included when it starts."""
@@ -116,14 +175,16 @@ class Metrics:
             return 0
         new = len(output.outputs[0].token_ids) - progress.num_tokens
         counted = new
-        self._generation_tokens.labels(self._model_name).inc(new)
+        self._generation_tokens.labels(**self._labels).inc(new)
+        self.totals.generation_tokens += new
         if progress.first_token is None:
-            counted += self._start(output, progress, now)
+            if new:
+                counted += self._start(output, progress, now)
         elif new:
-            for _ in range(new):
-                self._between.labels(self._model_name).observe((now - progress.last_token) / new)
-        progress.last_token = now
-        progress.num_tokens += new
+            self._observe_intervals(new, now - progress.last_token)
+        if new:
+            progress.last_token = now
+            progress.num_tokens += new
         if output.finished:
             self._finish(output, progress, now)
         return counted
@@ -131,25 +192,56 @@ class Metrics:
     def _start(self, output: RequestOutput, progress: _Progress, now: float) -> int:
         length = len(output.prompt_token_ids)
         progress.first_token = now
-        self._prompt_tokens.labels(self._model_name).inc(length)
-        self._prompt_length.labels(self._model_name).observe(length)
-        self._first_token.labels(self._model_name).observe(now - progress.arrived)
+        self._prompt_tokens.labels(**self._labels).inc(length)
+        self._first_token.labels(**self._labels).observe(now - progress.arrived)
+        self.totals.prompts += 1
+        self.totals.prompt_tokens += length
+        self.totals.first_token_seconds += now - progress.arrived
         if output.kv_lengths is not None:
-            kept = float(output.kv_lengths.mean()) / length
-            self._kept.labels(self._model_name).observe(kept)
+            self._kept.labels(**self._labels).observe(float(output.kv_lengths.mean()) / length)
+            self.totals.kept_tokens = self.totals.kept_tokens + output.kv_lengths
         return length
+
+    def _observe_intervals(self, new: int, seconds: float) -> None:
+        """Tokens that come together share the time since the last one."""
+        for _ in range(new):
+            self._between.labels(**self._labels).observe(seconds / new)
+        self.totals.intervals += new
+        self.totals.interval_seconds += seconds
 
     def _finish(self, output: RequestOutput, progress: _Progress, now: float) -> None:
         del self._requests[output.request_id]
-        name, begun = self._model_name, progress.first_token or now
-        self._success.labels(name, output.outputs[0].finish_reason).inc()
-        self._output_length.labels(name).observe(progress.num_tokens)
-        self._whole.labels(name).observe(now - progress.arrived)
-        self._decode.labels(name).observe(now - begun)
+        labels, begun = self._labels, progress.first_token or now
+        self.totals.finished += 1
+        self._success.labels(
+            **labels, finished_reason=output.outputs[0].finish_reason or "abort"
+        ).inc()
+        self._prompt_length.labels(**labels).observe(len(output.prompt_token_ids))
+        self._output_length.labels(**labels).observe(progress.num_tokens)
+        self._whole.labels(**labels).observe(now - progress.arrived)
         if progress.num_tokens > 1:
-            self._per_token.labels(name).observe((now - begun) / (progress.num_tokens - 1))
+            self._per_token.labels(**labels).observe((now - begun) / (progress.num_tokens - 1))
+        self._observe_phases(output, progress)
 
-    def _set_gauges(self) -> None:
-        started = sum(request.first_token is not None for request in self._requests.values())
-        self._running.labels(self._model_name).set(started)
-        self._waiting.labels(self._model_name).set(len(self._requests) - started)
+    def _observe_phases(self, output: RequestOutput, progress: _Progress) -> None:
+        """By the engine's own account; the queue is counted from the client's arrival on."""
+        times = output.metrics
+        if times is None or times.first_scheduled_time is None:
+            return
+        first = times.prefill_finished_time or times.first_scheduled_time
+        last = times.last_token_time or first
+        labels = self._labels
+        self._queue.labels(**labels).observe(max(times.first_scheduled_time - progress.arrived, 0))
+        self._prefill.labels(**labels).observe(first - times.first_scheduled_time)
+        self._decode.labels(**labels).observe(last - first)
+        self._inference.labels(**labels).observe(last - times.first_scheduled_time)
+
+    def _set_queue_gauges(self) -> None:
+        self._running.labels(**self._labels).set(self.num_running)
+        self._waiting.labels(**self._labels).set(self.num_waiting)
+
+
+def max_over_mean(loads: Sequence[int]) -> float:
+    """The fullest device's load over the mean; 1 where all are empty."""
+    total = sum(loads)
+    return max(loads) * len(loads) / total if total else 1.0

@@ -21,4 +21,14 @@ class ServerOptions:
     shutdown_timeout: int = 25
     """Seconds that running requests have to finish after SIGTERM, a little less than the 30 after
     which most process managers kill."""
+    ssl_keyfile: str | None = None
+    ssl_certfile: str | None = None
+    """PEM files; with both of them, HTTPS is spoken, and nothing else."""
+    allowed_origins: tuple[str, ...] = ()
+    """Origins whose pages may read answers (CORS), or "*"; empty: none but the server's own."""
+    allowed_methods: tuple[str, ...] = ("*",)
+    allowed_headers: tuple[str, ...] = ("*",)
+    allow_credentials: bool = False
+    enable_log_requests: bool = False
+    """Whether prompts are logged."""
     log_level: str = "info"

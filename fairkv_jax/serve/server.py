@@ -5,12 +5,13 @@ import logging
 import os
 import signal
 import socket
+import ssl
 import sys
+import time
 from collections.abc import Callable
 from types import FrameType
 
 import uvicorn
-from starlette.types import ASGIApp
 
 from fairkv_jax.serve.app import create_app
 from fairkv_jax.serve.async_engine import AsyncEngine, Engine
@@ -35,12 +36,14 @@ def serve(load: Callable[[], Engine], options: ServerOptions) -> int:
 
     SIGTERM and SIGINT let running requests finish within the time-out; a second one aborts.
     """
+    _check_certificate(options)
     listener = _listen(options.host, options.port)
     host = f"[{options.host}]" if ":" in options.host else options.host
-    address = f"http://{host}:{listener.getsockname()[1]}"
+    scheme = "https" if options.ssl_certfile else "http"
+    address = f"{scheme}://{host}:{listener.getsockname()[1]}"
 
     def on_ready(engine: Engine) -> None:
-        metrics.describe(service.model_name, engine.plan.utilization, engine.plan.n_copies)
+        metrics.describe(service.model_name, engine.plan)
         for line in describe(engine):
             log.info("%s", line)
         log.info("ready: serving on %s", address)
@@ -61,8 +64,8 @@ def serve(load: Callable[[], Engine], options: ServerOptions) -> int:
         on_failure=on_failure,
     )
     service = Service(engine, options, metrics)
-    log.info("listening on %s, loading: /health answers 503 until ready", address)
-    server = _Server(create_app(service), options)
+    log.info("listening on %s, loading: /ready answers 503 until it is", address)
+    server = _Server(service)
     server.run(sockets=[listener])
     status = FAILED if engine.failure is not None else 0
     if not engine.join(THREAD_GRACE_S):
@@ -73,28 +76,69 @@ def serve(load: Callable[[], Engine], options: ServerOptions) -> int:
 
 
 class _Server(uvicorn.Server):
-    """uvicorn, with an exit status of our own: it would end by the signal that it was sent."""
+    """uvicorn, which drains before it stops to listen, and with an exit status of our own.
 
-    def __init__(self, app: ASGIApp, options: ServerOptions):
+    Left to itself it would refuse connections at the first signal, those of probes too, and end by
+    that signal.
+    """
+
+    def __init__(self, service: Service):
+        options = service.options
         config = uvicorn.Config(
-            app,
+            create_app(service),
             log_config=None,
             log_level=options.log_level,
-            timeout_graceful_shutdown=options.shutdown_timeout,
+            access_log=False,  # there is one of our own
             lifespan="on",
+            ssl_keyfile=options.ssl_keyfile,
+            ssl_certfile=options.ssl_certfile,
         )
         super().__init__(config)
+        self._engine = service.engine
+        self._shutdown_timeout = options.shutdown_timeout
+        self._deadline: float | None = None
+        """On the monotonic clock; None while it serves."""
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         name = signal.Signals(sig).name
-        if self.should_exit:
+        if self._deadline is not None:
             log.warning("%s again: aborting", name)
             _exit_now(ABORTED)
         log.info("%s: finishing the running requests; once more aborts them", name)
-        self.should_exit = True
+        self._deadline = time.monotonic() + self._shutdown_timeout
+        self._engine.drain()
+
+    async def on_tick(self, counter: int) -> bool:
+        """Every tenth of a second: whether to stop, which then waits until answers are read."""
+        if self._deadline is not None:
+            left = self._deadline - time.monotonic()
+            self.config.timeout_graceful_shutdown = max(1, round(left))
+            if left <= 0 or not self._engine.num_requests:
+                self.should_exit = True
+        return await super().on_tick(counter)
 
     def exit_after(self, seconds: float) -> None:
+        self.config.timeout_graceful_shutdown = self._shutdown_timeout
         asyncio.get_running_loop().call_later(seconds, setattr, self, "should_exit", True)
+
+
+def _check_certificate(options: ServerOptions) -> None:
+    """Before anything is loaded.
+
+    Raises:
+        SystemExit: the key and the certificate are no pair of PEM files, or one is missing.
+    """
+    if options.ssl_certfile is None:
+        return
+    try:
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.load_cert_chain(options.ssl_certfile, options.ssl_keyfile)
+    except OSError as error:  # ssl.SSLError is one
+        raise SystemExit(
+            f"cannot read the certificate {options.ssl_certfile} with the key "
+            f"{options.ssl_keyfile} ({error}): give a pair of PEM files by --ssl-certfile and "
+            "--ssl-keyfile"
+        ) from error
 
 
 def _listen(host: str, port: int) -> socket.socket:

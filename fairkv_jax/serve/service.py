@@ -1,14 +1,16 @@
 """What every route is given, and how it reads a body."""
 
 import json
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
 from fastapi import Request, Response
 from fastapi.routing import APIRoute
 
-from fairkv_jax.serve.async_engine import AsyncEngine
+from fairkv_jax.engine import request as engine_request
+from fairkv_jax.serve.access import Work
+from fairkv_jax.serve.async_engine import AsyncEngine, OutputStream
 from fairkv_jax.serve.errors import ApiError
 from fairkv_jax.serve.metrics import Metrics
 from fairkv_jax.serve.options import ServerOptions
@@ -43,6 +45,18 @@ class Service:
             raise ApiError(
                 404, f"The model `{name}` does not exist: this server has {known}", "model"
             )
+
+    def submit(
+        self, http: Request, requests: Sequence[engine_request.Request], choices: int
+    ) -> OutputStream:
+        """Hand requests to the engine, `choices` for every prompt, and leave word for the log.
+
+        Raises:
+            EngineUnavailable, RequestRefused, QueueFull: see `AsyncEngine.submit`.
+        """
+        outputs = self.engine.submit(requests)
+        http.state.work = Work(outputs, choices)
+        return outputs
 
 
 def service_of(request: Request) -> Service:

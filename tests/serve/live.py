@@ -51,7 +51,7 @@ def running(load: Callable[[], Engine], *, wait: bool = True, **options) -> Iter
         load,
         metrics,
         max_queued=settings.max_num_queued_reqs,
-        on_ready=lambda engine: metrics.describe(engine.model_name, 1.0, 0),
+        on_ready=lambda engine: metrics.describe(engine.model_name, engine.plan),
     )
     app = create_app(Service(engine, settings, metrics))
     listener = socket.create_server(("127.0.0.1", 0))
@@ -64,7 +64,7 @@ def running(load: Callable[[], Engine], *, wait: bool = True, **options) -> Iter
         with httpx.Client(base_url=url, timeout=PATIENCE_S) as client:
             eventually(lambda: server.started)
             if wait:
-                eventually(lambda: client.get("/health").status_code == 200)
+                eventually(lambda: client.get("/ready").status_code == 200)
             yield Server(url, client, engine)
     finally:
         server.should_exit = True
@@ -106,13 +106,14 @@ class Process:
 
     def address(self, patience_s: float = PATIENCE_S) -> str:
         """Where it listens; it may not be ready yet."""
-        eventually(lambda: self._said(r"listening on (http://\S+?),"), patience_s)
-        return self._said(r"listening on (http://\S+?),")
+        eventually(lambda: self._said(r"listening on (https?://\S+?),"), patience_s)
+        return self._said(r"listening on (https?://\S+?),")
 
     def wait_ready(self, patience_s: float) -> str:
-        eventually(lambda: self._said(r"ready: serving on (http://\S+)") or self.ended, patience_s)
+        ready = r"ready: serving on (https?://\S+)"
+        eventually(lambda: self._said(ready) or self.ended, patience_s)
         assert not self.ended, self.log
-        return self._said(r"ready: serving on (http://\S+)")
+        return self._said(ready)
 
     @property
     def ended(self) -> bool:

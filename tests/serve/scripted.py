@@ -6,6 +6,7 @@ not depend on a model, failures in the middle of a step included.
 
 import math
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,10 +14,12 @@ import numpy as np
 from fairkv_jax.checkpoint.open import open_checkpoint
 from fairkv_jax.config import EngineConfig, KVConfig, ModelConfig
 from fairkv_jax.engine.request import CompletionOutput, Logprob, Request, RequestOutput
+from fairkv_jax.engine.stats import EngineStats, RequestMetrics
 from fairkv_jax.plan import CostModel, Plan
 from fairkv_jax.plan.plan import Copy
 from fairkv_jax.tokenizer import Tokenizer
 
+PAGES = 1000
 FIRST_LETTER = 3 + ord("a") - ord("!")  # ids 0 to 2 are control tokens, then bytes from "!" on
 CRASH = "crash"
 
@@ -35,11 +38,12 @@ class ScriptedEngine:
         )
         self.kv_config = KVConfig("snapkv", budget=64)
         self.kv_capacity_tokens = 60_000
-        self.plan = _plan(self.model_config)
+        self.plan = plan_of(self.model_config)
         self.step_seconds = step_seconds
         self.aborted: list[str] = []
         self.requests: dict[str, Request] = {}
         self.generated: dict[str, list[int]] = {}
+        self.times: dict[str, RequestMetrics] = {}
 
     def validate(self, request: Request) -> None:
         length = len(request.prompt_token_ids)
@@ -51,6 +55,7 @@ class ScriptedEngine:
         self.validate(request)
         self.requests[request.request_id] = request
         self.generated[request.request_id] = []
+        self.times[request.request_id] = RequestMetrics(time.monotonic())
 
     def abort_request(self, request_id: str) -> None:
         if self.requests.pop(request_id, None) is not None:
@@ -59,9 +64,25 @@ class ScriptedEngine:
     def has_unfinished_requests(self) -> bool:
         return bool(self.requests)
 
+    def stats(self) -> EngineStats:
+        """A running request takes two pages on the first device and one on the second."""
+        running = min(len(self.requests), self.engine_config.max_num_seqs)
+        return EngineStats(
+            num_running=running,
+            num_waiting=len(self.requests) - running,
+            num_preemptions=0,
+            used_pages=(2 * running, running),
+            pages_per_device=PAGES,
+            kv_tokens=(32 * running, 16 * running),
+            compilations=7,
+        )
+
     def step(self) -> list[RequestOutput]:
         time.sleep(self.step_seconds)
         running = list(self.requests.values())[: self.engine_config.max_num_seqs]
+        for request in running:
+            times = self.times[request.request_id]
+            times.first_scheduled_time = times.first_scheduled_time or time.monotonic()
         if any(request.prompt == CRASH for request in running):
             raise RuntimeError("the device is on fire")
         outputs = [self._advance(request) for request in running]
@@ -73,6 +94,9 @@ class ScriptedEngine:
     def _advance(self, request: Request) -> RequestOutput:
         token_ids = self.generated[request.request_id]
         token_ids.append(_next_token(request, len(token_ids)))
+        times = self.times[request.request_id]
+        times.last_token_time = time.monotonic()
+        times.prefill_finished_time = times.prefill_finished_time or times.last_token_time
         text, reason, stop = self._text(request, token_ids)
         completion = CompletionOutput(
             text=text,
@@ -89,6 +113,7 @@ class ScriptedEngine:
             outputs=[completion],
             finished=reason is not None,
             kv_lengths=np.full(shape, self.kv_config.kept_tokens(len(request.prompt_token_ids))),
+            metrics=replace(times),
         )
 
     def _text(self, request: Request, token_ids: list[int]) -> tuple[str, str | None, str | None]:
@@ -126,7 +151,7 @@ def _next_token(request: Request, place: int) -> int:
     return FIRST_LETTER + (sum(request.prompt_token_ids) + seed + place * place) % 26
 
 
-def _plan(model: ModelConfig) -> Plan:
+def plan_of(model: ModelConfig) -> Plan:
     """Heads 0 and 1 on a device each, head 2 halved between them."""
     shared = [Copy(2, device, 0.5) for device in (0, 1)]
     layer = (Copy(0, 0, 1.0), Copy(1, 1, 1.0), *shared)

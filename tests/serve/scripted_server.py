@@ -1,7 +1,7 @@
-"""The server's process with a scripted engine: `python -m tests.serve.scripted_server FILE STEP`.
+"""The server's process with a scripted engine: `... tests.serve.scripted_server FILE STEP [flags]`.
 
 FILE is a tiny checkpoint; STEP is how many seconds a step takes, or "loading" for an engine that
-never loads.
+never loads. Flags are the server's.
 """
 
 import logging
@@ -9,7 +9,8 @@ import sys
 import time
 from pathlib import Path
 
-from fairkv_jax.serve.options import ServerOptions
+from fairkv_jax.serve.access import log_to_stdout
+from fairkv_jax.serve.flags import parse
 from fairkv_jax.serve.server import serve
 from tests.serve.scripted import ScriptedEngine
 
@@ -22,4 +23,6 @@ def load() -> ScriptedEngine:
 
 if __name__ == "__main__":
     logging.basicConfig(level="INFO")
-    sys.exit(serve(load, ServerOptions(port=0, shutdown_timeout=5)))
+    log_to_stdout("INFO")
+    options = parse(["--port=0", "--shutdown-timeout=5", *sys.argv[3:]])
+    sys.exit(serve(load, options.server))

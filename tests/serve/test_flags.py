@@ -48,6 +48,19 @@ def test_keys_come_from_the_flag_and_the_environment():
     assert parsed().server.api_keys == ()
 
 
+@pytest.mark.parametrize("origins", ["a,b", "a, b", '["a","b"]', '["a", "b"]'])
+def test_lists_are_written_with_commas_or_as_vllm_does(origins: str):
+    assert parsed(f"--allowed-origins={origins}").server.allowed_origins == ("a", "b")
+    assert parsed().server.allowed_origins == ()
+    assert parsed().server.allowed_headers == ("*",)
+
+
+def test_prompts_are_logged_only_on_request():
+    assert parsed("--enable-log-requests").server.enable_log_requests
+    assert not parsed("--no-enable-log-requests").server.enable_log_requests
+    assert not parsed().server.enable_log_requests
+
+
 @pytest.mark.parametrize(
     ("argument", "sentence"),
     [
@@ -57,6 +70,8 @@ def test_keys_come_from_the_flag_and_the_environment():
         ("--port=99999", "between 0 and 65535, got 99999"),
         ("--tensor-parallel-size=0", "at least 1, got 0"),
         ("--max-num-queued-reqs=-1", "at least 0, got -1"),
+        ("--ssl-keyfile=key.pem", "--ssl-certfile go together"),
+        ("--allowed-origins=[1]", "a list of strings, got [1]"),
         ("model.gguf", "'model.gguf' is not understood"),
     ],
 )

@@ -29,7 +29,7 @@ def slow_server(slow: ScriptedEngine) -> Iterator[Server]:
         yield server
 
 
-def test_health_turns_from_503_to_200(slow: ScriptedEngine):
+def test_it_lives_while_it_loads_and_is_not_ready(slow: ScriptedEngine):
     may_load = threading.Event()
 
     def load() -> ScriptedEngine:
@@ -37,14 +37,15 @@ def test_health_turns_from_503_to_200(slow: ScriptedEngine):
         return slow
 
     with running(load, wait=False) as server:
-        for path in ("/health", "/ready", "/v1/models"):
+        assert server.client.get("/health").json() == {"status": "loading"}
+        for path in ("/ready", "/v1/models", "/tokenizer_info"):
             response = server.client.get(path)
             assert response.status_code == 503
             assert response.headers["Retry-After"]
             assert "loading" in response.json()["error"]["message"]
         assert server.client.post(COMPLETIONS, json=LONG).status_code == 503
         may_load.set()
-        eventually(lambda: server.client.get("/health").status_code == 200)
+        eventually(lambda: server.client.get("/ready").status_code == 200)
         assert server.client.get("/ready").json() == {"status": "ready"}
         assert server.client.get("/v1/models").status_code == 200
 

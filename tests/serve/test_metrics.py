@@ -8,6 +8,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from fairkv_jax.engine.request import CompletionOutput, Request, RequestOutput
+from fairkv_jax.engine.stats import EngineStats, RequestMetrics
 from fairkv_jax.serve.metrics import Metrics
 from tests.serve.live import Server, eventually, running
 from tests.serve.scripted import ScriptedEngine
@@ -20,18 +21,30 @@ class Clock:
         return self.now
 
 
-def output(request_id: str, tokens: int, reason: str | None = None) -> RequestOutput:
+def output(
+    request_id: str,
+    tokens: int,
+    reason: str | None = None,
+    metrics: RequestMetrics | None = None,
+) -> RequestOutput:
     completion = CompletionOutput("", list(range(tokens)), None, finish_reason=reason)
     kept = np.array([[2, 4], [6, 8]])
-    return RequestOutput(request_id, None, [1] * 10, [completion], reason is not None, kept)
+    finished = reason is not None
+    return RequestOutput(request_id, None, [1] * 10, [completion], finished, kept, metrics=metrics)
+
+
+def stats(running: int, waiting: int = 0, **more) -> EngineStats:
+    known = {"num_preemptions": 0, "used_pages": (0, 0), "kv_tokens": (0, 0), "compilations": 40}
+    return EngineStats(running, waiting, pages_per_device=8, **known | more)
 
 
 def read(text: str) -> dict[str, float]:
-    """Samples by name and, after it, what labels there are beside the model's name."""
+    """Samples by name and, after it, what labels there are beside those that all have."""
     samples = {}
+    named = ("model_name", "engine")
     for family in text_string_to_metric_families(text):
         for sample in family.samples:
-            labels = [f"{k}={v}" for k, v in sample.labels.items() if k != "model_name"]
+            labels = [f"{k}={v}" for k, v in sample.labels.items() if k not in named]
             samples[" ".join([sample.name, *labels])] = sample.value
     return samples
 
@@ -42,9 +55,10 @@ def clock() -> Clock:
 
 
 @pytest.fixture
-def metrics(clock: Clock) -> Metrics:
+def metrics(clock: Clock, scripted: ScriptedEngine) -> Metrics:
     metrics = Metrics(clock)
-    metrics.describe("model", 0.9, 4)
+    metrics.describe("model", scripted.plan)
+    metrics.stepped([], stats(0))
     return metrics
 
 
@@ -55,12 +69,13 @@ def test_the_life_of_a_request(metrics: Metrics, clock: Clock):
     metrics.submitted([Request("a", [1] * 10), Request("b", [1] * 10)])
     assert (now()["vllm:num_requests_waiting"], now()["vllm:num_requests_running"]) == (2, 0)
     clock.now += 2
-    metrics.stepped([output("a", 1)])
+    metrics.stepped([output("a", 1)], stats(1, 1))
     assert (now()["vllm:num_requests_waiting"], now()["vllm:num_requests_running"]) == (1, 1)
     clock.now += 3
-    metrics.stepped([output("a", 3)])  # two tokens at a time
+    metrics.stepped([output("a", 3)], stats(1, 1))  # two tokens at a time
     clock.now += 1
-    metrics.stepped([output("a", 4, "length")])
+    times = RequestMetrics(100.5, 101.0, 101.75, 105.5)
+    metrics.stepped([output("a", 4, "length", times)], stats(0, 1))
     metrics.dropped(["b", "a", "never seen"])
     final = now()
     assert (final["vllm:num_requests_waiting"], final["vllm:num_requests_running"]) == (0, 0)
@@ -73,10 +88,43 @@ def test_the_life_of_a_request(metrics: Metrics, clock: Clock):
     assert final["vllm:inter_token_latency_seconds_sum"] == 4
     assert final["vllm:request_time_per_output_token_seconds_sum"] == pytest.approx(4 / 3)
     assert final["vllm:e2e_request_latency_seconds_sum"] == 6
-    assert final["vllm:request_decode_time_seconds_sum"] == 4
+    assert final["vllm:request_queue_time_seconds_sum"] == 1.0  # since it came, not was seen
+    assert final["vllm:request_prefill_time_seconds_sum"] == 0.75
+    assert final["vllm:request_decode_time_seconds_sum"] == 3.75
+    assert final["vllm:request_inference_time_seconds_sum"] == 4.5
+    assert final["vllm:request_prompt_tokens_sum"] == 10
+    assert final["vllm:request_generation_tokens_sum"] == 4
     assert final["vllm:iteration_tokens_total_sum"] == 14
     assert final["fairkv:kept_fraction_sum"] == 0.5
-    assert (final["fairkv:plan_utilization"], final["fairkv:plan_copies"]) == (0.9, 4)
+    assert (final["fairkv:plan_utilization"], final["fairkv:plan_copies"]) == (1.0, 2)
+
+
+def test_the_state_of_the_engine(metrics: Metrics):
+    def now() -> dict[str, float]:
+        return read(metrics.exposition().decode())
+
+    assert now()["fairkv:kv_load_max_over_mean"] == 1.0
+    full = stats(0, used_pages=(2, 6), kv_tokens=(30, 90), num_preemptions=3, compilations=42)
+    metrics.stepped([], full)
+    metrics.stepped([], full)
+    after = now()
+    assert after["vllm:kv_cache_usage_perc"] == 0.75
+    assert after["vllm:num_preemptions_total"] == 3
+    assert after["fairkv:compilations_after_ready_total"] == 2  # those before are no fault
+    assert (after["fairkv:kv_tokens device=0"], after["fairkv:kv_tokens device=1"]) == (30, 90)
+    assert after["fairkv:kv_load_max_over_mean"] == 1.5
+    assert "vllm:iteration_tokens_total_count" not in after  # no tokens, no iteration
+
+
+def test_every_sample_has_the_labels_that_dashboards_select_by(metrics: Metrics):
+    """vLLM's are `model_name` and `engine`."""
+    metrics.submitted([Request("a", [1] * 10)])
+    metrics.stepped([output("a", 1), output("a", 2, "stop")], stats(1))
+    families = text_string_to_metric_families(metrics.exposition().decode())
+    samples = [s for f in families for s in f.samples if s.name.startswith(("vllm:", "fairkv:"))]
+    assert samples
+    for sample in samples:
+        assert (sample.labels["model_name"], sample.labels["engine"]) == ("model", "0")
 
 
 def test_a_server_counts_what_it_serves(checkpoint: Path):

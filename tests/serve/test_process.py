@@ -61,14 +61,19 @@ def reachable(url: str) -> bool:
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_lets_running_requests_finish(process: Process, number: signal.Signals):
     url = process.wait_ready(PATIENCE_S)
-    asking = Asking(url, LONG)
+    asking = Asking(url, {**LONG, "max_tokens": 300})
     eventually(lambda: "num_requests_running" in busy(url))
     process.send(number)
-    eventually(lambda: not reachable(url), patience_s=5)
+    with httpx.Client(base_url=url, timeout=PATIENCE_S) as client:
+        eventually(lambda: client.get("/ready").status_code == 503, patience_s=5)
+        refused = client.post("/v1/completions", json=LONG)
+        assert refused.status_code == 503
+        assert "shutting down" in refused.json()["error"]["message"]
+        assert client.get("/health").json() == {"status": "draining"}
     assert process.status() == 0
     asking.join(PATIENCE_S)
     assert asking.response is not None
-    assert asking.response.json()["usage"]["completion_tokens"] == 100
+    assert asking.response.json()["usage"]["completion_tokens"] == 300
 
 
 def test_what_takes_longer_than_the_time_out_is_cut(process: Process):
@@ -99,7 +104,8 @@ def test_a_signal_while_loading_ends_it(checkpoint: Path):
     with Process(SCRIPTED, [str(checkpoint), "loading"]) as process:
         url = process.address()
         eventually(lambda: reachable(url))
-        assert httpx.get(f"{url}/health", timeout=PATIENCE_S).status_code == 503
+        assert httpx.get(f"{url}/health", timeout=PATIENCE_S).status_code == 200
+        assert httpx.get(f"{url}/ready", timeout=PATIENCE_S).status_code == 503
         process.send(signal.SIGTERM)
         assert process.status() == 0
 
@@ -140,6 +146,6 @@ def test_the_log_says_what_runs_and_quotes_no_prompt(process: Process):
     assert "0-1     0 2 (50%)  1 2 (50%)" in process.log
     assert "60,000 tokens of a sequence" in process.log
     assert "117.2 requests of full length" in process.log
-    assert "POST /v1/completions" in process.log
+    assert '"method": "POST", "path": "/v1/completions", "status": 200' in process.log
     assert "private" not in process.log
     assert str(ROOT) not in process.log

@@ -37,9 +37,9 @@ def client(process: Process) -> Iterator[httpx.Client]:
     """Waits until the server is ready; it must answer 503 before."""
     url = process.address(PATIENCE_S)
     with httpx.Client(base_url=url, timeout=PATIENCE_S) as client:
-        assert client.get("/health").status_code == 503
+        assert client.get("/ready").status_code == 503
         process.wait_ready(START_S)
-        assert client.get("/health").status_code == 200
+        assert client.get("/ready").status_code == 200
         yield client
 
 

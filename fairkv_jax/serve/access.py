@@ -1,0 +1,128 @@
+"""The access log: one JSON object a request, with what it was given and what it cost.
+
+Prompts are not in it unless asked for. It goes to standard output, other logs to standard error.
+"""
+
+import json
+import logging
+import re
+import sys
+import time
+from collections.abc import MutableMapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any
+from uuid import uuid4
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from fairkv_jax.engine.request import RequestOutput
+from fairkv_jax.serve.async_engine import OutputStream
+
+log = logging.getLogger(__name__)
+
+REQUEST_ID = "X-Request-Id"
+QUIET_PATHS = ("/health", "/ready", "/metrics", "/stats")
+"""Asked for every few seconds; they are logged where they fail, and at the level `debug`."""
+
+_WELL_FORMED_ID = re.compile(r"[\w.:/+=-]{1,128}", re.ASCII)
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a request has asked of the engine: `choices` for every prompt, side by side."""
+
+    outputs: OutputStream
+    choices: int
+
+    def record(self) -> dict[str, Any]:
+        """Tokens as in `usage`, and the first choice's times, as far as it has come."""
+        requests, latest = self.outputs.requests, self.outputs.latest
+        record = {
+            "prompt_tokens": sum(len(r.prompt_token_ids) for r in requests[:: self.choices]),
+            "completion_tokens": sum(len(o.outputs[0].token_ids) for o in latest.values()),
+            "finish_reasons": [_reason(latest.get(place)) for place in range(len(requests))],
+        }
+        first = latest.get(0)
+        if first is not None and first.kv_lengths is not None:
+            kept = float(first.kv_lengths.mean()) / len(first.prompt_token_ids)
+            record["kept_fraction"] = round(kept, 4)
+        times = first.metrics if first is not None else None
+        if times is not None and times.first_scheduled_time is not None:
+            waited = times.first_scheduled_time - times.arrival_time
+            record["queue_seconds"] = round(waited, 6)
+        if times is not None and times.prefill_finished_time is not None:
+            until_first = times.prefill_finished_time - times.arrival_time
+            record["first_token_seconds"] = round(until_first, 6)
+        return record
+
+    def prompts(self) -> list[str | list[int]]:
+        requests = self.outputs.requests[:: self.choices]
+        return [request.prompt or request.prompt_token_ids for request in requests]
+
+
+def _reason(output: RequestOutput | None) -> str:
+    return (output and output.outputs[0].finish_reason) or "abort"
+
+
+class AccessLog:
+    """Gives every request an id, the client's own where it sends one, and logs how it ended.
+
+    Handlers leave their `Work` in the request's state under "work".
+    """
+
+    def __init__(self, app: ASGIApp, log_prompts: bool):
+        self.app = app
+        self.log_prompts = log_prompts
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        given = Headers(scope=scope).get(REQUEST_ID, "")
+        request_id = given if _WELL_FORMED_ID.fullmatch(given) else uuid4().hex
+        began = time.monotonic()
+        status = 500  # unless an answer begins
+
+        async def send_with_id(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                MutableHeaders(scope=message)[REQUEST_ID] = request_id
+            await send(message)
+
+        try:
+            await self.app(scope, receive, send_with_id)
+        finally:
+            self._log(scope, request_id, status, time.monotonic() - began)
+
+    def _log(
+        self, scope: MutableMapping[str, Any], request_id: str, status: int, seconds: float
+    ) -> None:
+        client = scope.get("client")
+        record = {
+            "time": datetime.now(UTC).isoformat(timespec="milliseconds"),
+            "request_id": request_id,
+            "client": client[0] if client else None,
+            "method": scope["method"],
+            "path": scope["path"],
+            "status": status,
+            "seconds": round(seconds, 6),
+        }
+        work: Work | None = scope.get("state", {}).get("work")
+        if work is not None:
+            record |= work.record()
+            if self.log_prompts:
+                record["prompts"] = work.prompts()
+        is_quiet = status == 200 and scope["path"] in QUIET_PATHS
+        log.log(logging.DEBUG if is_quiet else logging.INFO, "%s", json.dumps(record))
+
+
+def log_to_stdout(level: str) -> None:
+    """Write bare lines, which is what reads JSON wants."""
+    handler = logging.StreamHandler(sys.stdout)
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    log.addHandler(handler)
+    log.setLevel(level)
+    log.propagate = False
