@@ -66,10 +66,11 @@ def fill(engine: Any, prompts: list[list[int]]) -> Callable[[], Any]:
     prefixes = [engine.prefill(prompt) for prompt in prompts]
     for row in range(_BATCH.value):
         prefix = prefixes[row % len(prefixes)]
-        engine.insert(prefix, row, engine.place(prefix))
+        prompt = prompts[row % len(prefixes)]
+        engine.insert(prefix, row, engine.place(prefix), [*prompt, 1])
     idle = idle_rows(_BATCH.value, engine.model_config.vocab_size)
     positions = jnp.full(_BATCH.value, len(prompts[0]), jnp.int32)
-    inputs = Rows(idle.tokens + 1, positions, idle.place, idle.sampling)
+    inputs = Rows(positions, idle.place, idle.sampling)
     return lambda: engine.generate(inputs).tokens
 
 

@@ -6,54 +6,44 @@ from jaxtyping import Array, Float, Int
 
 from fairkv_jax.pallas.ragged_decode import AUTO, Device, append_and_decode
 
-BLOCK_TOKENS = 256
-"""Queries, and keys, of a prompt that meet at a time."""
+KEY_BLOCK = 256
+"""Keys of a prompt that a block of its queries meets at a time."""
 
 
-def causal_attention(
-    q: Float[Array, "T C G H"], k: Float[Array, "T C H"], v: Float[Array, "T C H"]
-) -> Float[Array, "T C G H"]:
-    """Causal attention of a prompt over itself, block by block with a running softmax in float32.
+def attend_to_prompt(
+    q: Float[Array, "b C G H"],
+    k: Float[Array, "C T H"],
+    v: Float[Array, "C T H"],
+    start: Int[Array, ""],
+) -> Float[Array, "b C G H"]:
+    """Causal attention of a prompt's tokens from `start` on, with a running softmax in float32.
 
-    Memory grows with the block and not with the prompt, and blocks above the diagonal are never
-    computed (Dao et al., 2022).
+    Memory grows with the block of queries and not with the prompt, and keys that come after the
+    block are never read (Dao et al., 2022). T is at most `KEY_BLOCK`, or a multiple of it.
     """
-    num_tokens, slots, group, width = q.shape
-    size = min(BLOCK_TOKENS, num_tokens)
-    # Padding keys come after every query, so that nobody attends to them.
-    blocks = -(-num_tokens // size)
-    padding = [(0, blocks * size - num_tokens), (0, 0), (0, 0)]
-    queries = jnp.pad(q, [*padding, (0, 0)]).reshape(blocks, size, slots, group, width)
-    queries = queries.transpose(0, 2, 3, 1, 4).reshape(blocks, slots, group * size, width)
-    keys = jnp.pad(k, padding).reshape(blocks, size, slots, width).swapaxes(1, 2)
-    values = jnp.pad(v, padding).reshape(blocks, size, slots, width).swapaxes(1, 2)
-    token = jnp.arange(size)
-    # Within a block of queries and keys: of G times `size` queries, which keys are past.
-    is_past = jnp.tile(token <= token[:, None], (group, 1))
+    num_queries, slots, group, width = q.shape
+    size = min(KEY_BLOCK, k.shape[1])
+    queries = q.transpose(1, 2, 0, 3).reshape(slots, group * num_queries, width)
+    query_at = jnp.tile(start + jnp.arange(num_queries), group)[:, None]
 
-    def attend(at: Array) -> Float[Array, "C Q H"]:
-        def add(i: Array, running: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
-            total, peak, mass = running
-            scores = _product("cqh,csh->cqs", queries[at], keys[i]) * width**-0.5
-            scores = jnp.where(is_past | (i < at), scores, -jnp.inf)
-            new_peak = jnp.maximum(peak, scores.max(-1))
-            weights = jnp.exp(scores - new_peak[..., None])
-            decay = jnp.exp(peak - new_peak)
-            update = _product("cqs,csh->cqh", weights.astype(v.dtype), values[i])
-            return (
-                total * decay[..., None] + update,
-                new_peak,
-                mass * decay + weights.sum(-1),
-            )
+    def add(i: Array, running: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+        total, peak, mass = running
+        keys, values = (jax.lax.dynamic_slice_in_dim(x, i * size, size, 1) for x in (k, v))
+        scores = _product("cqh,csh->cqs", queries, keys) * width**-0.5
+        scores = jnp.where(i * size + jnp.arange(size) <= query_at, scores, -jnp.inf)
+        new_peak = jnp.maximum(peak, scores.max(-1))
+        weights = jnp.exp(scores - new_peak[..., None])
+        decay = jnp.exp(peak - new_peak)
+        update = _product("cqs,csh->cqh", weights.astype(v.dtype), values)
+        return total * decay[..., None] + update, new_peak, mass * decay + weights.sum(-1)
 
-        nothing = jnp.zeros((slots, group * size))
-        start = jnp.zeros((slots, group * size, width)), nothing - jnp.inf, nothing
-        # The first block holds a past key for every query, so that no peak stays infinite.
-        total, _, mass = jax.lax.fori_loop(0, at + 1, add, start)
-        return (total / mass[..., None]).astype(q.dtype)
-
-    out = jax.lax.map(attend, jnp.arange(blocks)).reshape(blocks, slots, group, size, width)
-    return out.transpose(0, 3, 1, 2, 4).reshape(-1, slots, group, width)[:num_tokens]
+    nothing = jnp.zeros(queries.shape[:2])
+    running = jnp.zeros(queries.shape), nothing - jnp.inf, nothing
+    # The first keys hold a past one for every query, so that no peak stays infinite.
+    blocks = (start + num_queries - 1) // size + 1
+    total, _, mass = jax.lax.fori_loop(0, blocks, add, running)
+    out = (total / mass[..., None]).astype(q.dtype).reshape(slots, group, num_queries, width)
+    return out.transpose(2, 0, 1, 3)
 
 
 def _product(subscripts: str, left: Array, right: Array) -> Array:

@@ -5,9 +5,12 @@ One pool serves all layers, so what every device must hold is its load over the 
     k_pages, v_pages   [P*pages, page_size, H]     sharded by device
     page_table         [L, B, P*C, max_pages]      page numbers within the slot's own device
     lengths            [L, B, P*C]                 cached tokens; 0 where the slot owns no part
+    token_ids          [B, S]                      each row's prompt and output, on all devices
+    num_known          [B]                         how many of them are known for sure
 
 Rows stand before slots, as in the queries of a step. Ownership is length: a replica that does not
-serve a row has length 0 there.
+serve a row has length 0 there. What a step samples is written to `token_ids` and read by the next
+one, so that the host need not see it in between; it never overwrites what is known already.
 """
 
 from dataclasses import dataclass
@@ -31,13 +34,16 @@ class KVCache:
     v_pages: Float[Array, "PN page_size H"]
     page_table: Int[Array, "L B PC max_pages"]
     lengths: Int[Array, "L B PC"]
+    token_ids: Int[Array, "B S"]
+    num_known: Int[Array, "B"]
 
     @classmethod
     def partition(cls) -> "KVCache":
         """How each array is split over the mesh."""
         by_slot: Any = PartitionSpec(None, None, TENSOR_AXIS)
         by_page: Any = PartitionSpec(TENSOR_AXIS)
-        return cls(by_page, by_page, by_slot, by_slot)
+        whole: Any = PartitionSpec()
+        return cls(by_page, by_page, by_slot, by_slot, whole, whole)
 
     @classmethod
     def empty(cls, mesh: Mesh, book: "PageBook", head_dim: int, dtype: str) -> "KVCache":
@@ -50,6 +56,8 @@ class KVCache:
                 jnp.zeros(pool, dtype),
                 jnp.zeros(book.page_table.shape, jnp.int32),
                 jnp.zeros(book.lengths.shape, jnp.int32),
+                jnp.zeros((book.lengths.shape[1], book.max_tokens), jnp.int32),
+                jnp.zeros(book.lengths.shape[1], jnp.int32),
             )
 
         shardings = jax.tree.map(lambda spec: NamedSharding(mesh, spec), cls.partition())
@@ -77,6 +85,7 @@ class PageBook:
         self.num_devices = num_devices
         self.pages_per_device = pages_per_device
         self.page_size = page_size
+        self.max_tokens = max_tokens
         num_slots = num_devices * slots_per_device
         max_pages = -(-max_tokens // page_size)
         self.page_table = np.zeros((num_layers, num_rows, num_slots, max_pages), np.int32)
@@ -104,7 +113,7 @@ class PageBook:
     @property
     def growth(self) -> np.ndarray:
         """[P] pages that one more token in every owned row opens."""
-        return self.pages_for(self._starts_page())
+        return self._opened(1)[1]
 
     @property
     def load(self) -> np.ndarray:
@@ -123,20 +132,23 @@ class PageBook:
         self.page_table[layer, row, slot, page] = self._take(self._device_of_slot[slot])
         self.lengths[:, row] = lengths
 
-    def missing_pages(self) -> np.ndarray:
-        """[P] pages by which the pool falls short of one more token in every owned row."""
-        return np.maximum(self.growth - self._num_free, 0)
+    def missing_pages(self, num_tokens: int = 1) -> np.ndarray:
+        """[P] pages by which the pool falls short of more tokens in every owned row."""
+        return np.maximum(self._opened(num_tokens)[1] - self._num_free, 0)
 
-    def grow(self) -> np.ndarray:
-        """Adds a token to every owned row; the new pages [L, B, P*C], -1 where none is needed."""
-        starts = self._starts_page()
+    def grow(self, num_tokens: int = 1) -> np.ndarray:
+        """Adds tokens, at most a page of them, to every owned row.
+
+        Returns the new pages [L, B, P*C], -1 where none is needed.
+        """
+        opened, _ = self._opened(num_tokens)
         new_pages = np.full(self.lengths.shape, -1, np.int32)
-        layer, row, slot = np.nonzero(starts)
+        layer, row, slot = np.nonzero(opened)
         pages = self._take(self._device_of_slot[slot])
         new_pages[layer, row, slot] = pages
-        at = self.lengths[layer, row, slot] // self.page_size
+        at = -(-self.lengths[layer, row, slot] // self.page_size)
         self.page_table[layer, row, slot, at] = pages
-        self.lengths += self.lengths > 0
+        self.lengths += num_tokens * (self.lengths > 0)
         return new_pages
 
     def release(self, row: int) -> None:
@@ -156,9 +168,12 @@ class PageBook:
         pages = -(-lengths // self.page_size)
         return np.nonzero(np.arange(self.max_pages) < pages[..., None])
 
-    def _starts_page(self) -> np.ndarray:
-        """Where the next token opens a page: 1 or 0, [L, B, P*C]."""
-        return ((self.lengths > 0) & (self.lengths % self.page_size == 0)).astype(np.int32)
+    def _opened(self, num_tokens: int) -> tuple[np.ndarray, np.ndarray]:
+        """Where more tokens open a page, [L, B, P*C], and how many pages on every device, [P]."""
+        full = -self.lengths % self.page_size < num_tokens
+        opened = (self.lengths > 0) & full
+        by_slot = opened.sum((0, 1))
+        return opened, by_slot.reshape(self.num_devices, -1).sum(1)
 
     def _take(self, devices: np.ndarray) -> np.ndarray:
         """Takes a free page on each of the given devices."""

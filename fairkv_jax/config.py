@@ -3,7 +3,7 @@
 Standard library only, so that the planner and the tools can read them without JAX.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from numbers import Integral, Real
 
 POLICY_NAMES = ("full", "streaming_llm", "snapkv", "ada_snapkv", "pyramidkv", "head_budgets")
@@ -11,6 +11,8 @@ POOLS = ("max", "avg")
 PYRAMID_STEEPNESS = 20
 """PyramidKV's last layer keeps a twentieth of the mean outside the window, its first the rest."""
 FLOORS = ("blend", "reserve")
+REQUEST_POLICIES = ("streaming_llm", "snapkv", "ada_snapkv")
+"""Policies that a request may choose in place of the server's."""
 
 
 @dataclass(frozen=True)
@@ -117,6 +119,31 @@ class KVConfig:
         if self.budget is not None:
             _check_int("kv_budget", self.budget, 1)
 
+    def of_request(self, policy: str | None, budget: int | None) -> "KVConfig":
+        """These options with what one request wants in their place; None: nothing special.
+
+        Raises:
+            ValueError: the policy is not for requests to choose, or it keeps more than this one.
+        """
+        if policy is None and budget is None:
+            return self
+        policy = policy or self.policy
+        if policy not in (self.policy, *REQUEST_POLICIES):
+            names = ", ".join(dict.fromkeys([self.policy, *REQUEST_POLICIES]))
+            raise ValueError(f"kv_policy {policy!r} is not for requests: use one of {names}")
+        if budget is not None and self.budget is not None and budget > self.budget:
+            raise ValueError(
+                f"kv_budget {budget} is beyond the {self.budget} that every request may keep: "
+                "lower it, or raise the engine's own"
+            )
+        return replace(
+            self,
+            policy=policy,
+            budget=self.budget if budget is None else budget,
+            ratio=self.ratio if budget is None else None,
+            head_budgets=self.head_budgets if policy == self.policy else None,
+        )
+
     def kept_tokens(self, prompt_tokens: int) -> int:
         """Tokens kept per head, on average, of a prompt of that length."""
         if self.head_budgets is not None:
@@ -187,11 +214,13 @@ class EngineConfig:
     """Bytes of the KV pool, over all devices."""
     dtype: str = "float32"
     seed: int = 0
+    prefill_block: int = 128
+    """Prompt tokens that pass a layer at a time; between two blocks, others may decode."""
     attention_backend: str = "auto"
     """The implementation of decode attention; "auto" goes by the kind of device."""
 
     def __post_init__(self) -> None:
-        for name in ("tensor_parallel_size", "max_num_seqs", "kv_cache_bytes"):
+        for name in ("tensor_parallel_size", "max_num_seqs", "kv_cache_bytes", "prefill_block"):
             _check_int(name, getattr(self, name), 1)
         _check_int("max_model_len", self.max_model_len, 2)
         _check_int("seed", self.seed, 0)

@@ -1,12 +1,20 @@
 """Prefill: a prompt through the model, each layer's cache compressed as soon as it is there.
 
+The work is cut into units, a block of the prompt's tokens in one layer, so that it can stop
+anywhere and go on later while others decode:
+
+    layer 0: block 0, block 1, ... | compress | layer 1: block 0, ...
+
+A block needs the keys of its own layer only, of the blocks before it. Between two units there wait
+the hidden states and one layer's keys and values; of the layers behind, only what they keep.
+
 Every device computes the slots that it holds. The scores of all heads are gathered, every device
 makes the same selection, and packs what its own slots keep, head after head:
 
     packed keys of one layer and device   [ slot 0's kept tokens | slot 1's | ... | unused ]
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -14,12 +22,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, PartitionSpec
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
-from fairkv_jax.attention import causal_attention
+from fairkv_jax.attention import KEY_BLOCK, attend_to_prompt
 from fairkv_jax.cache import KVCache
 from fairkv_jax.compress import Policy
+from fairkv_jax.compress.scorers import window_start
 from fairkv_jax.models import Llama
+from fairkv_jax.models.llama import round_up
 from fairkv_jax.shapes import TENSOR_AXIS
 from fairkv_jax.sharding.place import partition_specs
 from fairkv_jax.sharding.slots import SlotLayout
@@ -52,6 +62,28 @@ class Prefix:
         return cls(split, split, split, split, whole, whole)
 
 
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class PrefillState:
+    """A prompt on its way through the layers; donated to every part of the prefill."""
+
+    hidden: Float[Array, "T D"]
+    """Inputs of the present layer, its outputs where a block has passed it."""
+    k: Float[Array, "PC T H"]
+    v: Float[Array, "PC T H"]
+    """Of the present layer, as far as its blocks are done."""
+    window: Float[Array, "PC G w H"]
+    """Queries of the prompt's last w tokens in the present layer: they score its keys."""
+    prefix: Prefix
+
+    @classmethod
+    def partition(cls) -> "PrefillState":
+        """How each array is split over the mesh."""
+        whole: Any = PartitionSpec()
+        split: Any = PartitionSpec(TENSOR_AXIS)
+        return cls(whole, split, split, split, Prefix.partition())
+
+
 @dataclass(frozen=True)
 class KeptTokens:
     """What a prefix kept of its prompt, on the host."""
@@ -81,88 +113,217 @@ def kept_tokens(prefix: Prefix, layout: SlotLayout, *, positions: bool) -> KeptT
     return KeptTokens(lengths, [[of_head(n, head) for head in heads] for n in range(num_layers)])
 
 
-@partial(jax.jit, static_argnames=("mesh", "policy", "packed_size"))
-def prefill(
+@partial(jax.jit, static_argnames=("mesh", "block", "window", "packed_size"))
+def start_prefill(
+    model: Llama, tokens: Int[Array, "T"], *, mesh: Mesh, block: int, window: int, packed_size: int
+) -> PrefillState:
+    """The state of a prompt that has passed no layer.
+
+    `window` is the policies' window, and `packed_size` bounds what they keep of a layer over all
+    heads.
+    """
+
+    def local(model: Llama, tokens: Array) -> PrefillState:
+        config, dtype = model.config, model.embed[...].dtype
+        num_tokens = _padded(tokens.shape[0], block)
+        slots = model.layers.attention.out[...].shape[1]
+        keys = jnp.zeros((slots, num_tokens, config.head_dim), dtype)
+        queries = (slots, config.group_size, min(window, num_tokens), config.head_dim)
+        # What the policy may keep is bounded over all heads, and by what the slots hold.
+        size = min(packed_size, slots * num_tokens)
+        packed = jnp.zeros((config.num_layers, size, config.head_dim), dtype)
+        integers = partial(jnp.zeros, dtype=jnp.int32)
+        return PrefillState(
+            model.embedded(jnp.pad(tokens, (0, num_tokens - tokens.shape[0]))),
+            keys,
+            keys,
+            jnp.zeros(queries, dtype),
+            Prefix(
+                packed,
+                packed,
+                integers(packed.shape[:2]),
+                integers((config.num_layers, slots)),
+                integers((config.num_layers, config.num_kv_heads)),
+                jnp.zeros(config.vocab_size),
+            ),
+        )
+
+    run = jax.shard_map(
+        local,
+        mesh=mesh,
+        in_specs=(partition_specs(model), PartitionSpec()),
+        out_specs=PrefillState.partition(),
+        check_vma=False,
+    )
+    return run(model, tokens)
+
+
+@partial(jax.jit, static_argnames=("mesh", "policies", "block"), donate_argnums=1)
+def advance_prefill(
     model: Llama,
-    tokens: Int[Array, "T"],
+    state: PrefillState,
     length: Int[Array, ""],
     budgets: Int[Array, "L K"],
+    policy: Int[Array, ""],
+    units: tuple[Int[Array, ""], Int[Array, ""]],
     slot_head: Int[Array, "L PC"],
     first_slot: Int[Array, "L K"],
     *,
     mesh: Mesh,
-    policy: Policy,
-    packed_size: int,
-) -> Prefix:
-    """Runs a prompt of `length` tokens, padded to T, keeping `budgets` tokens of it.
+    policies: tuple[Policy, ...],
+    block: int,
+) -> PrefillState:
+    """Runs the units from the first to before the second of `units`, at least one.
 
-    `packed_size` bounds what the policy keeps of a layer over all heads.
+    A unit is a block of `block` tokens in one layer; `num_units` tells how many there are. The
+    prompt has `length` tokens, and `policies[policy]` keeps `budgets` of them.
     """
 
-    def local(model: Llama, slot_head: Array, *replicated: Array) -> Prefix:
-        return _prefill_local(model, slot_head, *replicated, policy=policy, size=packed_size)
+    def local(model: Llama, state: PrefillState, slot_head: Array, *whole: Array) -> PrefillState:
+        return _advance_local(model, state, slot_head, *whole, policies=policies, block=block)
 
     whole = PartitionSpec()
     run = jax.shard_map(
         local,
         mesh=mesh,
-        in_specs=(partition_specs(model), _BY_DEVICE, whole, whole, whole, whole),
-        out_specs=Prefix.partition(),
+        in_specs=(
+            partition_specs(model),
+            PrefillState.partition(),
+            _BY_DEVICE,
+            *(whole,) * 6,
+        ),
+        out_specs=PrefillState.partition(),
         check_vma=False,
     )
-    return run(model, slot_head, tokens, length, budgets, first_slot)
+    return run(model, state, slot_head, first_slot, length, budgets, policy, *units)
 
 
-def _prefill_local(
+def num_units(num_layers: int, num_tokens: int, block: int) -> int:
+    """Units of a prompt's prefill."""
+    return num_layers * -(-num_tokens // block)
+
+
+def _padded(num_tokens: int, block: int) -> int:
+    """Tokens of the state's arrays: whole blocks of queries, and of keys."""
+    padded = round_up(num_tokens, block)
+    return padded if padded <= KEY_BLOCK else round_up(padded, KEY_BLOCK)
+
+
+def _advance_local(
     model: Llama,
+    state: PrefillState,
     slot_head: Int[Array, "L C"],
-    tokens: Int[Array, "T"],
+    first_slot: Int[Array, "L K"],
     length: Int[Array, ""],
     budgets: Int[Array, "L K"],
-    first_slot: Int[Array, "L K"],
+    policy: Int[Array, ""],
+    start: Int[Array, ""],
+    stop: Int[Array, ""],
     *,
-    policy: Policy,
-    size: int,
-) -> Prefix:
+    policies: tuple[Policy, ...],
+    block: int,
+) -> PrefillState:
     """The part of one device, inside `shard_map`."""
+    num_layers, slots = slot_head.shape
+    num_blocks = (length + block - 1) // block
+    first, last = start // num_blocks, (stop - 1) // num_blocks
+    slot = jax.lax.axis_index(TENSOR_AXIS) * slots + jnp.arange(slots)
+    # The prompt belongs to no replica yet: the first one speaks for the head.
+    speaks = jnp.take_along_axis(first_slot, jnp.maximum(slot_head, 0), 1) == slot
 
-    def attend(
-        q: Array, k: Array, v: Array, cache: None, layer: tuple[Array, Array, Array]
-    ) -> tuple[Array, None, tuple[Array, ...]]:
-        slot_head, first_slot, budgets = layer
-        # The prompt belongs to no replica yet: the first one speaks for the head.
-        slots = len(slot_head)
-        slot = jax.lax.axis_index(TENSOR_AXIS) * slots + jnp.arange(slots)
-        speaks = first_slot[slot_head] == slot
-        out = jnp.where(speaks[:, None, None], causal_attention(q, k, v), 0)
-        scores = policy.scorer(q, k, length, jnp.min(budgets))
-        scores = jax.lax.all_gather(scores, TENSOR_AXIS, tiled=True)
-        keep = policy.select(scores[first_slot], length, budgets)
-        packed = _pack(k, v, keep, slot_head, size)
-        return out, cache, (*packed, jnp.sum(keep, 1))
+    def run_layer(index: Array, state: PrefillState) -> PrefillState:
+        layer = model.layer(index)
 
-    positions = jnp.arange(tokens.shape[0])
-    x, _, outputs = model(tokens, positions, attend, None, (slot_head, first_slot, budgets))
-    last = jax.lax.dynamic_slice_in_dim(x, length - 1, 1)
-    k, v, kept_at, slot_lengths, head_lengths = outputs
-    return Prefix(k, v, kept_at, slot_lengths, head_lengths, model.logits(last)[0])
+        def run_block(i: Array, state: PrefillState) -> PrefillState:
+            at = i * block
+
+            def attend(q: Array, k: Array, v: Array, cache: None, _: None) -> tuple[Any, None, Any]:
+                keys = jax.lax.dynamic_update_slice_in_dim(state.k, k.swapaxes(0, 1), at, 1)
+                values = jax.lax.dynamic_update_slice_in_dim(state.v, v.swapaxes(0, 1), at, 1)
+                out = attend_to_prompt(q, keys, values, at)
+                out = jnp.where(speaks[index][:, None, None], out, 0)
+                window = _add_to_window(state.window, q, at, length)
+                return out, cache, (keys, values, window)
+
+            x = jax.lax.dynamic_slice_in_dim(state.hidden, at, block)
+            angles = model.angles(at + jnp.arange(block))
+            x, _, (k, v, window) = layer(x, angles, attend, None, None)
+            hidden = jax.lax.dynamic_update_slice_in_dim(state.hidden, x, at, 0)
+            return PrefillState(hidden, k, v, window, state.prefix)
+
+        begin = jnp.where(index == first, start % num_blocks, 0)
+        end = jnp.where(index == last, (stop - 1) % num_blocks + 1, num_blocks)
+        state = jax.lax.fori_loop(begin, end, run_block, state)
+
+        def compress() -> tuple[Array, ...]:
+            choices = [
+                partial(_keep, state, choice, first_slot[index], length, budgets[index])
+                for choice in policies
+            ]
+            keep = jax.lax.switch(policy, choices)
+            packed = _pack(state.k, state.v, keep, slot_head[index], state.prefix.k.shape[1])
+            return *packed, jnp.sum(keep, 1)
+
+        # Of a layer that is not done nothing is kept yet: what is written here is overwritten.
+        prefix = state.prefix
+        packs = (prefix.k, prefix.v, prefix.positions, prefix.slot_lengths, prefix.head_lengths)
+        kept = jax.lax.cond(
+            end == num_blocks, compress, lambda: tuple(jnp.zeros_like(x[0]) for x in packs)
+        )
+        k, v, positions, slot_lengths, head_lengths = (
+            jax.lax.dynamic_update_index_in_dim(pack, new, index, 0)
+            for pack, new in zip(packs, kept, strict=True)
+        )
+        prefix = Prefix(k, v, positions, slot_lengths, head_lengths, prefix.logits)
+        return replace(state, prefix=prefix)
+
+    state = jax.lax.fori_loop(first, last + 1, run_layer, state)
+    x = jax.lax.dynamic_slice_in_dim(state.hidden, length - 1, 1)
+    logits = jax.lax.cond(
+        stop == num_layers * num_blocks, lambda: model.logits(x)[0], lambda: state.prefix.logits
+    )
+    return replace(state, prefix=replace(state.prefix, logits=logits))
+
+
+def _add_to_window(
+    window: Float[Array, "C G w H"],
+    q: Float[Array, "b C G H"],
+    at: Int[Array, ""],
+    length: Int[Array, ""],
+) -> Float[Array, "C G w H"]:
+    """Takes those of a block's queries that are among the prompt's last."""
+    size = window.shape[2]
+    place = at + jnp.arange(q.shape[0]) - window_start(length, size)
+    place = jnp.where(place < 0, size, place)  # beyond: dropped
+    return window.at[:, :, place].set(q.transpose(1, 2, 0, 3), mode="drop")
+
+
+def _keep(
+    state: PrefillState,
+    policy: Policy,
+    first_slot: Int[Array, "K"],
+    length: Int[Array, ""],
+    budgets: Int[Array, "K"],
+) -> Bool[Array, "K T"]:
+    """What a policy keeps of the present layer, for all heads on every device."""
+    scores = policy.scorer(state.window, state.k, length, jnp.min(budgets))
+    scores = jax.lax.all_gather(scores, TENSOR_AXIS, tiled=True)
+    return policy.select(scores[first_slot], length, budgets)
 
 
 def _pack(
-    k: Float[Array, "T C H"],
-    v: Float[Array, "T C H"],
-    keep: Array,
+    k: Float[Array, "C T H"],
+    v: Float[Array, "C T H"],
+    keep: Bool[Array, "K T"],
     slot_head: Int[Array, "C"],
     size: int,
 ) -> tuple[Array, Array, Array, Array]:
     """The kept keys, values and positions of this device's slots, one after another."""
-    num_tokens, slots, _ = k.shape
+    num_tokens = k.shape[1]
     kept = keep[slot_head] & (slot_head >= 0)[:, None]
-    # What the policy may keep is bounded over all heads, and by what the slots hold.
-    size = min(size, slots * num_tokens)
     index = jnp.nonzero(kept.reshape(-1), size=size, fill_value=0)[0]
     slot, position = index // num_tokens, index % num_tokens
-    return k[position, slot], v[position, slot], position, jnp.sum(kept, 1)
+    return k[slot, position], v[slot, position], position, jnp.sum(kept, 1)
 
 
 @partial(jax.jit, static_argnames="mesh", donate_argnums=0)
@@ -172,28 +333,39 @@ def insert(
     row: Int[Array, ""],
     page_table: Int[Array, "L PC max_pages"],
     lengths: Int[Array, "L PC"],
+    token_ids: Int[Array, "S"],
+    num_known: Int[Array, ""],
     *,
     mesh: Mesh,
 ) -> KVCache:
-    """Copies a prefix into the pages of a row; slots of length 0 own nothing and write nothing."""
+    """Copies a prefix into the pages of a row; slots of length 0 own nothing and write nothing.
+
+    The first `num_known` of `token_ids` are the prompt and what has been generated so far.
+    """
     run = jax.shard_map(
         _insert_local,
         mesh=mesh,
         in_specs=(
             KVCache.partition(),
             Prefix.partition(),
-            PartitionSpec(),
             _BY_DEVICE,
             _BY_DEVICE,
+            *(PartitionSpec(),) * 3,
         ),
         out_specs=KVCache.partition(),
         check_vma=False,
     )
-    return run(cache, prefix, row, page_table, lengths)
+    return run(cache, prefix, page_table, lengths, row, token_ids, num_known)
 
 
 def _insert_local(
-    cache: KVCache, prefix: Prefix, row: Array, page_table: Array, lengths: Array
+    cache: KVCache,
+    prefix: Prefix,
+    page_table: Array,
+    lengths: Array,
+    row: Array,
+    token_ids: Array,
+    num_known: Array,
 ) -> KVCache:
     num_pages, page_size, width = cache.k_pages.shape
     num_layers, size, _ = prefix.k.shape
@@ -213,6 +385,8 @@ def _insert_local(
         cache.v_pages.at[page, at].set(prefix.v.reshape(-1, width), mode="drop"),
         cache.page_table.at[:, row].set(page_table),
         cache.lengths.at[:, row].set(lengths),
+        cache.token_ids.at[row].set(token_ids),
+        cache.num_known.at[row].set(num_known),
     )
 
 

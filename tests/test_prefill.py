@@ -60,7 +60,7 @@ def test_inserted_keys_lie_in_the_owners_pages(engine: Engine, dense: Forward):
     assert kept.positions is not None
     placement = engine.place(prefix)
     assert not placement.missing_pages.any()
-    engine.insert(prefix, 1, placement)
+    engine.insert(prefix, 1, placement, random_prompt(PROMPT))
     book, cache = engine.book, engine.cache
     pages = np.asarray(cache.k_pages).reshape(2, book.pages_per_device, book.page_size, 16)
     written = np.zeros(pages.shape[:3], bool)

@@ -2,7 +2,7 @@
 
 import warnings
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from math import prod
 from typing import Any
 
@@ -19,7 +19,7 @@ from fairkv_jax.config import KVConfig, ModelConfig
 from fairkv_jax.decode import decode_step, idle_rows
 from fairkv_jax.models import Llama
 from fairkv_jax.plan import ModelShape, Plan, Profile
-from fairkv_jax.prefill import prefill
+from fairkv_jax.prefill import PrefillState, advance_prefill, start_prefill
 from fairkv_jax.shapes import TENSOR_AXIS
 from fairkv_jax.sharding.place import partition_specs
 from fairkv_jax.sharding.slots import SlotLayout
@@ -40,6 +40,7 @@ class Setup:
     new_tokens: int = 256
     """Tokens that every row has room to generate."""
     page_size: int = 16
+    prefill_block: int = 1024
     dtype: str = "bfloat16"
     attention_backend: str = "auto"
 
@@ -78,26 +79,46 @@ def lower_decode_step(setup: Setup, mesh: Mesh) -> Lowered:
     new_pages = _array(mesh, (layers, setup.batch, slots), "int32", _BY_SLOT)
     rows = jax.eval_shape(lambda: idle_rows(setup.batch, setup.config.vocab_size))
     rows = jax.tree.map(lambda x: _array(mesh, x.shape, x.dtype, _WHOLE), rows)
-    args = (abstract_model(setup, mesh), abstract_cache(setup, mesh), rows, new_pages)
+    steps = _array(mesh, (), "int32", _WHOLE)
+    args = (abstract_model(setup, mesh), abstract_cache(setup, mesh), rows, new_pages, steps)
     return _lower(decode_step, mesh, *args, attention_backend=setup.attention_backend)
 
 
 def lower_prefill(setup: Setup, mesh: Mesh, num_tokens: int, kv_config: KVConfig) -> Lowered:
     """The prefill of a prompt of `num_tokens`, compressed as `kv_config` says."""
     layers, slots = setup.layout.slot_head.shape
-    by_slot = PartitionSpec(None, TENSOR_AXIS)
     heads = setup.config.num_kv_heads
-    return _lower(
-        prefill,
-        mesh,
-        abstract_model(setup, mesh),
+    policy = make_policy(kv_config)
+    block = min(setup.prefill_block, num_tokens)
+    model = abstract_model(setup, mesh)
+    number = _array(mesh, (), "int32", _WHOLE)
+    state = jax.eval_shape(
+        partial(
+            start_prefill,
+            mesh=mesh,
+            block=block,
+            window=policy.scorer.window,
+            packed_size=kv_config.most_kept_of_a_layer(num_tokens, layers, heads),
+        ),
+        model,
         _array(mesh, (num_tokens,), "int32", _WHOLE),
-        _array(mesh, (), "int32", _WHOLE),
+    )
+    state = jax.tree.map(
+        lambda x, spec: _array(mesh, x.shape, x.dtype, spec), state, PrefillState.partition()
+    )
+    return _lower(
+        advance_prefill,
+        mesh,
+        model,
+        state,
+        number,
         _array(mesh, (layers, heads), "int32", _WHOLE),
-        _array(mesh, (layers, slots), "int32", by_slot),
+        number,
+        (number, number),
+        _array(mesh, (layers, slots), "int32", PartitionSpec(None, TENSOR_AXIS)),
         _array(mesh, (layers, heads), "int32", _WHOLE),
-        policy=make_policy(kv_config),
-        packed_size=kv_config.most_kept_of_a_layer(num_tokens, layers, heads),
+        policies=(policy,),
+        block=block,
     )
 
 
@@ -124,6 +145,8 @@ def abstract_cache(setup: Setup, mesh: Mesh) -> KVCache:
             jnp.zeros(pool, setup.dtype),
             jnp.zeros((layers, setup.batch, slots, max_pages), jnp.int32),
             jnp.zeros((layers, setup.batch, slots), jnp.int32),
+            jnp.zeros((setup.batch, setup.max_model_len), jnp.int32),
+            jnp.zeros(setup.batch, jnp.int32),
         )
     )
     return jax.tree.map(

@@ -19,13 +19,13 @@ class PositionScorer:
 
     def __call__(
         self,
-        q: Float[Array, "T C G H"],
-        k: Float[Array, "T C H"],
+        q: Float[Array, "C G w H"],
+        k: Float[Array, "C T H"],
         length: Int[Array, ""],
         budget: Int[Array, ""],
     ) -> Float[Array, "C T"]:
-        del length, budget
-        num_tokens, num_slots, _ = k.shape
+        del q, length, budget
+        num_slots, num_tokens, _ = k.shape
         position = jnp.arange(num_tokens)
         is_sink = position < self.sinks
         scores = jnp.where(is_sink, 2 * num_tokens, position).astype(jnp.float32)
@@ -51,20 +51,20 @@ class WindowAttention:
 
     def __call__(
         self,
-        q: Float[Array, "T C G H"],
-        k: Float[Array, "T C H"],
+        q: Float[Array, "C G w H"],
+        k: Float[Array, "C T H"],
         length: Int[Array, ""],
         budget: Int[Array, ""],
     ) -> Float[Array, "C T"]:
-        """Scores of this device's slots; keys of the window and of the padding score 0."""
-        num_tokens = q.shape[0]
+        """Scores of this device's slots; keys of the window and of the padding score 0.
+
+        `q` are the queries from `window_start` on.
+        """
         window = jnp.minimum(self.window, budget)
-        size = min(self.window, num_tokens)
-        start = jnp.maximum(length - size, 0)
-        q = jax.lax.dynamic_slice_in_dim(q, start, size).astype(jnp.float32)
-        query_at = start + jnp.arange(size)
-        key_at = jnp.arange(num_tokens)
-        logits = jnp.einsum("wcgh,tch->cgwt", q, k.astype(jnp.float32)) * q.shape[-1] ** -0.5
+        query_at = window_start(length, q.shape[2]) + jnp.arange(q.shape[2])
+        key_at = jnp.arange(k.shape[1])
+        q, k = q.astype(jnp.float32), k.astype(jnp.float32)
+        logits = jnp.einsum("cgwh,cth->cgwt", q, k) * q.shape[-1] ** -0.5
         logits = jnp.where(key_at <= query_at[:, None], logits, -jnp.inf)
         probabilities = jax.nn.softmax(logits, axis=-1)
         in_window = (query_at >= length - window) & (query_at < length)
@@ -73,6 +73,11 @@ class WindowAttention:
         if self.pool_first:
             return jnp.mean(_pool(mean, self.pool, self.kernel), 1)
         return _pool(jnp.mean(mean, 1), self.pool, self.kernel)
+
+
+def window_start(length: Int[Array, ""], size: int) -> Int[Array, ""]:
+    """Where the last `size` tokens of a prompt begin; it may have fewer."""
+    return jnp.maximum(length - size, 0)
 
 
 def _pool(scores: Float[Array, "*rows T"], pool: str, kernel: int) -> Float[Array, "*rows T"]:

@@ -1,4 +1,4 @@
-"""The engine's three verbs: prefill a prompt, insert it into a row, generate a token per row.
+"""The engine's three verbs: prefill a prompt, insert it into a row, generate tokens for all rows.
 
 It owns the model and the cache, and knows rows, not requests: which request sits where, and what
 its tokens mean, is the scheduler's business.
@@ -17,17 +17,50 @@ from tqdm import tqdm
 
 from fairkv_jax.cache import KVCache, PageBook
 from fairkv_jax.checkpoint import Checkpoint
-from fairkv_jax.compress import make_policy
-from fairkv_jax.config import EngineConfig, KVConfig
+from fairkv_jax.compress import Policy, make_policy
+from fairkv_jax.config import REQUEST_POLICIES, EngineConfig, KVConfig
 from fairkv_jax.decode import Rows, decode_step, idle_rows
 from fairkv_jax.plan import Plan, route
-from fairkv_jax.prefill import Prefix, insert, prefill, release
+from fairkv_jax.prefill import (
+    PrefillState,
+    Prefix,
+    advance_prefill,
+    insert,
+    num_units,
+    release,
+    start_prefill,
+)
 from fairkv_jax.sampling import Sampled, SamplingState, sample_first
 from fairkv_jax.sharding.mesh import make_mesh
 from fairkv_jax.sharding.place import load_model
 from fairkv_jax.sharding.slots import SlotLayout
 
 MIN_PREFILL_BUCKET = 32
+
+
+@dataclass
+class Prefill:
+    """A prompt on its way through the layers, in units: see `fairkv_jax.prefill`."""
+
+    num_tokens: int
+    bucket: int
+    budgets: np.ndarray
+    """[L, K] tokens."""
+    policy: int
+    """Its place among the engine's policies."""
+    num_units: int
+    state: PrefillState
+    done: int = 0
+    """Units so far."""
+
+    @property
+    def is_done(self) -> bool:
+        return self.done == self.num_units
+
+    @property
+    def prefix(self) -> Prefix:
+        """The compressed cache; whole when the prefill is done."""
+        return self.state.prefix
 
 
 @dataclass(frozen=True)
@@ -57,7 +90,7 @@ class Engine:
     ):
         self.model_config = checkpoint.config
         self.plan, self.config, self.kv_config = plan, config, kv_config
-        self.policy = make_policy(kv_config)
+        self.policies = allowed_policies(kv_config)
         self.layout = SlotLayout.from_plan(plan)
         self.mesh = make_mesh(config.tensor_parallel_size)
         self.book = self._make_book()
@@ -66,10 +99,52 @@ class Engine:
         self._programs: dict[tuple[str, int], Compiled] = {}
         self.cache = self._empty_cache()
 
-    def prefill(self, token_ids: list[int]) -> Prefix:
-        """Runs a prompt through the model and compresses its cache; the pool is not touched."""
-        bucket = prefill_bucket(len(token_ids), self.config.max_model_len)
-        return self._prefill_program(bucket)(*self._prefill_args(token_ids, bucket))
+    def start_prefill(self, token_ids: list[int], kv_config: KVConfig | None = None) -> Prefill:
+        """Begins a prompt, to be kept as the engine keeps them or in another way that it allows."""
+        kv_config = kv_config or self.kv_config
+        num_tokens = len(token_ids)
+        bucket = prefill_bucket(num_tokens, self.config.max_model_len)
+        padded = np.zeros(bucket, np.int32)
+        padded[:num_tokens] = token_ids
+        budgets = kv_config.budgets(num_tokens, *self._heads)
+        return Prefill(
+            num_tokens,
+            bucket,
+            np.array(budgets, np.int32),
+            self.policies.index(make_policy(kv_config)),
+            num_units(self.model_config.num_layers, num_tokens, self._block(bucket)),
+            self._start_program(bucket)(self.model, padded),
+        )
+
+    def advance_prefill(self, prefill: Prefill, units: int) -> None:
+        """Runs that many units more of a prefill, or all that are left; the pool is not touched."""
+        stop = min(prefill.done + units, prefill.num_units)
+        program = self._advance_program(prefill.bucket, prefill.state)
+        prefill.state = program(
+            self.model,
+            prefill.state,
+            np.int32(prefill.num_tokens),
+            prefill.budgets,
+            np.int32(prefill.policy),
+            (np.int32(prefill.done), np.int32(stop)),
+            self.layout.slot_head,
+            self.layout.first_slot,
+        )
+        prefill.done = stop
+
+    def units_of(self, prefill: Prefill, work: float) -> int:
+        """Units, from where a prefill stands, of that much work in multiply-adds; at least one."""
+        return max(1, int(np.searchsorted(np.cumsum(self._work(prefill)), work, side="right")))
+
+    def work_of(self, prefill: Prefill, units: int) -> float:
+        """Multiply-adds of the next units of a prefill."""
+        return float(self._work(prefill)[:units].sum())
+
+    def prefill(self, token_ids: list[int], kv_config: KVConfig | None = None) -> Prefix:
+        """Runs a prompt through the model and compresses its cache, all at once."""
+        prefill = self.start_prefill(token_ids, kv_config)
+        self.advance_prefill(prefill, prefill.num_units)
+        return prefill.prefix
 
     def sample_first(self, prefix: Prefix, sampling: SamplingState) -> Sampled:
         """Samples the token that follows a prompt, for one row's options."""
@@ -90,11 +165,18 @@ class Engine:
         missing = np.maximum(needed - self.book.free_pages, 0)
         return Placement(lengths, missing)
 
-    def insert(self, prefix: Prefix, row: int, placement: Placement) -> None:
-        """Copies a prefix into an empty row, for which the placement has found pages."""
+    def insert(self, prefix: Prefix, row: int, placement: Placement, token_ids: list[int]) -> None:
+        """Copies a prefix into an empty row, for which the placement has found pages.
+
+        `token_ids` are the prompt's and all that has been generated, the first one at least.
+        """
         self.book.insert(row, placement.lengths)
-        args = (prefix, np.int32(row), self.book.page_table[:, row], placement.lengths)
-        self.cache = self._insert_program(prefix)(self.cache, *args)
+        padded = np.zeros(self.book.max_tokens, np.int32)
+        padded[: len(token_ids)] = token_ids
+        where = (np.int32(row), self.book.page_table[:, row], placement.lengths)
+        self.cache = self._insert_program(prefix)(
+            self.cache, prefix, *where, padded, np.int32(len(token_ids))
+        )
 
     def release(self, row: int) -> None:
         """Frees a row and its pages."""
@@ -102,14 +184,15 @@ class Engine:
         lengths = self._release_program()(self.cache.lengths, np.int32(row))
         self.cache = replace(self.cache, lengths=lengths)
 
-    def generate(self, rows: Rows) -> Sampled:
-        """Appends the given tokens to the first rows of the batch and samples their next ones.
+    def generate(self, rows: Rows, num_steps: int = 1) -> Sampled:
+        """Appends the last tokens of the first rows of the batch and samples their next ones.
 
-        The caller has seen that no pages are missing (`book.missing_pages`).
+        So `num_steps` times; what was sampled has a leading axis of steps, see `decode_step`. The
+        caller has seen that no pages are missing (`book.missing_pages`).
         """
-        new_pages = self.book.grow()[:, : len(rows.tokens)]
+        new_pages = self.book.grow(num_steps)[:, : len(rows.positions)]
         program = self._decode_program(rows)
-        self.cache, sampled = program(self.model, self.cache, rows, new_pages)
+        self.cache, sampled = program(self.model, self.cache, rows, new_pages, np.int32(num_steps))
         return sampled
 
     @property
@@ -131,13 +214,14 @@ class Engine:
         missing += [b for b in batches if ("decode", b) not in self._programs]
         if not missing:
             return
-        with tqdm(
-            total=2 * len(prefills) + len(batches), desc="compiling", disable=not self._progress
-        ) as bar:
+        total = 3 * len(prefills) + len(batches)
+        with tqdm(total=total, desc="compiling", disable=not self._progress) as bar:
             for bucket in prefills:
-                prefix = self._prefill_program(bucket).out_info
+                state = self._start_program(bucket).out_info
                 bar.update()
-                self._insert_program(prefix)
+                self._advance_program(bucket, state)
+                bar.update()
+                self._insert_program(state.prefix)
                 bar.update()
             self._release_program()
             self._sample_program(idle_rows(1, self.model_config.vocab_size).sampling)
@@ -153,35 +237,57 @@ class Engine:
     def _empty_cache(self) -> KVCache:
         return KVCache.empty(self.mesh, self.book, self.model_config.head_dim, self.config.dtype)
 
-    def _prefill_args(self, token_ids: list[int], bucket: int) -> tuple:
-        padded = np.zeros(bucket, np.int32)
-        padded[: len(token_ids)] = token_ids
-        return (
-            self.model,
-            padded,
-            np.int32(len(token_ids)),
-            np.array(self.kv_config.budgets(len(token_ids), *self._heads), np.int32),
-            self.layout.slot_head,
-            self.layout.first_slot,
-        )
+    def _work(self, prefill: Prefill) -> np.ndarray:
+        """Multiply-adds of each unit that is left: of a layer's weights, and of its attention."""
+        model, block = self.model_config, self._block(prefill.bucket)
+        heads = model.num_heads * model.head_dim
+        weights = 2 * model.hidden_size * heads * (1 + 1 / model.group_size)
+        weights += 3 * model.hidden_size * model.intermediate_size
+        blocks = prefill.num_units // model.num_layers
+        past = (np.arange(prefill.done, prefill.num_units) % blocks + 0.5) * block
+        return block * (weights + 2 * heads * past)
 
-    def _prefill_program(self, bucket: int) -> Compiled:
-        if ("prefill", bucket) in self._programs:
-            return self._programs["prefill", bucket]
+    def _block(self, bucket: int) -> int:
+        """Tokens of a unit of such a prefill."""
+        return min(self.config.prefill_block, bucket)
+
+    def _start_program(self, bucket: int) -> Compiled:
         return self._program(
             ("prefill", bucket),
-            prefill,
-            *self._prefill_args([0], bucket),
+            start_prefill,
+            self.model,
+            jax.ShapeDtypeStruct((bucket,), jnp.int32),
             mesh=self.mesh,
-            policy=self.policy,
+            block=self._block(bucket),
+            window=max(policy.scorer.window for policy in self.policies),
             packed_size=self.kv_config.most_kept_of_a_layer(bucket, *self._heads),
+        )
+
+    def _advance_program(self, bucket: int, state: PrefillState) -> Compiled:
+        number = np.int32(0)
+        return self._program(
+            ("advance", bucket),
+            advance_prefill,
+            self.model,
+            state,
+            number,
+            jax.ShapeDtypeStruct(self._heads, jnp.int32),
+            number,
+            (number, number),
+            self.layout.slot_head,
+            self.layout.first_slot,
+            mesh=self.mesh,
+            policies=self.policies,
+            block=self._block(bucket),
         )
 
     def _insert_program(self, prefix: Prefix) -> Compiled:
         layers, slots = self.layout.slot_head.shape
         table = jax.ShapeDtypeStruct((layers, slots, self.book.max_pages), jnp.int32)
         lengths = jax.ShapeDtypeStruct((layers, slots), jnp.int32)
-        args = (self.cache, prefix, np.int32(0), table, lengths)
+        token_ids = jax.ShapeDtypeStruct((self.book.max_tokens,), jnp.int32)
+        number = np.int32(0)
+        args = (self.cache, prefix, number, table, lengths, token_ids, number)
         return self._program(("insert", prefix.k.shape[1]), insert, *args, mesh=self.mesh)
 
     def _release_program(self) -> Compiled:
@@ -195,9 +301,9 @@ class Engine:
 
     def _decode_program(self, rows: Rows) -> Compiled:
         layers, slots = self.layout.slot_head.shape
-        batch = len(rows.tokens)
+        batch = len(rows.positions)
         new_pages = jax.ShapeDtypeStruct((layers, batch, slots), jnp.int32)
-        args = (self.model, self.cache, rows, new_pages)
+        args = (self.model, self.cache, rows, new_pages, np.int32(1))
         return self._program(
             ("decode", batch),
             decode_step,
@@ -255,6 +361,15 @@ class Engine:
             page_size=config.page_size,
             max_tokens=config.max_model_len,
         )
+
+
+def allowed_policies(kv_config: KVConfig) -> tuple[Policy, ...]:
+    """What a request may choose from: the engine's own policy, and others with its options."""
+    others = [
+        make_policy(replace(kv_config, policy=name, budget=None, ratio=0.0, head_budgets=None))
+        for name in REQUEST_POLICIES
+    ]
+    return tuple(dict.fromkeys([make_policy(kv_config), *others]))
 
 
 def prefill_bucket(num_tokens: int, max_tokens: int) -> int:

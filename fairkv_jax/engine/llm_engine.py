@@ -1,16 +1,21 @@
 """Requests in, tokens out: continuous batching over the engine's three verbs."""
 
 import itertools
+import time
+from collections import deque
 from collections.abc import Iterable
+from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from fairkv_jax.checkpoint import Checkpoint
+from fairkv_jax.compress import make_policy
 from fairkv_jax.config import EngineConfig, KVConfig
 from fairkv_jax.decode import Rows
-from fairkv_jax.engine.engine import Engine
+from fairkv_jax.engine.engine import Engine, Prefill
+from fairkv_jax.engine.pacing import Pacer
 from fairkv_jax.engine.request import Logprob, Request, RequestOutput
 from fairkv_jax.engine.scheduler import Scheduler
 from fairkv_jax.engine.sequence import Sequence
@@ -23,12 +28,33 @@ from fairkv_jax.sampling_params import SamplingParams
 _IDLE_ROW = (SamplingParams(temperature=0), 0)
 
 
+@dataclass(frozen=True)
+class _Dispatch:
+    """Decode steps that the devices have been given, and what is to be known of them."""
+
+    sampled: Sampled
+    """On the devices, perhaps not computed yet."""
+    num_steps: int
+    places: dict[int, tuple[Sequence, int]]
+    """By row: who sat there, and the place in its output of the first token."""
+    prefill_work: float
+    """Of the part of a prefill that went before."""
+    start: float | None
+    """When it was given; None where that included compiling."""
+
+    def has_readers(self, running: dict[int, Sequence]) -> bool:
+        """Whether anybody still runs who sat there."""
+        return any(running.get(row) is sequence for row, (sequence, _) in self.places.items())
+
+
 class LLMEngine:
     """Serves requests that come and go at any step; one thread calls it.
 
-    Every step admits what waits and fits, then generates a token for every running request. When
-    pages run out, the newest request is preempted: its prompt is prefilled again later and its
-    generated tokens are replayed, so that its output does not change.
+    Every step brings the prefill of the oldest waiting request forward, for no longer than the
+    running ones can bear, and generates tokens for those. While nobody can be admitted, several
+    steps are dispatched at once, and the next ones before the last are read, so that the devices do
+    not wait for the host. When pages run out, the newest request is preempted: its prompt is
+    prefilled again later and its generated tokens are replayed, so that its output does not change.
     """
 
     def __init__(
@@ -51,6 +77,11 @@ class LLMEngine:
         self._seeds = np.random.default_rng(engine_config.seed)
         self._sampling: SamplingState | None = None
         """The rows' options on the devices; None when the rows have changed."""
+        self._pacer = Pacer()
+        self._prefill_work = 0.0
+        """Given to the devices since the last dispatch of decode steps."""
+        self._in_flight: deque[_Dispatch] = deque()
+        self._last_read = 0.0
 
     @property
     def kv_capacity_tokens(self) -> int:
@@ -81,7 +112,8 @@ class LLMEngine:
         """Checks a request against the model's limits.
 
         Raises:
-            ValueError: the prompt is empty, too long, or holds ids that are not in the vocabulary.
+            ValueError: the prompt is empty, too long, or holds ids that are not in the vocabulary;
+                or more is to be kept of it than the engine allows.
         """
         prompt, limit = request.prompt_token_ids, self.engine_config.max_model_len
         if not prompt:
@@ -95,6 +127,7 @@ class LLMEngine:
         for token_id in prompt:
             if not 0 <= token_id < vocab_size:
                 raise ValueError(f"token id {token_id} is not in the vocabulary [0, {vocab_size})")
+        self._kv_config(request)
 
     def add_request(self, request: Request) -> None:
         """Puts a request into the queue.
@@ -116,6 +149,7 @@ class LLMEngine:
                 arrival=next(self._arrivals),
                 seed=int(seed),
                 max_tokens=max_tokens,
+                kv_config=self._kv_config(request),
             )
         )
 
@@ -132,67 +166,155 @@ class LLMEngine:
 
         After an exception the requests are all still there, and further steps go on with them.
         """
+        advanced: dict[Sequence, None] = {}
         try:
-            advanced = self._admit()
-            self._make_room()
-            advanced |= self._generate()
+            if self.scheduler.first_waiting is not None:
+                while self._in_flight:
+                    advanced |= self._read()
+                advanced |= self._admit()
+            # Only while nobody can be admitted is more dispatched than is read at once.
+            depth = 2 if self.scheduler.first_waiting is None else 1
+            while len(self._in_flight) < depth and self._dispatch():
+                pass
+            if self._in_flight:
+                advanced |= self._read()
         except BaseException:
             if self.engine.is_lost:
                 self._start_over()
             raise
         return [sequence.output() for sequence in advanced]
 
+    def _kv_config(self, request: Request) -> KVConfig:
+        """What is kept of the request's prompt; see `validate`."""
+        wanted = self.kv_config.of_request(request.kv_policy, request.kv_budget)
+        make_policy(wanted)
+        num_tokens = len(request.prompt_token_ids)
+        kept, most = wanted.kept_tokens(num_tokens), self.kv_config.kept_tokens(num_tokens)
+        if kept > most:
+            raise ValueError(
+                f"kv_budget {kept} is beyond the {most} tokens a head that are kept of a prompt of "
+                f"{num_tokens}: lower it, or raise the engine's own"
+            )
+        return wanted
+
     def _admit(self) -> dict[Sequence, None]:
-        """Starts the oldest waiting request if there is a row and room for it."""
-        scheduler = self.scheduler
-        if not scheduler.waiting or not scheduler.has_free_row:
+        """Brings the oldest waiting request forward; starts it if it is done and there is room."""
+        sequence = self.scheduler.first_waiting
+        if sequence is None:
             return {}
-        sequence = scheduler.waiting[0]
-        sequence.scheduled()
-        prefix = sequence.prefix or self.engine.prefill(sequence.request.prompt_token_ids)
+        if sequence.prefill is None:
+            sequence.scheduled()
+            prompt = sequence.request.prompt_token_ids
+            sequence.prefill = self.engine.start_prefill(prompt, sequence.kv_config)
+        prefill = sequence.prefill
+        if not prefill.is_done:
+            self._advance(prefill)
+        if not prefill.is_done:
+            return {}
+        prefix = prefill.prefix
         placement = self.engine.place(prefix, len(sequence.token_ids))
         if placement.missing_pages.any():
-            sequence.prefix = prefix  # it waits for pages
-            return {}
-        sequence.prefix = None
-        row = scheduler.start()
-        self.engine.insert(prefix, row, placement)
-        self._sampling = None
-        wants_positions = sequence.request.return_kept_positions
-        sequence.kept = kept_tokens(prefix, self.engine.layout, positions=wants_positions)
-        sequence.num_cached = 0
-        if sequence.token_ids:  # preempted before: its first token is known
-            return {}
-        options = [(sequence.params, sequence.seed)]
-        sampling = SamplingState.stack(options, self.model_config.vocab_size)
-        self._append(row, jax.device_get(self.engine.sample_first(prefix, sampling)), 0)
-        return {sequence: None}
+            return {}  # it waits for pages
+        advanced: dict[Sequence, None] = {}
+        if not sequence.token_ids:  # else it was preempted: its first token is known
+            wants_positions = sequence.request.return_kept_positions
+            sequence.kept = kept_tokens(prefix, self.engine.layout, positions=wants_positions)
+            options = [(sequence.params, sequence.seed)]
+            sampling = SamplingState.stack(options, self.model_config.vocab_size)
+            self._append(sequence, jax.device_get(self.engine.sample_first(prefix, sampling)), 0)
+            advanced[sequence] = None
+        if sequence.finish_reason:
+            self.scheduler.waiting.popleft()
+        else:
+            row = self.scheduler.free_row
+            self.engine.insert(prefix, row, placement, sequence.all_token_ids)
+            self.scheduler.start()
+            self._sampling = None
+            sequence.num_cached = 0
+        sequence.prefill = None
+        return advanced
 
-    def _make_room(self) -> None:
-        """Preempts the newest requests until every running one has pages for its next token."""
-        while self.engine.book.missing_pages().any():
+    def _advance(self, prefill: Prefill) -> None:
+        """Runs the next part of a prefill: short beside running requests, longer alone."""
+        is_alone = not self.scheduler.running
+        units = self.engine.units_of(prefill, self._pacer.prefill_work(is_alone=is_alone))
+        work = self.engine.work_of(prefill, units)
+        programs, start = self.engine.num_programs, time.monotonic()
+        self.engine.advance_prefill(prefill, units)
+        if not is_alone:
+            self._prefill_work += work
+            return
+        jax.block_until_ready(prefill.state)
+        if self.engine.num_programs == programs:
+            self._pacer.prefilled(work, 0, time.monotonic() - start)
+
+    def _dispatch(self) -> bool:
+        """Gives the devices decode steps for all running requests, unless these must wait.
+
+        They must where one of them has all its tokens with what is under way, or where that may
+        yet free the pages that they need.
+        """
+        running, book = self.scheduler.running, self.engine.book
+        left = min((sequence.num_left for sequence in running.values()), default=0)
+        if left == 0:
+            return False
+        num_steps = 1 if self.scheduler.first_waiting else min(left, self._pacer.num_steps)
+        if book.missing_pages(num_steps).any():
+            num_steps = 1
+        while book.missing_pages().any():
+            if self._in_flight:
+                return False
             self.scheduler.wait_first(self._leave(self.scheduler.newest()))
             self._num_preemptions += 1
+        programs, start = self.engine.num_programs, time.monotonic()
+        sampled = self.engine.generate(self._rows(), num_steps)
+        places = {row: (sequence, sequence.num_cached + 1) for row, sequence in running.items()}
+        for sequence in running.values():
+            sequence.num_cached += num_steps
+        compiled = self.engine.num_programs > programs
+        self._in_flight.append(
+            _Dispatch(sampled, num_steps, places, self._prefill_work, None if compiled else start)
+        )
+        self._prefill_work = 0.0
+        return True
 
-    def _generate(self) -> dict[Sequence, None]:
-        """One decode step for all running requests."""
-        running = self.scheduler.running
-        if not running:
-            return {}
-        sampled = jax.device_get(self.engine.generate(self._rows()))
+    def _read(self) -> dict[Sequence, None]:
+        """Waits for the oldest dispatched steps and hands out their tokens."""
+        dispatch = self._in_flight.popleft()
+        sampled = jax.device_get(dispatch.sampled)
+        self._note_pace(dispatch)
         advanced: dict[Sequence, None] = {}
-        for row, sequence in list(running.items()):
-            is_replay = sequence.is_replaying
-            sequence.num_cached += 1
-            if not is_replay:
-                self._append(row, sampled, row)
+        running = self.scheduler.running
+        for row, (sequence, place) in dispatch.places.items():
+            for step in range(dispatch.num_steps):
+                if running.get(row) is not sequence:
+                    break  # it has ended, or left for another reason
+                if place + step < len(sequence.token_ids):
+                    continue  # replayed: known from before a preemption
+                of_step = jax.tree.map(lambda x, step=step: x[step], sampled)
+                self._append(sequence, of_step, row)
                 advanced[sequence] = None
+                if sequence.finish_reason:
+                    self._leave(row)
+        self._in_flight = deque(d for d in self._in_flight if d.has_readers(running))
         return advanced
+
+    def _note_pace(self, dispatch: _Dispatch) -> None:
+        """Tells the pacer how long the steps that have just been read had the devices."""
+        before, self._last_read = self._last_read, time.monotonic()
+        if dispatch.start is None:
+            return
+        seconds = self._last_read - max(dispatch.start, before)
+        if dispatch.prefill_work:
+            self._pacer.prefilled(dispatch.prefill_work, dispatch.num_steps, seconds)
+        else:
+            self._pacer.decoded(dispatch.num_steps, seconds)
 
     def _start_over(self) -> None:
         """Puts all that ran before the others that wait, and takes a fresh cache."""
         while self.scheduler.running:
             self.scheduler.wait_first(self.scheduler.stop(self.scheduler.newest()))
+        self._in_flight.clear()
         self._sampling = None
         self.engine.reset()
 
@@ -200,9 +322,9 @@ class LLMEngine:
         """The batch's next inputs, idle rows included."""
         batch = self.engine.batch_bucket(self.scheduler.num_rows)
         running = self.scheduler.running
-        tokens, positions, place = np.zeros((3, batch), np.int32)
+        positions, place = np.zeros((2, batch), np.int32)
         for row, sequence in running.items():
-            tokens[row], positions[row] = sequence.next_input
+            positions[row] = sequence.position
             place[row] = sequence.num_cached + 1
         if self._sampling is None:
             options = [
@@ -210,8 +332,7 @@ class LLMEngine:
                 for row in range(batch)
             ]
             self._sampling = SamplingState.stack(options, self.model_config.vocab_size)
-        inputs = map(jnp.asarray, (tokens, positions, place))
-        return Rows(*inputs, sampling=self._sampling)
+        return Rows(jnp.asarray(positions), jnp.asarray(place), self._sampling)
 
     def _leave(self, row: int) -> Sequence:
         """Takes a sequence off its row and frees its pages."""
@@ -219,13 +340,10 @@ class LLMEngine:
         self._sampling = None
         return self.scheduler.stop(row)
 
-    def _append(self, row: int, sampled: Sampled, index: int) -> None:
-        """Gives a running sequence the token at `index`; it leaves its row where that ends it."""
-        sequence = self.scheduler.running[row]
+    def _append(self, sequence: Sequence, sampled: Sampled, index: int) -> None:
+        """Gives a sequence the token at `index` of one step."""
         token_id = int(sampled.tokens[index])
         sequence.append(token_id, self._logprobs(sequence, sampled, index))
-        if sequence.finish_reason:
-            self._leave(row)
 
     def _logprobs(
         self, sequence: Sequence, sampled: Sampled, index: int

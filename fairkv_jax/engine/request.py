@@ -60,3 +60,7 @@ class Request:
     sampling_params: SamplingParams = field(default_factory=SamplingParams)
     prompt: str | None = None
     return_kept_positions: bool = False
+    kv_policy: str | None = None
+    """In place of the engine's own, see `KVConfig.of_request`."""
+    kv_budget: int | None = None
+    """In place of the engine's own, and no larger."""

@@ -30,17 +30,26 @@ class Scheduler:
         sequences = [*self.waiting, *self.running.values()]
         return any(sequence.request.request_id == request_id for sequence in sequences)
 
-    def start(self) -> int:
-        """Gives the first that waits the lowest free row, so that the batch stays short."""
-        row = min(self._free_rows)
+    @property
+    def first_waiting(self) -> Sequence | None:
+        """Who would start next, if anybody waits and there is a row."""
+        return self.waiting[0] if self.waiting and self._free_rows else None
+
+    @property
+    def free_row(self) -> int:
+        """The lowest free row, so that the batch stays short."""
+        return min(self._free_rows)
+
+    def start(self) -> None:
+        """Gives the first that waits the free row."""
+        row = self.free_row
         self._free_rows.remove(row)
         self.running[row] = self.waiting.popleft()
-        return row
 
     def wait_first(self, sequence: Sequence) -> None:
-        """Puts a sequence before all that wait; only the first of them holds a prefix."""
+        """Puts a sequence before all that wait; only the first of them holds a prefill."""
         if self.waiting:
-            self.waiting[0].prefix = None
+            self.waiting[0].prefill = None
         self.waiting.appendleft(sequence)
 
     def stop(self, row: int) -> Sequence:

@@ -3,9 +3,11 @@
 import time
 from dataclasses import replace
 
+from fairkv_jax.config import KVConfig
+from fairkv_jax.engine.engine import Prefill
 from fairkv_jax.engine.request import CompletionOutput, Logprob, Request, RequestOutput
 from fairkv_jax.engine.stats import RequestMetrics
-from fairkv_jax.prefill import KeptTokens, Prefix
+from fairkv_jax.prefill import KeptTokens
 from fairkv_jax.sampling_params import SamplingParams
 from fairkv_jax.tokenizer import Tokenizer
 
@@ -21,16 +23,18 @@ class Sequence:
         arrival: int,
         seed: int,
         max_tokens: int,
+        kv_config: KVConfig,
     ):
         self.request = request
+        self.kv_config = kv_config
         self.arrival = arrival
         self.seed = seed
         self.token_ids: list[int] = []
         """Generated so far; they survive a preemption."""
         self.num_cached = 0
-        """Generated tokens whose keys and values lie in the cache."""
-        self.prefix: Prefix | None = None
-        """Prefilled while it waits for pages."""
+        """Generated tokens whose keys and values lie in the cache, or are on their way to it."""
+        self.prefill: Prefill | None = None
+        """Under way, or done while it waits for pages."""
         self.kept: KeptTokens | None = None
         self.finish_reason: str | None = None
         self._metrics = RequestMetrics(arrival_time=time.monotonic())
@@ -48,15 +52,19 @@ class Sequence:
         return self.request.sampling_params
 
     @property
-    def next_input(self) -> tuple[int, int]:
-        """The token that the next step appends, and its position."""
-        position = len(self.request.prompt_token_ids) + self.num_cached
-        return self.token_ids[self.num_cached], position
+    def all_token_ids(self) -> list[int]:
+        """The prompt, and what has been generated."""
+        return self.request.prompt_token_ids + self.token_ids
 
     @property
-    def is_replaying(self) -> bool:
-        """Whether the next step's token is known already, from before a preemption."""
-        return self.num_cached + 1 < len(self.token_ids)
+    def position(self) -> int:
+        """Of the token that the next step appends to the cache."""
+        return len(self.request.prompt_token_ids) + self.num_cached
+
+    @property
+    def num_left(self) -> int:
+        """Steps until it has all the tokens that it may generate."""
+        return self._max_tokens - self.num_cached - 1
 
     def scheduled(self) -> None:
         """Notes that its prefill begins; again after a preemption, which does not count."""

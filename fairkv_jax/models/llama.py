@@ -144,7 +144,7 @@ class Llama(nnx.Module):
 
         `inputs` is a pytree of arrays with a leading layer axis; attention gets its layer's part.
         """
-        angles = rope_angles(positions, self.config)
+        angles = self.angles(positions)
 
         def run_layer(
             carry: tuple[Array, Any], xs: tuple[DecoderLayer, Any]
@@ -154,11 +154,21 @@ class Llama(nnx.Module):
             x, cache, outputs = layer(x, angles, attend, cache, inputs)
             return (x, cache), outputs
 
-        carry = (self._embed(tokens), cache)
+        carry = (self.embedded(tokens), cache)
         (x, cache), outputs = jax.lax.scan(run_layer, carry, (self.layers, inputs))
         return x, cache, outputs
 
-    def _embed(self, tokens: Int[Array, "tokens"]) -> Float[Array, "tokens D"]:
+    def angles(self, positions: Int[Array, "tokens"]) -> Float[Array, "tokens half"]:
+        """The rotary angles of queries and keys at these positions."""
+        return rope_angles(positions, self.config)
+
+    def layer(self, index: Int[Array, ""]) -> DecoderLayer:
+        """One layer of the stack."""
+        return jax.tree.map(
+            lambda x: jax.lax.dynamic_index_in_dim(x, index, keepdims=False), self.layers
+        )
+
+    def embedded(self, tokens: Int[Array, "tokens"]) -> Float[Array, "tokens D"]:
         """Looks tokens up in this device's part of the vocabulary, and sums over the devices."""
         rows = self.embed[...].shape[0]
         local = tokens - jax.lax.axis_index(TENSOR_AXIS) * rows

@@ -31,18 +31,22 @@ def select(policy: Policy, q, k, length, budget):
     return policy.select(scores, length, jnp.full(len(scores), budget))
 
 
+def window_queries(q: np.ndarray, size: int) -> np.ndarray:
+    """The last queries [K, G, w, H]; what stands behind those of a short prompt must not matter."""
+    T = q.shape[1]
+    window = np.full((HEADS, GROUP, min(size, PADDED), WIDTH), 9.0, np.float32)
+    last = q[:, max(T - window.shape[2], 0) :]
+    window[:, :, : last.shape[1]] = last.reshape(HEADS, GROUP, -1, WIDTH)
+    return window
+
+
 def selected(options: Options, q: np.ndarray, k: np.ndarray) -> list[np.ndarray]:
     """What our policy keeps of the prompt, padded with large keys that must not matter."""
     T = q.shape[1]
     policy = make_policy(KVConfig(**asdict(options)))
-    padding = [(0, PADDED - T), (0, 0), (0, 0)]
-    q_TCGH = np.pad(
-        q.reshape(HEADS, GROUP, T, WIDTH).transpose(2, 0, 1, 3),
-        [*padding, (0, 0)],
-        constant_values=9.0,
-    )
-    k_TCH = np.pad(k.transpose(1, 0, 2), padding, constant_values=9.0)
-    kept = select(policy, q_TCGH, k_TCH, np.int32(T), np.int32(options.kept_tokens(T)))
+    padded = np.pad(k, [(0, 0), (0, PADDED - T), (0, 0)], constant_values=9.0)
+    window = window_queries(q, policy.scorer.window)
+    kept = select(policy, window, padded, np.int32(T), np.int32(options.kept_tokens(T)))
     return [np.flatnonzero(row) for row in np.asarray(kept)]
 
 
@@ -151,8 +155,7 @@ def test_scores(pool: str, pool_first: bool):
     q, k = queries_and_keys(60)
     options = scored("snapkv", budget=24, pool=pool, pool_first=pool_first)
     scorer: Any = WindowAttention(8, pool, 5, pool_first)
-    q_TCGH = q.reshape(HEADS, GROUP, 60, WIDTH).transpose(2, 0, 1, 3)
-    got = np.asarray(scorer(q_TCGH, k.transpose(1, 0, 2), np.int32(60), np.int32(24)))
+    got = np.asarray(scorer(window_queries(q, 8), k, np.int32(60), np.int32(24)))
     np.testing.assert_allclose(got[:, :52], snapkv_scores(q, k, 8, options), rtol=1e-4, atol=1e-7)
 
 

@@ -1,6 +1,7 @@
 """The real checkpoint against NumPy: logits of the prefill, and the positions that are kept."""
 
 from collections.abc import Callable, Iterator
+from copy import copy
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -12,7 +13,7 @@ from fairkv_jax import LLM
 from fairkv_jax.compress import make_policy
 from fairkv_jax.config import KVConfig
 from fairkv_jax.plan import Profile, make_plan
-from fairkv_jax.prefill import kept_tokens, prefill
+from fairkv_jax.prefill import kept_tokens
 from tests.engine.texts import STORY
 from tests.oracle.forward import Forward, forward, read_llama
 from tests.oracle.selection import Options, kept_positions
@@ -121,20 +122,13 @@ def test_kept_positions(
     engine = demo_llms(2).engine.engine
     assert engine.layout.replicas.all(2).any()
     dense = oracle(PROMPT)
-    padded = np.zeros(512, np.int32)
-    padded[:PROMPT] = token_ids[:PROMPT]
+    # An engine of these options on the same weights; its cache is not touched.
+    other = copy(engine)
+    other.kv_config = several[0].config
+    other.policies = (make_policy(other.kv_config),)
+    other._programs = {}
     for case in several:
-        prefix = prefill(
-            engine.model,
-            padded,
-            np.int32(PROMPT),
-            np.array(case.config.budgets(PROMPT, 30, 3), np.int32),
-            engine.layout.slot_head,
-            engine.layout.first_slot,
-            mesh=engine.mesh,
-            policy=make_policy(case.config),
-            packed_size=case.config.most_kept_of_a_layer(512, 30, 3),
-        )
+        prefix = other.prefill(token_ids[:PROMPT], case.config)
         kept = kept_tokens(prefix, engine.layout, positions=True)
         assert kept.positions is not None
         for layer, (q, k) in enumerate(zip(dense.q, dense.k, strict=True)):

@@ -11,6 +11,7 @@ import pytest
 
 from fairkv_jax import LLM, SamplingParams
 from fairkv_jax.engine.llm_engine import LLMEngine
+from fairkv_jax.engine.pacing import Pacer
 from fairkv_jax.engine.request import CompletionOutput, Request
 from tests.engine.drive import check_idle, check_owners, greedy, random_prompt, request, run
 
@@ -117,16 +118,20 @@ def test_without_a_seed_requests_differ(llm: LLM):
     assert len({tuple(output.outputs[0].token_ids) for output in outputs}) == 3
 
 
-def test_every_step_tells_who_advanced(engine: LLMEngine):
-    """One token more each, the first two in the step that starts the request; the last finished."""
-    engine.add_request(request("a", PROMPT, greedy(5)))
+@pytest.mark.parametrize("num_steps", [1, 3])
+def test_every_step_tells_who_advanced(
+    engine: LLMEngine, num_steps: int, monkeypatch: pytest.MonkeyPatch
+):
+    """The first token and those of a dispatch in the step that starts the request."""
+    monkeypatch.setattr(Pacer, "num_steps", num_steps)
+    engine.add_request(request("a", PROMPT, greedy(6)))
     counts = []
     while engine.has_unfinished_requests():
-        (output,) = engine.step()
-        counts.append(len(output.outputs[0].token_ids))
-        assert output.finished == (counts[-1] == 5)
-        assert (output.outputs[0].finish_reason == "length") == output.finished
-    assert counts == [2, 3, 4, 5]
+        for output in engine.step():
+            counts.append(len(output.outputs[0].token_ids))
+            assert output.finished == (counts[-1] == 6)
+            assert (output.outputs[0].finish_reason == "length") == output.finished
+    assert counts == {1: [2, 3, 4, 5, 6], 3: [4, 6]}[num_steps]
 
 
 def test_abort_frees_at_once(engine: LLMEngine):
