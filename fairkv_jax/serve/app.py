@@ -1,5 +1,6 @@
 """The application: its routes, what stands before them, and the life of the engine."""
 
+import asyncio
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -15,18 +16,24 @@ from fairkv_jax.serve import chat, completions, tokenization
 from fairkv_jax.serve.access import REQUEST_ID, AccessLog
 from fairkv_jax.serve.async_engine import State
 from fairkv_jax.serve.errors import add_error_handlers, error_response
+from fairkv_jax.serve.history import History
 from fairkv_jax.serve.middleware import ApiKeys, BodyLimit
 from fairkv_jax.serve.options import ServerOptions
+from fairkv_jax.serve.page import page_routes
 from fairkv_jax.serve.service import Service
 
 
 def create_app(service: Service) -> FastAPI:
     """The ASGI application; it starts to load the engine when it is started itself."""
 
+    history = History(service.metrics)
+
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         service.engine.start()
+        recording = asyncio.create_task(history.record())
         yield
+        recording.cancel()
         service.engine.stop()
 
     app = FastAPI(
@@ -39,6 +46,7 @@ def create_app(service: Service) -> FastAPI:
     add_error_handlers(app)
     for router in (completions.router, chat.router, tokenization.router):
         app.include_router(router)
+    app.include_router(page_routes(service, history))
     _add_status_routes(app, service)
     _add_middleware(app, service.options)
     return app

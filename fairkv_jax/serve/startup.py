@@ -15,7 +15,7 @@ def describe(engine: Engine) -> list[str]:
         f"model {engine.model_name}: {model.architecture}, {model.num_layers} layers, "
         f"{model.num_heads} query heads, {model.num_kv_heads} KV heads, {run.dtype}, "
         f"context of {run.max_model_len} tokens",
-        _compression(engine),
+        compression(engine),
         *plan_table(engine.plan),
         f"KV cache: {engine.kv_capacity_tokens:,} tokens of a sequence in all layers and heads, "
         f"that is {engine.kv_capacity_tokens / run.max_model_len:.1f} requests of full length "
@@ -23,7 +23,8 @@ def describe(engine: Engine) -> list[str]:
     ]
 
 
-def _compression(engine: Engine) -> str:
+def compression(engine: Engine) -> str:
+    """What is kept of a prompt, in a phrase."""
     kv = engine.kv_config
     if kv.policy == "full":
         return "KV policy full: every token is kept"

@@ -1,0 +1,85 @@
+"""The live page at / and what feeds it: /stats every second, /plan when prompts have come."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from fastapi import APIRouter, Response
+from fastapi.responses import FileResponse
+
+from fairkv_jax import __version__
+from fairkv_jax.serve.history import History
+from fairkv_jax.serve.service import Service
+from fairkv_jax.serve.startup import compression
+
+FOLDER = Path(__file__).parent
+FILES = {
+    "page.css": "text/css",
+    "charts.js": "text/javascript",
+    "page.js": "text/javascript",
+    "favicon.svg": "image/svg+xml",
+}
+HEADERS = {"Content-Security-Policy": "default-src 'self'", "Cache-Control": "no-cache"}
+"""Whatever a model is called, nothing of it can run, and nothing is fetched from elsewhere."""
+
+
+def page_routes(service: Service, history: History) -> APIRouter:
+    """The page, its files, and two endpoints of JSON."""
+    router = APIRouter()
+
+    @router.get("/", include_in_schema=False)
+    async def page() -> Response:
+        return FileResponse(FOLDER / "index.html", headers=HEADERS)
+
+    for name, media_type in FILES.items():
+        _add_file(router, name, media_type)
+
+    @router.get("/stats")
+    async def stats(since: int = 0) -> dict[str, Any]:
+        """The state of the server, and samples of the last minutes after the number `since`."""
+        metrics = service.metrics
+        return {
+            "state": service.engine.state.value,
+            "version": __version__,
+            "prompts": metrics.totals.prompts,
+            "finished": metrics.totals.finished,
+            "pages_per_device": metrics.stats.pages_per_device if metrics.stats else None,
+            "preemptions": metrics.stats.num_preemptions if metrics.stats else None,
+            "compilations_after_ready": metrics.compilations_after_ready,
+            "samples": history.since(since),
+        }
+
+    @router.get("/plan")
+    async def plan() -> dict[str, Any]:
+        """What is served, where the heads are, and what prompts have left in them on average."""
+        engine, totals = service.engine.engine, service.metrics.totals
+        plan, config = engine.plan, engine.engine_config
+        kept = totals.kept_tokens
+        return {
+            "model": service.model_name,
+            "compression": compression(engine),
+            "max_num_seqs": config.max_num_seqs,
+            "max_model_len": config.max_model_len,
+            "kv_capacity_tokens": engine.kv_capacity_tokens,
+            "strategy": plan.strategy,
+            "utilization": plan.utilization,
+            "n_copies": plan.n_copies,
+            "n_devices": plan.n_devices,
+            "n_heads": plan.n_heads,
+            "layers": [
+                [{"head": c.head, "device": c.device, "share": c.share} for c in layer]
+                for layer in plan.layers
+            ],
+            "kept_tokens": (
+                (kept / totals.prompts).round(2).tolist() if isinstance(kept, np.ndarray) else None
+            ),
+            "mean_prompt_tokens": totals.prompt_tokens / totals.prompts if totals.prompts else None,
+        }
+
+    return router
+
+
+def _add_file(router: APIRouter, name: str, media_type: str) -> None:
+    @router.get(f"/{name}", include_in_schema=False)
+    async def file() -> Response:
+        return FileResponse(FOLDER / name, media_type=media_type, headers=HEADERS)

@@ -1,0 +1,187 @@
+"use strict";
+// Asks /stats every second for what is new, and /plan when prompts have come.
+
+const SECONDS = 300, MEAN_OVER = 5, PLAN_EVERY = 5;
+const $ = id => document.getElementById(id);
+const ABOUT = { loading: "The model is being loaded and compiled.", failed: "The engine has failed; the log says why." };
+const samples = [];
+let stats = null, plan = null, planPrompts = -1, ticks = 0;
+
+async function get(path) {
+  const response = await fetch(path, { cache: "no-store" });
+  if (!response.ok) throw new Error(`${path}: ${response.status}`);
+  return response.json();
+}
+
+async function tick() {
+  try {
+    const since = samples.at(-1)?.number ?? 0;
+    stats = await get(`stats?since=${since}`);
+    if (stats.samples.length && stats.samples[0].number > since + 1) samples.length = 0;
+    samples.push(...stats.samples);
+    samples.splice(0, samples.length - SECONDS);
+    const works = stats.state === "ready" || stats.state === "draining";
+    if (works && (plan === null || (ticks % PLAN_EVERY === 0 && stats.prompts !== planPrompts))) {
+      planPrompts = stats.prompts;
+      plan = await get("plan");
+      drawPlan();
+    }
+    showState(stats.state);
+    draw();
+  } catch (error) {
+    console.error(error);
+    // A server that was started anew counts from 1 again.
+    samples.length = 0;
+    plan = null;
+    showState("unreachable");
+  }
+  ticks += 1;
+  setTimeout(tick, 1000);
+}
+
+function showState(state) {
+  $("state").dataset.state = state;
+  $("state").textContent = state;
+}
+
+/** The mean of a field over the last seconds, without the seconds in which there was none. */
+function recent(field, seconds = MEAN_OVER) {
+  const values = samples.slice(-seconds).map(sample => sample[field]).filter(value => value !== null);
+  return values.length ? mean(values) : null;
+}
+
+function draw() {
+  const last = samples.at(-1);
+  if (!last) return;
+  if (!plan) $("about").textContent = ABOUT[stats.state] ?? "";
+  const most = plan ? ` <small>of ${number.format(plan.max_num_seqs)}</small>` : "";
+  $("running").innerHTML = number.format(last.running) + most;
+  $("waiting").textContent = number.format(last.waiting);
+  $("generation").textContent = number.format(recent("generation_tokens_per_s"));
+  $("prompt").textContent = number.format(recent("prompt_tokens_per_s"));
+  $("usage").textContent = last.used_pages.length
+    ? percent.format(Math.max(...last.used_pages) / stats.pages_per_device) : "–";
+  $("first-token").textContent = milliseconds(recent("first_token_ms", 60));
+  $("interval").textContent = milliseconds(recent("interval_ms", 60));
+  if (plan?.kept_tokens) {
+    $("kept").textContent = percent.format(mean(plan.kept_tokens.flat()) / plan.mean_prompt_tokens);
+  }
+  drawPages(last);
+  drawCharts();
+  const parts = [`${number.format(stats.finished)} requests finished`];
+  parts.push(`${number.format(stats.preemptions ?? 0)} preemptions`);
+  parts.push(`${number.format(stats.compilations_after_ready)} compilations since ready`);
+  $("footer").textContent = `${parts.join(" · ")} · fairkv_jax ${stats.version}`;
+}
+
+function milliseconds(value) {
+  if (value === null) return "–";
+  if (value >= 1995) return `${(value / 1e3).toFixed(1)} s`;
+  return `${value < 10 ? value.toFixed(1) : number.format(value)} ms`;
+}
+
+function drawPages(last) {
+  const used = last.used_pages, total = stats.pages_per_device;
+  if (!used.length) return;
+  const bars = $("pages");
+  while (bars.children.length > used.length) bars.lastChild.remove();
+  while (bars.children.length < used.length) {
+    const row = document.createElement("div");
+    row.innerHTML = '<span></span><div class="track"><div class="fill"></div><div class="mean"></div></div><span class="value"></span>';
+    row.firstChild.textContent = `device ${bars.children.length}`;
+    bars.append(row);
+  }
+  used.forEach((pages, device) => {
+    const [, track, value] = bars.children[device].children;
+    track.children[0].style.width = `${100 * pages / total}%`;
+    track.children[1].style.left = `${100 * mean(used) / total}%`;
+    value.innerHTML = `${number.format(pages)}<span class="wide"> of ${number.format(total)}</span> · ${percent.format(pages / total)}`;
+  });
+  const load = utilisation(last);
+  $("pages-note").textContent = load === null
+    ? "Empty. Dashed: the mean."
+    : `The mean device holds ${percent.format(load)} of the fullest one's tokens. Dashed: the mean.`;
+}
+
+/** Mean load of the devices over the fullest one's; null where nothing is cached. */
+function utilisation(sample) {
+  const most = Math.max(0, ...sample.kv_tokens);
+  return most ? mean(sample.kv_tokens) / most : null;
+}
+
+function drawCharts() {
+  const times = samples.map(sample => sample.time);
+  const pick = get => samples.map(get);
+  const total = stats.pages_per_device ?? 1;
+  lineChart($("tokens-chart"), times, [
+    { name: "a", area: true, values: smooth(pick(s => s.generation_tokens_per_s), MEAN_OVER) },
+  ], { seconds: SECONDS, least: 10 });
+  lineChart($("requests-chart"), times, [
+    { name: "a", area: true, values: pick(s => s.running) },
+    { name: "b", values: pick(s => s.waiting) },
+  ], { seconds: SECONDS, least: 4 });
+  lineChart($("balance-chart"), times, [
+    { name: "a", area: true, values: pick(utilisation) },
+  ], { seconds: SECONDS, least: 1, fixed: true, format: percent.format });
+  const share = f => pick(s => (s.used_pages.length ? f(s.used_pages) / total : null));
+  lineChart($("pages-chart"), times, [
+    { name: "a", area: true, values: share(mean) },
+    { name: "b", values: share(used => Math.max(...used)) },
+  ], { seconds: SECONDS, least: 0.1, format: percent.format });
+}
+
+function drawPlan() {
+  $("model").textContent = document.title = plan.model;
+  $("about").textContent = `${plan.compression}; context of ${number.format(plan.max_model_len)} tokens; `
+    + `the cache holds ${number.format(plan.kv_capacity_tokens)}`;
+  $("plan-note").textContent = `${plan.strategy}: ${plan.n_heads} KV heads in each of ${plan.layers.length} layers, `
+    + `on ${plan.n_devices} devices, with ${plan.n_copies} copies in all; planned utilisation ${percent.format(plan.utilization)}.`;
+  const tokens = plan.kept_tokens ?? plan.layers.map(() => Array(plan.n_heads).fill(1));
+  const known = plan.kept_tokens !== null;
+  drawHeads(tokens, known);
+  drawDevices(tokens, known);
+}
+
+function drawHeads(tokens, known) {
+  const shade = shader(tokens.flat());
+  const [least, most] = [Math.min, Math.max].map(f => number.format(f(...tokens.flat())));
+  const cells = plan.layers.map((copies, layer) => tokens[layer].map((kept, head) => {
+    const places = copies.filter(copy => copy.head === head);
+    const where = places.map(copy => `device ${copy.device} (${percent.format(copy.share)})`).join(", ");
+    const copied = places.length > 1;
+    const amount = known ? `${number.format(kept)} tokens, ` : "";
+    return { shade: shade(kept), hint: amount + where, framed: copied, text: copied ? `${places.length}` : "" };
+  }));
+  heatMap($("heads-map"), cells, "head");
+  $("heads-note").textContent = (known
+    ? `What prompts leave in a head, on average: from ${least} tokens, faint, to ${most}, strong. `
+    : "Once prompts have come, the shades say what they leave in a head. ")
+    + "Framed: copied; the number says on how many devices.";
+}
+
+function drawDevices(tokens, known) {
+  const loads = plan.layers.map((copies, layer) => {
+    const load = Array(plan.n_devices).fill(0);
+    for (const copy of copies) load[copy.device] += copy.share * tokens[layer][copy.head];
+    return load.map(value => value / mean(load));
+  });
+  const shade = shader([...loads.flat(), 1, 2 - Math.max(...loads.flat())]);
+  const cells = plan.layers.map((copies, layer) => loads[layer].map((load, device) => {
+    const here = copies.filter(copy => copy.device === device);
+    const text = here.map(copy => `${copy.head}${copy.share < 1 ? "*" : ""}`).join(" ");
+    const heads = here.map(copy => `${copy.head} (${percent.format(copy.share)})`).join(", ");
+    return { shade: shade(load), hint: `${load.toFixed(2)} times the layer's mean; heads ${heads || "none"}`, text };
+  }));
+  heatMap($("devices-map"), cells, "device");
+  const waste = mean(loads.map(load => Math.max(...load)));
+  $("devices-note").textContent = "Each layer waits for its fullest device: an even row is a fast one. "
+    + `In the mean layer it holds ${waste.toFixed(2)} times the mean${known ? "" : ", were all heads alike"}. `
+    + "Written: the heads; * serves a part of the rows.";
+}
+
+for (const svg of document.querySelectorAll(".charts svg")) followPointer(svg, drawCharts);
+addEventListener("resize", () => {
+  if (stats) drawCharts();
+  if (plan) drawPlan();
+});
+tick();
