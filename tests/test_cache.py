@@ -69,17 +69,21 @@ def test_random_operations(seed: int):
         elif choice == "release":
             book.release(row)
             simple.lengths[:, row] = 0
-        elif choice == "grow" and simple.lengths.max() < 64:
-            opens = (simple.lengths > 0) & (simple.lengths % PAGE == 0)
+        elif choice == "grow" and simple.lengths.max() <= 64 - PAGE:
+            num_tokens = int(rng.integers(1, PAGE + 1))
+            grown = simple.lengths + num_tokens * (simple.lengths > 0)
+            last_page = (grown - 1) // PAGE
+            opens = (simple.lengths > 0) & (last_page != (simple.lengths - 1) // PAGE)
             before = book.page_table.copy()
             growth = opens.reshape(LAYERS, ROWS, DEVICES, SLOTS).sum((0, 1, 3))
-            np.testing.assert_array_equal(book.growth, growth)
-            new_pages = book.grow()
+            missing = np.maximum(growth - book.free_pages, 0)
+            np.testing.assert_array_equal(book.missing_pages(num_tokens), missing)
+            new_pages = book.grow(num_tokens)
             np.testing.assert_array_equal(new_pages >= 0, opens)
             for where in np.argwhere(opens):
-                before[*where, simple.lengths[*where] // PAGE] = new_pages[*where]
+                before[*where, last_page[*where]] = new_pages[*where]
             np.testing.assert_array_equal(book.page_table, before)
-            simple.lengths += simple.lengths > 0
+            simple.lengths = grown
         simple.check()
     for row in range(ROWS):
         book.release(row)

@@ -26,7 +26,12 @@ OPTIONS = {
     "ada_snapkv": Options("ada_snapkv", budget=80, window=16),
 }
 STRATEGIES = ("static", "best_effort", "fair_copying", "proportional")
-ROWS: dict[str, Any] = {"max_model_len": 256, "max_num_seqs": 2, "progress": False}
+ROWS: dict[str, Any] = {
+    "max_model_len": 256,
+    "max_num_seqs": 2,
+    "prefill_block": 48,  # blocks that end within a page and within a block of keys
+    "progress": False,
+}
 
 
 @dataclass(frozen=True)

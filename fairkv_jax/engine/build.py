@@ -25,6 +25,8 @@ from fairkv_jax.plan import (
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 _CPU_KV_BYTES = 1 << 30
+_PREFILL_BLOCKS = {"cpu": 128}
+"""As short as the device can compute without loss; others wait for one at the least."""
 
 
 def build_engine(
@@ -50,6 +52,7 @@ def build_engine(
     page_size: int = 16,
     kv_cache_memory_bytes: int | None = None,
     gpu_memory_utilization: float = 0.9,
+    prefill_block: int | None = None,
     attention_backend: str = AUTO,
     progress: bool = True,
 ) -> LLMEngine:
@@ -66,6 +69,7 @@ def build_engine(
         max_copies: most extra head copies a layer, for `fair_copying`; None: one less than devices.
         kv_cache_memory_bytes: of the KV pool over all devices; None: 1 GiB on CPU, and on GPUs
             what `gpu_memory_utilization` leaves beside the weights.
+        prefill_block: prompt tokens that pass a layer at a time; None: 128 on CPU, 1024 on GPUs.
         attention_backend: the implementation of decode attention; "auto" goes by the device.
 
     Raises:
@@ -101,6 +105,9 @@ def build_engine(
         kv_cache_bytes=_CPU_KV_BYTES if kv_cache_memory_bytes is None else kv_cache_memory_bytes,
         dtype=dtype,
         seed=seed,
+        prefill_block=_PREFILL_BLOCKS.get(jax.default_backend(), 1024)
+        if prefill_block is None
+        else prefill_block,
         attention_backend=attention_backend,
     )
     if engine_config.max_model_len > context:
@@ -199,14 +206,16 @@ def _plan(
 def _prefill_bytes(
     shape: ModelShape, kv_config: KVConfig, max_model_len: int, itemsize: int
 ) -> int:
-    """What the longest prefill takes on a device beside the weights: its prefix and activations."""
+    """What the longest prefill takes on a device beside the weights: the state between its units.
+
+    One layer's keys and values twice, as packing reads them all, and the scores of its keys.
+    """
     heads = (shape.num_layers, shape.num_kv_heads)
     kept = kv_config.most_kept_of_a_layer(max_model_len, *heads)
     prefix = 2 * shape.num_layers * kept * shape.head_dim * itemsize
-    # A few of each live at a time: hidden states, one layer's heads, the MLP, in float32 at most.
-    qkv = (shape.num_heads + 2 * shape.num_kv_heads) * shape.head_dim
-    widths = shape.hidden_size + qkv + shape.intermediate_size
-    return prefix + 4 * 4 * max_model_len * widths
+    keys = 2 * 2 * shape.num_kv_heads * shape.head_dim * itemsize
+    scores = 3 * 4 * shape.num_heads * kv_config.window
+    return prefix + max_model_len * (shape.hidden_size * itemsize + keys + scores)
 
 
 def _kv_bytes(taken_bytes: int, num_devices: int, utilization: float) -> int:

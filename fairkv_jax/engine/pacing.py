@@ -4,7 +4,7 @@ from fairkv_jax.decode import MAX_STEPS
 
 _DISPATCH_SECONDS = 0.04
 """Decoding that is dispatched at once: as long as this a new request may have to wait."""
-_STALL = 1.5
+_STALL = 1.25
 """Decode steps' time that a part of a prefill may take between two of them."""
 _PREFILL_SECONDS = 0.25
 """A part of a prefill when nobody decodes: as long as this a cancelled request goes on."""
