@@ -20,6 +20,12 @@ from fairkv_jax.checkpoint import Checkpoint
 from fairkv_jax.compress import Policy, make_policy
 from fairkv_jax.config import REQUEST_POLICIES, EngineConfig, KVConfig
 from fairkv_jax.decode import Rows, decode_step, idle_rows
+from fairkv_jax.engine.device_errors import (
+    POOL_DOES_NOT_FIT,
+    STEP_DOES_NOT_FIT,
+    WEIGHTS_DO_NOT_FIT,
+    readable,
+)
 from fairkv_jax.plan import Plan, route
 from fairkv_jax.prefill import (
     PrefillState,
@@ -94,7 +100,9 @@ class Engine:
         self.layout = SlotLayout.from_plan(plan)
         self.mesh = make_mesh(config.tensor_parallel_size)
         self.book = self._make_book()
-        self.model = load_model(checkpoint, self.layout, self.mesh, config.dtype, progress=progress)
+        with readable("loading the weights", WEIGHTS_DO_NOT_FIT):
+            model = load_model(checkpoint, self.layout, self.mesh, config.dtype, progress=progress)
+            self.model = jax.block_until_ready(model)
         self._progress = progress
         self._programs: dict[tuple[str, int], Compiled] = {}
         self.cache = self._empty_cache()
@@ -198,7 +206,13 @@ class Engine:
     @property
     def is_lost(self) -> bool:
         """Whether a step failed after it had taken the cache: nothing of it is left."""
-        return any(array.is_deleted() for array in jax.tree.leaves(self.cache))
+        if any(array.is_deleted() for array in jax.tree.leaves(self.cache)):
+            return True
+        try:
+            jax.block_until_ready(self.cache)
+        except jax.errors.JaxRuntimeError:
+            return True
+        return False
 
     def reset(self) -> None:
         """Starts over with an empty cache; nobody owns a row any more."""
@@ -235,7 +249,11 @@ class Engine:
         return self.model_config.num_layers, self.model_config.num_kv_heads
 
     def _empty_cache(self) -> KVCache:
-        return KVCache.empty(self.mesh, self.book, self.model_config.head_dim, self.config.dtype)
+        with readable("making the KV pool", POOL_DOES_NOT_FIT):
+            cache = KVCache.empty(
+                self.mesh, self.book, self.model_config.head_dim, self.config.dtype
+            )
+            return jax.block_until_ready(cache)
 
     def _work(self, prefill: Prefill) -> np.ndarray:
         """Multiply-adds of each unit that is left: of a layer's weights, and of its attention."""
@@ -317,7 +335,8 @@ class Engine:
         if key not in self._programs:
             # GPUs would round the factors of float32 products to ten bits.
             precision = "highest" if self.config.dtype == "float32" else None
-            with jax.default_matmul_precision(precision):
+            compiling = readable(f"compiling {key[0]} of {key[1]}", STEP_DOES_NOT_FIT)
+            with jax.default_matmul_precision(precision), compiling:
                 self._programs[key] = step.lower(*args, **static).compile()
         return self._programs[key]
 

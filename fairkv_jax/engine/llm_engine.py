@@ -14,6 +14,7 @@ from fairkv_jax.checkpoint import Checkpoint
 from fairkv_jax.compress import make_policy
 from fairkv_jax.config import EngineConfig, KVConfig
 from fairkv_jax.decode import Rows
+from fairkv_jax.engine.device_errors import STEP_DOES_NOT_FIT, readable
 from fairkv_jax.engine.engine import Engine, Prefill
 from fairkv_jax.engine.pacing import Pacer
 from fairkv_jax.engine.request import Logprob, Request, RequestOutput
@@ -165,24 +166,32 @@ class LLMEngine:
         """Admits, generates, and returns the state of every request that advanced.
 
         After an exception the requests are all still there, and further steps go on with them.
+
+        Raises:
+            DeviceError: the devices failed, or have too little memory.
         """
-        advanced: dict[Sequence, None] = {}
         try:
-            if self.scheduler.first_waiting is not None:
-                while self._in_flight:
-                    advanced |= self._read()
-                advanced |= self._admit()
-            # Only while nobody can be admitted is more dispatched than is read at once.
-            depth = 2 if self.scheduler.first_waiting is None else 1
-            while len(self._in_flight) < depth and self._dispatch():
-                pass
-            if self._in_flight:
-                advanced |= self._read()
+            with readable("running a step", STEP_DOES_NOT_FIT):
+                return [sequence.output() for sequence in self._step()]
         except BaseException:
             if self.engine.is_lost:
                 self._start_over()
             raise
-        return [sequence.output() for sequence in advanced]
+
+    def _step(self) -> dict[Sequence, None]:
+        """Who advanced."""
+        advanced: dict[Sequence, None] = {}
+        if self.scheduler.first_waiting is not None:
+            while self._in_flight:
+                advanced |= self._read()
+            advanced |= self._admit()
+        # Only while nobody can be admitted is more dispatched than is read at once.
+        depth = 2 if self.scheduler.first_waiting is None else 1
+        while len(self._in_flight) < depth and self._dispatch():
+            pass
+        if self._in_flight:
+            advanced |= self._read()
+        return advanced
 
     def _kv_config(self, request: Request) -> KVConfig:
         """What is kept of the request's prompt; see `validate`."""

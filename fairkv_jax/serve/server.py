@@ -13,6 +13,7 @@ from types import FrameType
 
 import uvicorn
 
+from fairkv_jax.engine.device_errors import DeviceError
 from fairkv_jax.serve.app import create_app
 from fairkv_jax.serve.async_engine import AsyncEngine, Engine
 from fairkv_jax.serve.metrics import Metrics
@@ -22,6 +23,7 @@ from fairkv_jax.serve.startup import describe
 
 log = logging.getLogger(__name__)
 
+_FORESEEN = (ValueError, OSError, NotImplementedError, DeviceError)
 BACKLOG = 2048
 FAILED = 1
 ABORTED = 130
@@ -50,7 +52,7 @@ def serve(load: Callable[[], Engine], options: ServerOptions) -> int:
 
     def on_failure(error: BaseException, was_ready: bool) -> None:
         # What loading refuses is said in a sentence; a traceback would only hide it.
-        foreseen = not was_ready and isinstance(error, ValueError | OSError | NotImplementedError)
+        foreseen = not was_ready and isinstance(error, _FORESEEN)
         what = "the engine failed" if was_ready else "the engine could not be loaded"
         log.error("%s: %s", what, error, exc_info=None if foreseen else error)
         server.exit_after(FAILURE_GRACE_S if was_ready else 0.0)

@@ -9,6 +9,7 @@ import pytest
 from fairkv_jax import LLM, SamplingParams
 from fairkv_jax.compress import POLICIES
 from fairkv_jax.config import POLICY_NAMES
+from fairkv_jax.engine.device_errors import DeviceError, readable
 from fairkv_jax.engine.engine import Engine
 from tests.engine.drive import check_idle, greedy, random_prompt, request, run
 
@@ -44,6 +45,24 @@ def test_requests_survive_a_step_that_loses_the_cache(
     finished = run(engine)
     assert {name: out.outputs[0].token_ids for name, out in finished.items()} == expected
     check_idle(engine)
+
+
+def test_running_out_of_memory_is_a_sentence():
+    """XLA's own error, on whatever device this is."""
+    with (
+        pytest.raises(
+            DeviceError, match=r"making the pool: 1048576.00 GiB were needed .*: lower x"
+        ),
+        readable("making the pool", "lower x"),
+    ):
+        jax.block_until_ready(jax.jit(lambda: jax.numpy.zeros(1 << 46))())
+
+
+def test_other_errors_of_the_devices_keep_their_first_line():
+    error = jax.errors.JaxRuntimeError("INTERNAL: CUDA_ERROR_ILLEGAL_ADDRESS\nat 0x1\nat 0x2")
+    said = r"while running: INTERNAL: CUDA_ERROR_ILLEGAL_ADDRESS$"
+    with pytest.raises(DeviceError, match=said), readable("running", "lower x"):
+        raise error
 
 
 def test_a_failed_generate_leaves_no_request_behind(llm: LLM, monkeypatch: pytest.MonkeyPatch):
