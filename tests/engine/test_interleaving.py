@@ -61,7 +61,8 @@ def test_a_prefill_in_parts_is_the_whole(engine: LLMEngine, parts: tuple[int, ..
 
 def test_blocks_change_nothing(tiny_checkpoint: Path, llm: LLM):
     """The blocks' size is a matter of speed: a prompt of one block says the same."""
-    other = LLM(tiny_checkpoint, **OPTIONS | {"prefill_block": 512})
+    options: dict[str, Any] = OPTIONS | {"prefill_block": 512}
+    other = LLM(tiny_checkpoint, **options)
     prompts = [LONG, random_prompt(33), random_prompt(31)]
     pairs = zip(*(each.generate(prompts, greedy(9)) for each in (llm, other)), strict=True)
     for one, two in pairs:
