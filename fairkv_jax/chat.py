@@ -1,0 +1,171 @@
+"""Talk to a running server in the terminal: `python -m fairkv_jax.chat --help`.
+
+Standard library only: it needs neither JAX nor a model. Ctrl-C ends an answer, Ctrl-D the talk.
+"""
+
+import http.client
+import json
+import os
+import ssl
+import sys
+from collections.abc import Generator, Iterator, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import Any
+from urllib.parse import urlsplit
+
+from absl import app, flags
+
+from fairkv_jax.command_line import with_underscores
+
+_URL = flags.DEFINE_string("base_url", "http://127.0.0.1:8000", "address of the server")
+_KEY = flags.DEFINE_string("api_key", None, "key; else the first one in $FAIRKV_API_KEY")
+_MODEL = flags.DEFINE_string("model", None, "a name that the server knows")
+_SYSTEM = flags.DEFINE_string("system", None, "what the model is told first")
+_SAMPLING = {
+    "max_tokens": flags.DEFINE_integer("max_tokens", None, "most tokens of an answer"),
+    "temperature": flags.DEFINE_float("temperature", None, "0 is greedy"),
+    "top_p": flags.DEFINE_float("top_p", None, "part of the probability that is sampled from"),
+    "top_k": flags.DEFINE_integer("top_k", None, "tokens that are sampled from"),
+    "min_p": flags.DEFINE_float("min_p", None, "least probability beside the likeliest token's"),
+    "seed": flags.DEFINE_integer("seed", None, "makes answers repeatable"),
+    "kv_budget": flags.DEFINE_integer("kv_budget", None, "kept tokens a head"),
+}
+_CA = flags.DEFINE_string("ssl_cafile", None, "certificate to trust, for https")
+
+HELP = "/reset forgets what was said, /quit ends, Ctrl-C stops an answer"
+
+
+@dataclass
+class Talk:
+    """A conversation with one server.
+
+    Raises:
+        OSError, http.client.HTTPException: the server is not there, or went away.
+        ValueError: it refuses; the message is its own.
+    """
+
+    url: str
+    options: Mapping[str, Any] = field(default_factory=dict)
+    """Fields of every request beside the messages."""
+    system: str | None = None
+    api_key: str | None = None
+    ca_file: str | None = None
+    messages: list[dict[str, str]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.reset()
+
+    def reset(self) -> None:
+        self.messages = [{"role": "system", "content": self.system}] if self.system else []
+
+    def ask(self, text: str) -> Generator[str, None, None]:
+        """The answer in pieces as they come; what of it was taken is remembered, and the question.
+
+        A question that got no answer at all is forgotten.
+        """
+        self.messages.append({"role": "user", "content": text})
+        answer = ""
+        try:
+            for piece in self._pieces():
+                answer += piece
+                yield piece
+        finally:
+            if answer:
+                self.messages.append({"role": "assistant", "content": answer})
+            else:
+                self.messages.pop()
+
+    def _pieces(self) -> Iterator[str]:
+        body = {**self.options, "messages": self.messages, "stream": True}
+        address = urlsplit(self.url if "//" in self.url else f"http://{self.url}")
+        connection = self._connect(address.scheme, address.netloc)
+        headers = {"Content-Type": "application/json"}
+        if self.api_key:
+            headers["Authorization"] = f"Bearer {self.api_key}"
+        try:
+            path = address.path.rstrip("/").removesuffix("/v1") + "/v1/chat/completions"
+            connection.request("POST", path, json.dumps(body), headers)
+            response = connection.getresponse()
+            if response.status != 200:
+                raise ValueError(_refusal(response.status, response.read()))
+            for line in response:
+                if line.startswith(b"data: {"):
+                    yield _text(json.loads(line.removeprefix(b"data: ")))
+        finally:
+            connection.close()  # which ends the request where it still runs
+
+    def _connect(self, scheme: str, place: str) -> http.client.HTTPConnection:
+        if scheme == "https":
+            context = ssl.create_default_context(cafile=self.ca_file)
+            return http.client.HTTPSConnection(place, context=context)
+        return http.client.HTTPConnection(place)
+
+
+def _text(chunk: dict[str, Any]) -> str:
+    if "error" in chunk:
+        raise ValueError(chunk["error"]["message"])
+    return "".join(choice["delta"].get("content") or "" for choice in chunk["choices"])
+
+
+def _refusal(status: int, body: bytes) -> str:
+    try:
+        return json.loads(body)["error"]["message"]
+    except (ValueError, KeyError, TypeError):
+        return f"the server answers {status}: is it this project's?"
+
+
+def converse(talk: Talk) -> None:
+    """Read questions and write answers until the input ends; prompts only to a terminal."""
+    interactive = sys.stdin.isatty()
+    while True:
+        try:
+            text = input("\n> " if interactive else "").strip()
+        except EOFError:
+            break
+        except KeyboardInterrupt:
+            print(f"\n{HELP}")
+            continue
+        if text == "/quit":
+            break
+        if text == "/reset":
+            talk.reset()
+        elif text.startswith("/"):
+            print(HELP)
+        elif text:
+            _answer(talk, text)
+
+
+def _answer(talk: Talk, text: str) -> None:
+    pieces = talk.ask(text)
+    try:
+        for piece in pieces:
+            print(piece, end="", flush=True)
+        print()
+    except KeyboardInterrupt:
+        pieces.close()
+        print(" [stopped]")
+    except (OSError, http.client.HTTPException, ValueError) as error:
+        print(f"\n{talk.url}: {error}", file=sys.stderr)
+
+
+def main(argv: list[str]) -> None:
+    if len(argv) > 1:
+        raise app.UsageError(f"{argv[1]!r} is not understood: options begin with --")
+    with suppress(ImportError):
+        import readline  # noqa: F401  (it gives input() a history and line editing)
+    given = {"model": _MODEL.value, **{name: flag.value for name, flag in _SAMPLING.items()}}
+    talk = Talk(
+        str(_URL.value),
+        {name: value for name, value in given.items() if value is not None},
+        _SYSTEM.value,
+        _KEY.value or os.environ.get("FAIRKV_API_KEY", "").split(",")[0],
+        _CA.value,
+    )
+    if sys.stdin.isatty():
+        print(f"{talk.url}: {HELP}")
+    converse(talk)
+
+
+if __name__ == "__main__":
+    app.run(main, argv=[with_underscores(argument) for argument in sys.argv])
