@@ -1,0 +1,138 @@
+"""What the server costs: its tokens/s beside those of the same engine used offline.
+
+    python -m benchmarks.server_overhead --num-streams 8
+
+A server process and an `LLM` in this one, with the same options, take turns at the same prompts:
+while one works, the other waits. The medians over the rounds are compared.
+"""
+
+import asyncio
+import json
+import logging
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import httpx
+import numpy as np
+from absl import app, flags
+
+from benchmarks.streams import Answer, random_prompt, stream, vocabulary
+from fairkv_jax.command_line import with_underscores
+
+_MODEL = flags.DEFINE_string("model", None, "Checkpoint; the demo model by default.")
+_DEVICES = flags.DEFINE_integer("devices", 2, "Devices on the tensor axis.")
+_STREAMS = flags.DEFINE_integer("num_streams", 8, "Requests at a time, and rows of the batch.")
+_INPUT = flags.DEFINE_integer("input_len", 128, "Tokens of a prompt.")
+_OUTPUT_LEN = flags.DEFINE_integer("output_len", 128, "Generated tokens.")
+_BUDGET = flags.DEFINE_integer("kv_budget", 1024, "Kept tokens a head on average.")
+_CONTEXT = flags.DEFINE_integer("max_model_len", 1024, "Most tokens of prompt and output.")
+_ROUNDS = flags.DEFINE_integer("rounds", 3, "Turns of each; the medians count.")
+_RESULT = flags.DEFINE_string("output", None, "Where to write the JSON.")
+
+
+def options() -> dict[str, Any]:
+    """Of the engine, for both."""
+    from fairkv_jax.checkpoint.fetch import DEMO_MODEL
+
+    return {
+        "model": _MODEL.value or DEMO_MODEL,
+        "tensor_parallel_size": _DEVICES.value,
+        "max_num_seqs": _STREAMS.value,
+        "max_model_len": _CONTEXT.value,
+        "kv_policy": "ada_snapkv",
+        "kv_budget": _BUDGET.value,
+    }
+
+
+@contextmanager
+def server() -> Iterator[str]:
+    """A server process; its address, once it is ready."""
+    given = [f"--{name}={value}" for name, value in options().items()]
+    command = [sys.executable, "-m", "fairkv_jax.serve", "--port=0", *given]
+    with subprocess.Popen(
+        command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stderr is not None
+        lines = []
+        try:
+            for line in process.stderr:
+                lines.append(line)
+                if found := re.search(r"ready: serving on (\S+)", line):
+                    break
+            else:
+                raise SystemExit("the server did not start:\n" + "".join(lines[-5:]))
+            yield found.group(1)
+        finally:
+            process.send_signal(signal.SIGTERM)
+            process.stderr.close()
+
+
+async def served(url: str, prompts: list[list[int]]) -> float:
+    """Tokens/s of all prompts at a time."""
+    async with httpx.AsyncClient(base_url=url, timeout=None) as client:
+        began = time.perf_counter()
+        bodies = [
+            {"prompt": p, "max_tokens": _OUTPUT_LEN.value, "ignore_eos": True, "temperature": 0}
+            for p in prompts
+        ]
+        asking = (stream(client, Answer(len(body["prompt"])), body) for body in bodies)
+        answers = await asyncio.gather(*asking)
+        seconds = time.perf_counter() - began
+    if error := next((answer.error for answer in answers if answer.error), None):
+        raise SystemExit(f"a request failed: {error}")
+    return len(prompts) * _OUTPUT_LEN.value / seconds
+
+
+def offline(llm: Any, prompts: list[list[int]]) -> float:
+    from fairkv_jax import SamplingParams
+
+    params = SamplingParams(temperature=0, max_tokens=_OUTPUT_LEN.value, ignore_eos=True)
+    began = time.perf_counter()
+    llm.generate(prompts, params)
+    return len(prompts) * _OUTPUT_LEN.value / (time.perf_counter() - began)
+
+
+def main(argv: list[str]) -> None:
+    if len(argv) > 1:
+        raise app.UsageError(f"unexpected arguments: {' '.join(argv[1:])}")
+    logging.getLogger("httpx").setLevel("WARNING")
+    os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"
+    device_count = f"--xla_force_host_platform_device_count={_DEVICES.value}"
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {device_count}"
+    with server() as url:
+        from fairkv_jax import LLM
+
+        chance = np.random.default_rng(0)
+        ids = vocabulary(url, None)
+        prompts = [random_prompt(chance, ids, _INPUT.value) for _ in range(_STREAMS.value)]
+        llm = LLM(**options(), progress=False)
+        offline(llm, prompts)
+        asyncio.run(served(url, prompts))
+        rounds = [
+            (offline(llm, prompts), asyncio.run(served(url, prompts))) for _ in range(_ROUNDS.value)
+        ]
+    own, other = (median(values) for values in zip(*rounds, strict=True))
+    results = {
+        "options": options() | {"input_len": _INPUT.value, "output_len": _OUTPUT_LEN.value},
+        "offline_tokens_per_s": own,
+        "served_tokens_per_s": other,
+        "ratio": other / own,
+        "rounds": [{"offline": a, "served": b, "ratio": b / a} for a, b in rounds],
+    }
+    text = json.dumps(results, indent=2)
+    print(text)
+    if _RESULT.value:
+        Path(_RESULT.value).write_text(text + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    app.run(main, argv=[with_underscores(argument) for argument in sys.argv])
