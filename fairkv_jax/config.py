@@ -13,6 +13,7 @@ PYRAMID_STEEPNESS = 20
 FLOORS = ("blend", "reserve")
 REQUEST_POLICIES = ("streaming_llm", "snapkv", "ada_snapkv")
 """Policies that a request may choose in place of the server's."""
+QUANTIZATIONS = ("int8",)
 
 
 @dataclass(frozen=True)
@@ -213,6 +214,8 @@ class EngineConfig:
     kv_cache_bytes: int = 1 << 30
     """Bytes of the KV pool, over all devices."""
     dtype: str = "float32"
+    quantization: str | None = None
+    """Of the weights: "int8", or None for the type above."""
     seed: int = 0
     prefill_block: int = 128
     """Prompt tokens that pass a layer at a time; between two blocks, others may decode."""
@@ -224,6 +227,8 @@ class EngineConfig:
             _check_int(name, getattr(self, name), 1)
         _check_int("max_model_len", self.max_model_len, 2)
         _check_int("seed", self.seed, 0)
+        if self.quantization is not None:
+            _check_choice("quantization", self.quantization, QUANTIZATIONS)
         _check_int("page_size", self.page_size, 8)
         if self.page_size % 8:
             raise ValueError(f"page_size must be a multiple of 8, got {self.page_size}")

@@ -54,6 +54,7 @@ def test_kv_options(options: dict[str, Any], message: str):
         ({"max_model_len": 1.5}, r"max_model_len must be an integer of at least \d, got 1.5"),
         ({"kv_cache_bytes": 0}, "must be an integer of at least 1, got 0"),
         ({"page_size": 12}, "page_size must be a multiple of 8, got 12"),
+        ({"quantization": "int4"}, "quantization must be one of int8, got 'int4'"),
         ({"page_size": 4}, "page_size must be an integer of at least 8, got 4"),
     ],
 )

@@ -1,20 +1,29 @@
 """A GGUF file as a `Checkpoint`: its architecture's names, shapes and row order, undone."""
 
 import re
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
-from fairkv_jax.checkpoint.base import CheckpointError, Stored, check_tokenizer
+from fairkv_jax.checkpoint.base import (
+    CheckpointError,
+    LazyTensor,
+    Stored,
+    check_tokenizer,
+    read_profile,
+)
 from fairkv_jax.checkpoint.gguf_config import ROPE_DIVISORS, gguf_name, read_config, read_family
 from fairkv_jax.checkpoint.gguf_file import GGUFFile
 from fairkv_jax.checkpoint.gguf_tokenizer import build_tokenizer
 from fairkv_jax.checkpoint.layout import (
+    head_order,
     split_name,
     stored_shape,
     tensor_shapes,
-    to_head_order,
 )
+from fairkv_jax.plan import Profile
 from fairkv_jax.tokenizer import Tokenizer
 
 
@@ -34,18 +43,28 @@ class GGUFCheckpoint:
         self._shapes = tensor_shapes(self.config)
         self._check_tensors()
 
+    @property
+    def profile(self) -> Profile | None:
+        return read_profile(self._file.path.parent)
+
     def names(self) -> tuple[str, ...]:
         return tuple(self._shapes)
 
-    def tensor(self, name: str) -> np.ndarray:
-        """One tensor in head order; see `Checkpoint.tensor`."""
+    def lazy(self, name: str) -> LazyTensor:
         if name not in self._shapes:
             raise CheckpointError(f"{self._file.path} has no tensor {name!r}: see names()")
-        stored = self._file.read(gguf_name(name))
-        kind, _ = split_name(name)
-        if kind in ("q", "k") and self._family.gguf_interleaves:
-            stored = halves_from_pairs(stored, self.config.head_dim)
-        return to_head_order(name, stored, self._shapes[name])
+        shape, stored = self._shapes[name], gguf_name(name)
+        read = partial(self._file.read, stored)
+        if split_name(name)[0] in ("q", "k") and self._family.gguf_interleaves:
+            return head_order(name, shape, self._reordered(read))
+        return head_order(name, shape, read)
+
+    def _reordered(self, read: Callable[[int, int], np.ndarray]) -> Callable[..., np.ndarray]:
+        head_dim = self.config.head_dim
+        return lambda start, stop: halves_from_pairs(read(start, stop), head_dim)
+
+    def tensor(self, name: str) -> np.ndarray:
+        return self.lazy(name).whole()
 
     def stored(self, name: str) -> Stored:
         info = self._file.tensors[gguf_name(name)]

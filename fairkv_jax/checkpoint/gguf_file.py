@@ -5,6 +5,7 @@ the header in a tenth of one and checks every length against the file. Dequantis
 enumerations are `gguf`'s. Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 """
 
+import math
 import mmap
 import struct
 from dataclasses import dataclass
@@ -17,12 +18,13 @@ from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFValueType
 from gguf.quants import dequantize
 
 from fairkv_jax.checkpoint.base import CheckpointError
+from fairkv_jax.checkpoint.mapped_file import MappedFile
 
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
 DEFAULT_ALIGNMENT = 32
 
-_FLOATS: dict[GGMLQuantizationType, type] = {
+FLOATS: dict[GGMLQuantizationType, type] = {
     GGMLQuantizationType.F32: np.float32,
     GGMLQuantizationType.F16: np.float16,
     GGMLQuantizationType.BF16: ml_dtypes.bfloat16,
@@ -30,7 +32,7 @@ _FLOATS: dict[GGMLQuantizationType, type] = {
 _QUANTISED = tuple(
     GGMLQuantizationType[name] for name in ("Q8_0", "Q4_0", "Q4_1", "Q4_K", "Q5_K", "Q6_K")
 )
-SUPPORTED_TYPES = tuple(kind.name for kind in (*_FLOATS, *_QUANTISED))
+SUPPORTED_TYPES = tuple(kind.name for kind in (*FLOATS, *_QUANTISED))
 
 _SCALARS = {
     GGUFValueType.UINT8: "B",
@@ -67,23 +69,26 @@ class GGUFFile:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        try:
-            with path.open("rb") as file:
-                # The mapping outlives the file object and costs memory only where it is read.
-                self._data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        except (OSError, ValueError) as error:  # ValueError: an empty file cannot be mapped
-            raise CheckpointError(f"cannot read the checkpoint {path}: {error}") from error
-        header = _Header(path, self._data)
+        self._file = MappedFile(path)
+        header = _Header(path, self._file.data)
         self.metadata = header.metadata
         self.tensors = header.tensors
 
-    def read(self, name: str) -> np.ndarray:
-        """The values of one tensor, a copy: its own float type, or float32 where quantised."""
+    def read(self, name: str, start: int = 0, stop: int | None = None) -> np.ndarray:
+        """Rows [start, stop) of one tensor: a view in its own float type, or float32."""
         info = self.tensors[name]
-        raw = np.frombuffer(self._data, np.uint8, info.num_bytes, info.offset)
-        if info.kind in _FLOATS:
-            return raw.view(_FLOATS[info.kind]).reshape(info.shape).copy()
-        return dequantize(raw.reshape(*info.shape[:-1], -1), info.kind).reshape(info.shape)
+        stop = info.shape[0] if stop is None else stop
+        if info.kind not in FLOATS and len(info.shape) == 1:  # blocks know no rows
+            return self._decode(info, info.offset, info.shape)[start:stop]
+        row_bytes = info.num_bytes // info.shape[0]
+        return self._decode(info, info.offset + start * row_bytes, (stop - start, *info.shape[1:]))
+
+    def _decode(self, info: TensorInfo, offset: int, shape: tuple[int, ...]) -> np.ndarray:
+        block, block_bytes = GGML_QUANT_SIZES[info.kind]
+        raw = self._file.view(offset, math.prod(shape) // block * block_bytes)
+        if info.kind in FLOATS:
+            return raw.view(FLOATS[info.kind]).reshape(shape)
+        return dequantize(raw.reshape(*shape[:-1], -1), info.kind).reshape(shape)
 
 
 class _Header:

@@ -1,14 +1,22 @@
 """A Hugging Face model folder as a `Checkpoint`: config.json, *.safetensors, tokenizer.json."""
 
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
-from fairkv_jax.checkpoint.base import CheckpointError, Stored, check_tokenizer
+from fairkv_jax.checkpoint.base import (
+    CheckpointError,
+    LazyTensor,
+    Stored,
+    check_tokenizer,
+    read_profile,
+)
 from fairkv_jax.checkpoint.hf_config import read_config
 from fairkv_jax.checkpoint.hf_tokenizer import build_tokenizer
-from fairkv_jax.checkpoint.layout import split_name, stored_shape, tensor_shapes, to_head_order
+from fairkv_jax.checkpoint.layout import head_order, split_name, stored_shape, tensor_shapes
 from fairkv_jax.checkpoint.safetensors_file import open_safetensors
+from fairkv_jax.plan import Profile
 from fairkv_jax.tokenizer import Tokenizer
 
 _HF_NAMES = {
@@ -48,15 +56,21 @@ class HFCheckpoint:
         self._shapes = tensor_shapes(self.config)
         self._check_tensors()
 
+    @property
+    def profile(self) -> Profile | None:
+        return read_profile(self._folder)
+
     def names(self) -> tuple[str, ...]:
         return tuple(self._shapes)
 
-    def tensor(self, name: str) -> np.ndarray:
-        """One tensor in head order; see `Checkpoint.tensor`."""
+    def lazy(self, name: str) -> LazyTensor:
         if name not in self._shapes:
             raise CheckpointError(f"{self._folder} has no tensor {name!r}: see names()")
-        stored = self._files[hf_name(name)].read(hf_name(name))
-        return to_head_order(name, stored, self._shapes[name])
+        stored = hf_name(name)
+        return head_order(name, self._shapes[name], partial(self._files[stored].read, stored))
+
+    def tensor(self, name: str) -> np.ndarray:
+        return self.lazy(name).whole()
 
     def stored(self, name: str) -> Stored:
         info = self._files[hf_name(name)].tensors[hf_name(name)]

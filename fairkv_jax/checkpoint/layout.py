@@ -14,11 +14,19 @@ axes, grouped by KV head, and the model width last everywhere (letters as in `sh
 `unembed` exist only where the configuration says so.
 """
 
+import math
+from collections.abc import Callable
+from functools import cache
+
 import numpy as np
 
+from fairkv_jax.checkpoint.base import LazyTensor
 from fairkv_jax.config import ModelConfig
 
-_TRANSPOSED = ("o", "down")
+BLOCK_VALUES = 1 << 20
+"""What is read at once: it stays in the processor's caches on its way to the devices."""
+
+TRANSPOSED = ("o", "down")
 _BIASES = ("q_bias", "k_bias", "v_bias")
 
 
@@ -63,13 +71,33 @@ def stored_shape(name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
     if len(shape) == 1:
         return shape
     if split_name(name)[0] in _BIASES:
-        return (int(np.prod(shape)),)
-    rows, columns = int(np.prod(shape[:-1])), shape[-1]
-    return (columns, rows) if split_name(name)[0] in _TRANSPOSED else (rows, columns)
+        return (math.prod(shape),)
+    rows, columns = math.prod(shape[:-1]), shape[-1]
+    return (columns, rows) if split_name(name)[0] in TRANSPOSED else (rows, columns)
 
 
-def to_head_order(name: str, stored: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-    """Brings a stored [out, in] matrix into its shape in head order, contiguous."""
-    if split_name(name)[0] in _TRANSPOSED:
-        stored = stored.T
-    return np.ascontiguousarray(stored.reshape(shape))
+def head_order(
+    name: str, shape: tuple[int, ...], read_rows: Callable[[int, int], np.ndarray]
+) -> LazyTensor:
+    """A stored [out, in] matrix or [out] vector as a lazy tensor in head order.
+
+    `read_rows(start, stop)` gives those rows as they are stored. Of a matrix that is stored
+    transposed it is asked once, for all of them.
+    """
+    if len(shape) == 1:
+        return LazyTensor(shape, shape[0], read_rows)
+    kind = split_name(name)[0]
+    if kind in TRANSPOSED:
+        read_rows = cache(read_rows)
+    # What is stored for each row of the leading axis: rows, or columns where it is transposed.
+    each = math.prod(shape[1:] if kind in _BIASES else shape[1:-1])
+
+    def read(start: int, stop: int) -> np.ndarray:
+        if kind in TRANSPOSED:
+            rows = read_rows(0, shape[-1])[:, start * each : stop * each].T
+        else:
+            rows = read_rows(start * each, stop * each)
+        return rows.reshape(stop - start, *shape[1:])
+
+    block = max(1, BLOCK_VALUES // math.prod(shape[1:]))
+    return LazyTensor(shape, min(block, shape[0]), read)

@@ -1,11 +1,9 @@
 """The safetensors container: a JSON table of tensors, then their bytes; one file or many.
 
-Format: https://github.com/huggingface/safetensors#format. Files are mapped into memory, so that
-a tensor costs what is read of it.
+Format: https://github.com/huggingface/safetensors#format.
 """
 
 import math
-import mmap
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +13,7 @@ import numpy as np
 
 from fairkv_jax.checkpoint.base import CheckpointError
 from fairkv_jax.checkpoint.json_file import parse_object, read_object
+from fairkv_jax.checkpoint.mapped_file import MappedFile
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -41,27 +40,25 @@ class SafetensorsFile:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        try:
-            with path.open("rb") as file:
-                self._data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        except (OSError, ValueError) as error:  # ValueError: an empty file cannot be mapped
-            raise CheckpointError(f"cannot read {path}: {error}") from error
-        size = int.from_bytes(self._data[:8], "little")
-        if size > min(len(self._data) - 8, _MAX_HEADER_BYTES):
+        self._file = MappedFile(path)
+        data = self._file.data
+        size = int.from_bytes(data[:8], "little")
+        if size > min(len(data) - 8, _MAX_HEADER_BYTES):
             raise CheckpointError(
                 f"{path} is no safetensors file, or truncated: its header would take {size} of "
-                f"{len(self._data)} bytes: copy or fetch it again"
+                f"{len(data)} bytes: copy or fetch it again"
             )
-        header = parse_object(self._data[8 : 8 + size], path)
+        header = parse_object(data[8 : 8 + size], path)
         header.pop("__metadata__", None)
         self.tensors = {name: self._info(name, entry, 8 + size) for name, entry in header.items()}
 
-    def read(self, name: str) -> np.ndarray:
-        """A read-only view of one tensor in its own type; pages come as they are touched."""
+    def read(self, name: str, start: int, stop: int) -> np.ndarray:
+        """A read-only view of the rows [start, stop) of one tensor, in its own type."""
         info = self.tensors[name]
-        count = math.prod(info.shape)
-        flat = np.frombuffer(self._data, DTYPES[info.kind], count, info.offset)
-        return flat.reshape(info.shape)
+        row_bytes = info.num_bytes // info.shape[0]
+        raw = self._file.view(info.offset + start * row_bytes, (stop - start) * row_bytes)
+        # The format promises no alignment; NumPy reads such views all the same.
+        return raw.view(DTYPES[info.kind]).reshape(stop - start, *info.shape[1:])
 
     def _info(self, name: str, entry: Any, start: int) -> TensorInfo:
         try:
@@ -80,10 +77,10 @@ class SafetensorsFile:
                 f"{self.path}: tensor {name!r} of shape {shape} and type {kind} does not take "
                 f"the bytes {begin} to {end}: the file is damaged"
             )
-        if start + end > len(self._data):
+        if start + end > len(self._file.data):
             raise CheckpointError(
                 f"{self.path} is truncated: tensor {name!r} ends at byte {start + end}, the file "
-                f"at {len(self._data)}: copy or fetch it again"
+                f"at {len(self._file.data)}: copy or fetch it again"
             )
         return TensorInfo(kind, shape, start + begin, end - begin)
 

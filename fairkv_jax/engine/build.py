@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from fairkv_jax.checkpoint import open_checkpoint
 from fairkv_jax.checkpoint.fetch import DEMO_MODEL
+from fairkv_jax.checkpoint.needs import device_bytes
 from fairkv_jax.compress import make_policy
 from fairkv_jax.config import EngineConfig, KVConfig, ModelConfig
 from fairkv_jax.engine.llm_engine import LLMEngine
@@ -36,6 +37,7 @@ def build_engine(
     max_model_len: int | None = None,
     max_num_seqs: int = 8,
     dtype: str = "auto",
+    quantization: str | None = None,
     seed: int = 0,
     kv_policy: str = "full",
     kv_budget: int | None = None,
@@ -62,6 +64,7 @@ def build_engine(
         model: a checkpoint's path, or the name of one under `checkpoints/`.
         max_model_len: most tokens of a request, prompt and output; None: the model's context.
         dtype: of weights and cache; "auto" is float32 on CPU and bfloat16 on GPUs.
+        quantization: "int8": the weights' matrices in half of bfloat16's bytes; None: in dtype.
         kv_policy and the other kv_ options: see `KVConfig`.
         kv_head_budgets: for the policy `head_budgets`: a profile, or the path of its JSON file,
             whose tokens are the budgets.
@@ -104,6 +107,7 @@ def build_engine(
         page_size=page_size,
         kv_cache_bytes=_CPU_KV_BYTES if kv_cache_memory_bytes is None else kv_cache_memory_bytes,
         dtype=dtype,
+        quantization=quantization,
         seed=seed,
         prefill_block=_PREFILL_BLOCKS.get(jax.default_backend(), 1024)
         if prefill_block is None
@@ -120,11 +124,9 @@ def build_engine(
     profile = _profile(checkpoint.name, shape, kv_config, engine_config.max_model_len)
     plan = _plan(head_plan, profile, checkpoint.name, cost, tensor_parallel_size, max_copies)
     if kv_cache_memory_bytes is None:
-        embedding = 0 if config.tie_word_embeddings else config.vocab_size * config.hidden_size
-        weights = plan.slots * plan.n_devices * config.num_layers * shape.head_params
-        weights = itemsize * (weights + shape.rest_params + embedding)
+        weights = device_bytes(config, plan, itemsize, int8=quantization == "int8")
         prefill = _prefill_bytes(shape, kv_config, engine_config.max_model_len, itemsize)
-        taken = weights + plan.n_devices * prefill
+        taken = plan.n_devices * (sum(weights.values()) + prefill)
         num_bytes = _kv_bytes(taken, plan.n_devices, gpu_memory_utilization)
         engine_config = replace(engine_config, kv_cache_bytes=num_bytes)
     return LLMEngine(checkpoint, plan, engine_config, kv_config, progress=progress)

@@ -100,8 +100,11 @@ class Engine:
         self.layout = SlotLayout.from_plan(plan)
         self.mesh = make_mesh(config.tensor_parallel_size)
         self.book = self._make_book()
+        int8 = config.quantization == "int8"
         with readable("loading the weights", WEIGHTS_DO_NOT_FIT):
-            model = load_model(checkpoint, self.layout, self.mesh, config.dtype, progress=progress)
+            model = load_model(
+                checkpoint, self.layout, self.mesh, config.dtype, int8=int8, progress=progress
+            )
             self.model = jax.block_until_ready(model)
         self._progress = progress
         self._programs: dict[tuple[str, int], Compiled] = {}

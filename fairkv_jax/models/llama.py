@@ -19,6 +19,7 @@ from jaxtyping import Array, Float, Int
 
 from fairkv_jax.config import ModelConfig
 from fairkv_jax.models.rope import rope_angles, rotate
+from fairkv_jax.models.weights import Precision, multiply
 from fairkv_jax.shapes import TENSOR_AXIS
 
 Attend = Callable[[Array, Array, Array, Any, Any], tuple[Array, Any, Any]]
@@ -46,12 +47,15 @@ class Attention(nnx.Module):
     backend is a quarter slower at the transposed product of a small batch.
     """
 
-    def __init__(self, config: ModelConfig, slots: int, dtype: jnp.dtype):
+    def __init__(self, config: ModelConfig, slots: int, precision: Precision):
+        dtype = precision.dtype
         group, width, model = config.group_size, config.head_dim, config.hidden_size
         heads = ("slot", None, "head_dim")
         qkv, out = (model, slots, group + 2, width), (slots, group, width, model)
-        self.qkv = nnx.Param(jnp.zeros(qkv, dtype), axes=("model", *heads))
-        self.out = nnx.Param(jnp.zeros(out, dtype), axes=(*heads, "model"))
+        self.qkv = precision.weights(qkv, ("model", *heads))
+        self.qkv_scales = precision.scales(qkv[1:], heads)
+        self.out = precision.weights(out, (*heads, "model"))
+        self.out_scales = precision.scales(out[-1:], ("model",))
         bias = jnp.zeros(qkv[1:], dtype)
         self.bias = nnx.Param(bias, axes=heads) if config.qkv_bias else None
         norm = partial(RMSNorm, width, config.rms_norm_eps, dtype, "head_dim")
@@ -62,8 +66,8 @@ class Attention(nnx.Module):
         self, x: Float[Array, "tokens D"], angles: Float[Array, "tokens half"]
     ) -> tuple[Array, Array, Array]:
         """Rotated q [tokens, C, G, H] and k [tokens, C, H], and v [tokens, C, H]."""
-        model, slots, heads, width = self.qkv[...].shape
-        qkv = (x @ self.qkv[...].reshape(model, -1)).reshape(-1, slots, heads, width)
+        _, slots, heads, width = self.qkv[...].shape
+        qkv = multiply(x, self.qkv, self.qkv_scales).reshape(-1, slots, heads, width)
         if self.bias is not None:
             qkv += self.bias[...]
         qk, v = qkv[:, :, :-1], qkv[:, :, -1]
@@ -76,31 +80,37 @@ class Attention(nnx.Module):
 
     def merge(self, out: Float[Array, "tokens C G H"]) -> Float[Array, "tokens D"]:
         """This device's part of the output projection; empty slots have zero weights."""
-        return out.reshape(out.shape[0], -1) @ self.out[...].reshape(-1, self.out[...].shape[-1])
+        return multiply(out.reshape(len(out), -1), self.out, self.out_scales)
 
 
 class MLP(nnx.Module):
     """The gated MLP, SwiGLU (Shazeer, 2020)."""
 
-    def __init__(self, config: ModelConfig, width: int, dtype: jnp.dtype):
+    def __init__(self, config: ModelConfig, width: int, precision: Precision):
         model = config.hidden_size
-        self.gate = nnx.Param(jnp.zeros((model, width), dtype), axes=("model", "mlp"))
-        self.up = nnx.Param(jnp.zeros((model, width), dtype), axes=("model", "mlp"))
-        self.down = nnx.Param(jnp.zeros((width, model), dtype), axes=("mlp", "model"))
+        self.gate = precision.weights((model, width), ("model", "mlp"))
+        self.gate_scales = precision.scales((width,), ("mlp",))
+        self.up = precision.weights((model, width), ("model", "mlp"))
+        self.up_scales = precision.scales((width,), ("mlp",))
+        self.down = precision.weights((width, model), ("mlp", "model"))
+        self.down_scales = precision.scales((model,), ("model",))
 
     def __call__(self, x: Float[Array, "tokens D"]) -> Float[Array, "tokens D"]:
         """This device's part of the sum."""
-        return (jax.nn.silu(x @ self.gate[...]) * (x @ self.up[...])) @ self.down[...]
+        gate = multiply(x, self.gate, self.gate_scales)
+        up = multiply(x, self.up, self.up_scales)
+        return multiply(jax.nn.silu(gate) * up, self.down, self.down_scales)
 
 
 class DecoderLayer(nnx.Module):
     """Attention and MLP, each behind a norm and summed over the devices."""
 
-    def __init__(self, config: ModelConfig, slots: int, mlp_width: int, dtype: jnp.dtype):
-        self.attn_norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype)
-        self.attention = Attention(config, slots, dtype)
-        self.mlp_norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype)
-        self.mlp = MLP(config, mlp_width, dtype)
+    def __init__(self, config: ModelConfig, slots: int, mlp_width: int, precision: Precision):
+        norm = partial(RMSNorm, config.hidden_size, config.rms_norm_eps, precision.dtype)
+        self.attn_norm = norm()
+        self.attention = Attention(config, slots, precision)
+        self.mlp_norm = norm()
+        self.mlp = MLP(config, mlp_width, precision)
 
     def __call__(
         self, x: Array, angles: Array, attend: Attend, cache: Any, inputs: Any
@@ -115,22 +125,34 @@ class DecoderLayer(nnx.Module):
 class Llama(nnx.Module):
     """A Llama decoder over `slots` head slots in all, C on each of P devices.
 
-    Made under `nnx.eval_shape`: the parameters get their values from a checkpoint.
+    Made under `nnx.eval_shape`: the parameters get their values from a checkpoint. With `int8` all
+    matrices are int8, with a scale for each channel that they put out, or token of the embedding.
     """
 
-    def __init__(self, config: ModelConfig, slots: int, num_devices: int, dtype: jnp.dtype):
-        self.config = config
+    def __init__(
+        self,
+        config: ModelConfig,
+        slots: int,
+        num_devices: int,
+        dtype: jnp.dtype,
+        *,
+        int8: bool = False,
+    ):
+        self.config, self.dtype = config, dtype
+        precision = Precision(dtype, int8)
         mlp_width = round_up(config.intermediate_size, num_devices)
         vocab = round_up(config.vocab_size, num_devices)
-        shape = (vocab, config.hidden_size)
-        self.embed = nnx.Param(jnp.zeros(shape, dtype), axes=("vocab", "model"))
+        shape, axes = (vocab, config.hidden_size), ("vocab", "model")
+        self.embed = precision.weights(shape, axes)
+        self.embed_scales = precision.scales((vocab,), ("vocab",))
         self.layers = nnx.vmap(
-            lambda _layer: DecoderLayer(config, slots, mlp_width, dtype),
+            lambda _layer: DecoderLayer(config, slots, mlp_width, precision),
             axis_size=config.num_layers,
         )(jnp.zeros(config.num_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype)
         if not config.tie_word_embeddings:
-            self.unembed = nnx.Param(jnp.zeros(shape, dtype), axes=("vocab", "model"))
+            self.unembed = precision.weights(shape, axes)
+            self.unembed_scales = precision.scales((vocab,), ("vocab",))
 
     def __call__(
         self,
@@ -173,13 +195,19 @@ class Llama(nnx.Module):
         rows = self.embed[...].shape[0]
         local = tokens - jax.lax.axis_index(TENSOR_AXIS) * rows
         is_here = (local >= 0) & (local < rows)
-        found = self.embed[...][jnp.clip(local, 0, rows - 1)]
+        local = jnp.clip(local, 0, rows - 1)
+        found = self.embed[...][local].astype(self.dtype)
+        if self.embed_scales is not None:
+            found *= self.embed_scales[...][local, None].astype(self.dtype)
         return jax.lax.psum(jnp.where(is_here[:, None], found, 0), TENSOR_AXIS)
 
     def logits(self, x: Float[Array, "tokens D"]) -> Float[Array, "tokens V"]:
         """Next-token logits in float32, on every device."""
-        unembed = self.embed if self.config.tie_word_embeddings else self.unembed
-        local = (self.norm(x) @ unembed[...].T).astype(jnp.float32)
+        tied = self.config.tie_word_embeddings
+        unembed = self.embed if tied else self.unembed
+        scales = self.embed_scales if tied else self.unembed_scales
+        local = (self.norm(x) @ unembed[...].T.astype(x.dtype)).astype(jnp.float32)
+        local = local if scales is None else local * scales[...]
         full = jax.lax.all_gather(local, TENSOR_AXIS, axis=1, tiled=True)
         return full[:, : self.config.vocab_size]
 

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from absl import flags
 
-from fairkv_jax.config import FLOORS, POOLS, EngineConfig, KVConfig
+from fairkv_jax.config import FLOORS, POOLS, QUANTIZATIONS, EngineConfig, KVConfig
 from fairkv_jax.serve.options import ServerOptions
 
 PROGRAM = "python -m fairkv_jax.serve"
@@ -32,6 +32,7 @@ _ENGINE_FLAGS = {
     "model": (
         _Flag("model", str, None, "checkpoint, a file or a folder (default: the demo checkpoint)"),
         _Flag("dtype", str, "auto", "of weights and cache; auto: float32 on CPU, else bfloat16"),
+        _Flag("quantization", QUANTIZATIONS, None, "of the weights; left out: as --dtype says"),
         _Flag(
             "max_model_len", int, None, "most tokens of prompt and output (default: the model's)"
         ),

@@ -1,6 +1,14 @@
-"""Weights from a checkpoint, in head order, to the devices, in slot order."""
+"""Weights from a checkpoint, in head order, to the devices, in slot order.
+
+    checkpoint, a block of rows --> int8 where asked for --> every local shard that holds them
+
+A row of a tensor's leading axis is a KV head, a channel of the MLP, or a token. Every block is
+read once, and only if a device of this process holds one of its rows.
+"""
 
 from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,16 +18,20 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from tqdm import tqdm
 
 from fairkv_jax.checkpoint import Checkpoint
+from fairkv_jax.checkpoint.base import LazyTensor
 from fairkv_jax.models import Llama
 from fairkv_jax.sharding.mesh import spec
+from fairkv_jax.sharding.quantize import quantize_columns, quantize_rows
+from fairkv_jax.sharding.shards import Shards, in_order, make_shards
 from fairkv_jax.sharding.slots import SlotLayout
 
 
-def abstract_model(checkpoint: Checkpoint, layout: SlotLayout, dtype: str) -> Llama:
+def abstract_model(
+    checkpoint: Checkpoint, layout: SlotLayout, dtype: str, *, int8: bool = False
+) -> Llama:
     """The model with shapes in place of arrays."""
-    return nnx.eval_shape(
-        lambda: Llama(checkpoint.config, layout.num_slots, layout.num_devices, jnp.dtype(dtype))
-    )
+    sizes = (layout.num_slots, layout.num_devices, jnp.dtype(dtype))
+    return nnx.eval_shape(lambda: Llama(checkpoint.config, *sizes, int8=int8))
 
 
 def partition_specs(model: Llama) -> Llama:
@@ -33,73 +45,180 @@ def partition_specs(model: Llama) -> Llama:
 
 
 def load_model(
-    checkpoint: Checkpoint, layout: SlotLayout, mesh: Mesh, dtype: str, *, progress: bool = True
+    checkpoint: Checkpoint,
+    layout: SlotLayout,
+    mesh: Mesh,
+    dtype: str,
+    *,
+    int8: bool = False,
+    progress: bool = True,
 ) -> Llama:
-    """Reads the checkpoint tensor by tensor straight into the sharded parameters.
+    """Reads the checkpoint block by block straight into the sharded parameters.
 
-    Never more than one layer's tensor is held on the host beside what the devices hold.
+    Beside what the devices hold, the host holds one tensor at most. With `int8`, matrices are
+    rounded to int8, with a scale for each channel.
+
+    Raises:
+        CheckpointError: a tensor cannot be read.
     """
-    shapes = abstract_model(checkpoint, layout, dtype)
-    model = jax.tree.map(
-        lambda p, s: _zeros(p, NamedSharding(mesh, s)), shapes, partition_specs(shapes)
-    )
-    total = len(jax.tree.leaves(shapes.layers)) * checkpoint.config.num_layers
-    total += 3 - checkpoint.config.tie_word_embeddings
-    tensors = _tensors(model, checkpoint, layout)
-    for param, layer, value in tqdm(tensors, "loading", total, disable=not progress):
-        param.set_value(_put(param.get_value(), value, layer))
-    return model
+    shapes = abstract_model(checkpoint, layout, dtype, int8=int8)
+    specs = partition_specs(shapes)
+    names = checkpoint.names()
+    total = sum(checkpoint.stored(name).num_bytes for name in names)
+    with tqdm(total=total, desc="loading", unit="B", unit_scale=True, disable=not progress) as bar:
+        shards = {
+            id(param): make_shards(param.get_value(), NamedSharding(mesh, part.get_value()))
+            for param, part in zip(_params(shapes), _params(specs), strict=True)
+        }
+        for weights in _weights(shapes, checkpoint.config.num_layers):
+            _Loader(checkpoint, layout, shards, bar).load(weights)
+        return jax.tree.map(
+            lambda param: param.replace(shards.pop(id(param)).array()), shapes, is_leaf=_is_param
+        )
 
 
-def _tensors(
-    model: Llama, checkpoint: Checkpoint, layout: SlotLayout
-) -> Iterator[tuple[nnx.Param, int | None, np.ndarray]]:
-    """(parameter, its layer, the value in slot order) for the whole checkpoint."""
-    yield model.embed, None, checkpoint.tensor("embed")
-    yield model.norm.scale, None, checkpoint.tensor("norm")
-    if not checkpoint.config.tie_word_embeddings:
-        yield model.unembed, None, checkpoint.tensor("unembed")
-    layers = model.layers
-    for layer in range(checkpoint.config.num_layers):
-
-        def read(name: str, layer: int = layer) -> np.ndarray:
-            return checkpoint.tensor(f"layers.{layer}.{name}")
-
-        def stacked(q: str, k: str, v: str, layer: int = layer) -> np.ndarray:
-            heads = [read(q), read(k)[:, None], read(v)[:, None]]
-            return layout.to_slots(np.concatenate(heads, axis=1), layer)
-
-        attention = layers.attention
-        yield attention.qkv, layer, np.moveaxis(stacked("q", "k", "v"), -1, 0)
-        yield attention.out, layer, layout.to_slots(read("o"), layer)
-        if attention.bias is not None:
-            yield attention.bias, layer, stacked("q_bias", "k_bias", "v_bias")
-        if attention.q_norm is not None and attention.k_norm is not None:
-            yield attention.q_norm.scale, layer, read("q_norm")
-            yield attention.k_norm.scale, layer, read("k_norm")
-        yield layers.attn_norm.scale, layer, read("attn_norm")
-        yield layers.mlp_norm.scale, layer, read("mlp_norm")
-        yield layers.mlp.gate, layer, read("gate").T
-        yield layers.mlp.up, layer, read("up").T
-        yield layers.mlp.down, layer, read("down")
+def _is_param(value: Any) -> bool:
+    return isinstance(value, nnx.Variable)
 
 
-def _zeros(shape: jax.ShapeDtypeStruct, sharding: NamedSharding) -> jax.Array:
-    return jax.jit(lambda: jnp.zeros(shape.shape, shape.dtype), out_shardings=sharding)()
+def _params(model: Llama) -> list[nnx.Variable]:
+    return jax.tree.leaves(model, is_leaf=_is_param)
 
 
-def _put(param: jax.Array, value: np.ndarray, layer: int | None) -> jax.Array:
-    """Writes a tensor, padded with zeros to the parameter's shape, into its layer in place."""
-    shape = param.shape if layer is None else param.shape[1:]
-    padding = [(0, to - size) for to, size in zip(shape, value.shape, strict=True)]
-    value = np.pad(value, padding).astype(param.dtype)
-    if layer is None:
-        return jax.device_put(value, param.sharding)
-    assert isinstance(param.sharding, NamedSharding)
-    inner = NamedSharding(param.sharding.mesh, PartitionSpec(*param.sharding.spec[1:]))
-    return _write_layer(param, jax.device_put(value, inner), layer)
+@dataclass(frozen=True)
+class _Weights:
+    """A parameter, one layer of it where it has layers, and the tensors that make it up."""
+
+    param: nnx.Param
+    scales: nnx.Param | None
+    layer: int | None
+    tensors: dict[str, Any]
+    """By name, which of a slot's heads it is; ... stands for all that a row has."""
 
 
-@jax.jit(donate_argnums=0)
-def _write_layer(stack: jax.Array, value: jax.Array, layer: int) -> jax.Array:
-    return jax.lax.dynamic_update_index_in_dim(stack, value, layer, 0)
+def _weights(model: Llama, num_layers: int) -> Iterator[_Weights]:
+    """All parameters of the model, in the order in which the checkpoint is read."""
+    yield _Weights(model.embed, model.embed_scales, None, {"embed": ...})
+    for layer in range(num_layers):
+        for param, scales, tensors in _layer_weights(model):
+            named = {f"layers.{layer}.{name}": heads for name, heads in tensors.items()}
+            yield _Weights(param, scales, layer, named)
+    yield _Weights(model.norm.scale, None, None, {"norm": ...})
+    if not model.config.tie_word_embeddings:
+        yield _Weights(model.unembed, model.unembed_scales, None, {"unembed": ...})
+
+
+def _layer_weights(model: Llama) -> Iterator[tuple[nnx.Param, nnx.Param | None, dict[str, Any]]]:
+    layers, group = model.layers, model.config.group_size
+    attention, mlp = layers.attention, layers.mlp
+    qkv = {"q": slice(group), "k": group, "v": group + 1}
+    yield layers.attn_norm.scale, None, {"attn_norm": ...}
+    yield attention.qkv, attention.qkv_scales, qkv
+    if attention.bias is not None:
+        yield attention.bias, None, {f"{name}_bias": heads for name, heads in qkv.items()}
+    if attention.q_norm is not None and attention.k_norm is not None:
+        yield attention.q_norm.scale, None, {"q_norm": ...}
+        yield attention.k_norm.scale, None, {"k_norm": ...}
+    yield attention.out, attention.out_scales, {"o": ...}
+    yield layers.mlp_norm.scale, None, {"mlp_norm": ...}
+    yield mlp.gate, mlp.gate_scales, {"gate": ...}
+    yield mlp.up, mlp.up_scales, {"up": ...}
+    yield mlp.down, mlp.down_scales, {"down": ...}
+
+
+class _Loader:
+    """Fills the shards of one parameter after another."""
+
+    def __init__(
+        self, checkpoint: Checkpoint, layout: SlotLayout, shards: dict[int, Shards], bar: tqdm
+    ):
+        self._checkpoint, self._layout, self._shards, self._bar = checkpoint, layout, shards, bar
+
+    def load(self, weights: _Weights) -> None:
+        parts = self._open(weights.param, weights.layer)
+        scales = {} if weights.scales is None else self._open(weights.scales, weights.layer)
+        for name, heads in weights.tensors.items():
+            target = _Target(weights.param.axes, parts, weights.layer, heads)
+            tensor = self._checkpoint.lazy(name)
+            if weights.scales is None:
+                self._copy(name, tensor, target)
+                continue
+            scale_target = _Target(weights.scales.axes, scales, weights.layer, heads)
+            if weights.scales.axes == ("model",):
+                tensor, of_columns = quantize_columns(tensor)
+                self._copy(name, tensor, target)
+                self._copy(None, of_columns, scale_target)
+            else:
+                self._copy(name, tensor, target, scale_target)
+        self._shards[id(weights.param)].close(weights.layer)
+        if weights.scales is not None:
+            self._shards[id(weights.scales)].close(weights.layer)
+
+    def _open(self, param: nnx.Param, layer: int | None) -> dict[int, np.ndarray]:
+        return self._shards[id(param)].open(layer)
+
+    def _copy(
+        self,
+        name: str | None,
+        tensor: LazyTensor,
+        target: "_Target",
+        scale_target: "_Target | None" = None,
+    ) -> None:
+        """Every block to the shards that hold its rows, in int8 where there are scales."""
+        rows = tensor.shape[0]
+        num_bytes = 0 if name is None else self._checkpoint.stored(name).num_bytes
+        for start in range(0, rows, tensor.block):
+            stop = min(start + tensor.block, rows)
+            owners = list(target.owners(self._layout, start, stop))
+            if owners:
+                values = tensor.read(start, stop)
+                if scale_target is not None:
+                    values, scales = quantize_rows(values)
+                    scale_target.fill(owners, scales)
+                target.fill(owners, values)
+            self._bar.update(num_bytes * stop // rows - num_bytes * start // rows)
+
+
+_Owner = tuple[int, slice, slice]
+"""A device's place, rows of its shard, and which rows of a block they are."""
+
+
+@dataclass(frozen=True)
+class _Target:
+    """The local parts of a parameter that a tensor goes to."""
+
+    axes: tuple[str | None, ...]
+    parts: dict[int, np.ndarray]
+    layer: int | None
+    heads: Any
+
+    def owners(self, layout: SlotLayout, start: int, stop: int) -> Iterator[_Owner]:
+        """Who holds the rows [start, stop), of the devices of this process."""
+        if "slot" in self.axes:
+            for slot, head in enumerate(layout.slot_head[self.layer]):
+                place, local = divmod(slot, layout.slots_per_device)
+                if start <= head < stop and place in self.parts:
+                    yield place, slice(local, local + 1), slice(head - start, head - start + 1)
+            return
+        splits = "mlp" in self.axes or "vocab" in self.axes
+        for place, part in self.parts.items():
+            size = part.shape[self._row_axis] if splits else stop
+            first = place * size if splits else 0
+            low, high = max(start, first), min(stop, first + size)
+            if low < high:
+                yield place, slice(low - first, high - first), slice(low - start, high - start)
+
+    @property
+    def _row_axis(self) -> int:
+        """Where a tensor's leading axis lies; matrices that put out rows have D before it."""
+        return int(self.axes[0] == "model" and len(self.axes) > 1)
+
+    def fill(self, owners: list[_Owner], values: np.ndarray) -> None:
+        """Copies a block [rows, ...] to its owners, in the order of the parameter's axes."""
+        if self._row_axis == 1:
+            values = np.moveaxis(values, -1, 0)
+        values = in_order(values)
+        before = (slice(None),) * self._row_axis
+        for place, rows, taken in owners:
+            part = self.parts[place][(*before, rows, self.heads)]
+            np.copyto(part, values[(*before, taken)], casting="unsafe")

@@ -103,7 +103,7 @@ def test_tied_embeddings_have_no_unembedding(tmp_path):
 
 def test_a_folder_with_one_file_is_a_checkpoint(tiny, tmp_path):
     assert open_checkpoint(tiny.parent).name == "Tiny"
-    with pytest.raises(CheckpointError, match=r"must hold a config\.json or one \.gguf.*none"):
+    with pytest.raises(CheckpointError, match=r"must hold .*a config\.json or one \.gguf.*none"):
         open_checkpoint(tmp_path)
 
 
@@ -162,7 +162,7 @@ def test_stored_types_give_back_the_values(tmp_path, kind, dtype, relative_error
     path = write_one_tensor(tmp_path / "x.gguf", values, GGMLQuantizationType[kind])
     read = GGUFFile(path).read("x")
     assert read.dtype == dtype
-    assert read.flags.writeable
+    np.testing.assert_array_equal(GGUFFile(path).read("x", 1, 2), read[1:2])
     np.testing.assert_allclose(
         read.astype(np.float32), values, atol=relative_error * np.abs(values).max()
     )

@@ -67,6 +67,7 @@ def test_prompts_are_logged_only_on_request():
         ("--kv-budgett=3", "kv_budgett"),
         ("--kv-budget=many", "many"),
         ("--kv-pool=median", "max|avg"),
+        ("--quantization=int4", "int4"),
         ("--port=99999", "between 0 and 65535, got 99999"),
         ("--tensor-parallel-size=0", "at least 1, got 0"),
         ("--max-num-queued-reqs=-1", "at least 0, got -1"),
