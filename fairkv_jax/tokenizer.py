@@ -7,6 +7,7 @@ readers of checkpoint formats build it; nothing here knows where its parts came 
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime
+from pathlib import Path
 from typing import Any, NoReturn
 
 import jinja2
@@ -41,6 +42,14 @@ class Tokenizer:
         self.eos_token_ids = frozenset(eos_token_ids)
         """The ids that end a turn or a text."""
         self.vocab_size = backend.get_vocab_size(with_added_tokens=True)
+
+    def save(self, folder: Path) -> None:
+        """Writes tokenizer.json and the two small files of a published folder that go with it."""
+        options = self._template_tokens | {"chat_template": self._chat_template}
+        ends = {"eos_token_id": sorted(self.eos_token_ids)}
+        (folder / "tokenizer.json").write_text(self._backend.to_str(), encoding="utf-8")
+        (folder / "tokenizer_config.json").write_text(json.dumps(options), encoding="utf-8")
+        (folder / "generation_config.json").write_text(json.dumps(ends), encoding="utf-8")
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """The ids of a text, with BOS in front where the model wants it.

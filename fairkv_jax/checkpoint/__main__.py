@@ -1,4 +1,4 @@
-"""`python -m fairkv_jax.checkpoint`: fetch the demo checkpoint, or show what a checkpoint holds."""
+"""`python -m fairkv_jax.checkpoint`: fetch a checkpoint, convert it, or show what it holds."""
 
 import argparse
 import dataclasses
@@ -7,48 +7,115 @@ import math
 import sys
 from pathlib import Path
 
+import numpy as np
+
 from fairkv_jax.checkpoint.base import Checkpoint, CheckpointError
+from fairkv_jax.checkpoint.convert import convert
 from fairkv_jax.checkpoint.fetch import DEMO_MODEL, checkpoints_root, fetch_demo
+from fairkv_jax.checkpoint.hub import fetch_hub, is_hub_name
 from fairkv_jax.checkpoint.layout import tensor_shapes
+from fairkv_jax.checkpoint.needs import device_bytes
 from fairkv_jax.checkpoint.open import open_checkpoint
+from fairkv_jax.checkpoint.orbax_checkpoint import DTYPES
+from fairkv_jax.config import QUANTIZATIONS
+from fairkv_jax.plan import STRATEGIES, Profile, make_plan
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Runs one command; an error is one line on stderr and the exit status 1."""
-    parser = argparse.ArgumentParser(prog="python -m fairkv_jax.checkpoint", description=__doc__)
-    commands = parser.add_subparsers(dest="command", required=True)
-    fetch = commands.add_parser("fetch", help=f"fetch {DEMO_MODEL} and print where it lies")
-    fetch.add_argument(
-        "--root", type=Path, default=checkpoints_root(), help="where to keep it (%(default)s)"
-    )
-    inspect = commands.add_parser("inspect", help="print configuration, tensors, bytes, parameters")
-    inspect.add_argument("path", help="a GGUF file, a folder with one, or a name in checkpoints/")
-    options = parser.parse_args(arguments)
+    options = _parser().parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:
         if options.command == "fetch":
-            print(fetch_demo(options.root))
+            print(_fetch(options))
+        elif options.command == "convert":
+            print(convert(open_checkpoint(options.source), options.target, options.dtype))
         else:
-            print(describe(open_checkpoint(options.path)))
-    except CheckpointError as error:
+            print(_inspect(options))
+    except ValueError as error:  # CheckpointError and what the planner refuses
         print(f"error: {error}", file=sys.stderr)
         return 1
     return 0
 
 
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m fairkv_jax.checkpoint", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    fetch = commands.add_parser("fetch", help="fetch a model and print where it lies")
+    fetch.add_argument(
+        "name",
+        nargs="?",
+        default=DEMO_MODEL,
+        help="%(default)s, or OWNER/MODEL of the Hugging Face Hub",
+    )
+    fetch.add_argument("--revision", help="a branch, tag or commit of the Hub's repository")
+    fetch.add_argument(
+        "--root", type=Path, default=checkpoints_root(), help="where to keep it (%(default)s)"
+    )
+    convert = commands.add_parser("convert", help="write a checkpoint as Orbax, for any mesh")
+    convert.add_argument("source", help="what LLM(model=...) takes")
+    convert.add_argument("target", type=Path, help="a folder to make, e.g. checkpoints/NAME")
+    convert.add_argument("--dtype", choices=DTYPES, help="of all weights; left out: as stored")
+    inspect = commands.add_parser("inspect", help="print configuration, tensors, bytes, parameters")
+    inspect.add_argument("path", help="what LLM(model=...) takes")
+    inspect.add_argument("--devices", type=int, help="also what each device of such a mesh needs")
+    inspect.add_argument("--head-plan", choices=STRATEGIES, default="fair_copying")
+    inspect.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="on the devices")
+    inspect.add_argument("--quantization", choices=QUANTIZATIONS, help="on the devices")
+    return parser
+
+
+def _fetch(options: argparse.Namespace) -> Path:
+    if options.name == DEMO_MODEL:
+        return fetch_demo(options.root)
+    if not is_hub_name(options.name):
+        raise CheckpointError(
+            f"{options.name!r} is neither {DEMO_MODEL} nor OWNER/MODEL of the Hugging Face Hub"
+        )
+    return fetch_hub(options.name, options.root, options.revision)
+
+
+def _inspect(options: argparse.Namespace) -> str:
+    checkpoint = open_checkpoint(options.path)
+    text = describe(checkpoint)
+    if options.devices is not None:
+        text += "\n\n" + _describe_mesh(checkpoint, options)
+    return text
+
+
 def describe(checkpoint: Checkpoint) -> str:
     """The configuration, one line a tensor in head order, and the sums."""
     config = dataclasses.asdict(checkpoint.config)
+    if config["rope_divisors"] is not None:
+        config["rope_divisors"] = "1 to {:g}".format(max(config["rope_divisors"]))
     lines = [checkpoint.name, *(f"  {key:24} {value}" for key, value in config.items()), ""]
     shapes = tensor_shapes(checkpoint.config)
     stored = {name: checkpoint.stored(name) for name in checkpoint.names()}
-    lines.append(f"  {'tensor':24} {'shape':20} {'stored':6} {'bytes':>12}")
+    lines.append(f"  {'tensor':24} {'shape':20} {'stored':8} {'bytes':>14}")
     for name, (kind, num_bytes) in stored.items():
         shape = " × ".join(map(str, shapes[name]))
-        lines.append(f"  {name:24} {shape:20} {kind:6} {num_bytes:12,}")
+        lines.append(f"  {name:24} {shape:20} {kind:8} {num_bytes:14,}")
     parameters = sum(math.prod(shapes[name]) for name in stored)
     total_bytes = sum(num_bytes for _, num_bytes in stored.values())
     lines += ["", f"{len(stored)} tensors, {parameters:,} parameters, {total_bytes:,} bytes"]
+    if checkpoint.profile is not None:
+        lines.append(f"head profile: {checkpoint.profile.policy}, {checkpoint.profile.source}")
+    return "\n".join(lines)
+
+
+def _describe_mesh(checkpoint: Checkpoint, options: argparse.Namespace) -> str:
+    """The weights' bytes on each device, planned for the profile or for heads that are alike."""
+    config = checkpoint.config
+    profile = checkpoint.profile
+    if profile is None:
+        profile = Profile.uniform(config.num_layers, config.num_kv_heads, 1024)
+    plan = make_plan(profile, options.devices, options.head_plan)
+    itemsize = np.dtype(DTYPES[options.dtype]).itemsize
+    needs = device_bytes(config, plan, itemsize, int8=options.quantization == "int8")
+    types = options.quantization or options.dtype
+    lines = [f"each of {options.devices} devices, {options.head_plan}, {types}:"]
+    lines += [f"  {part:24} {num_bytes:14,} bytes" for part, num_bytes in needs.items()]
+    lines.append(f"  {'all weights':24} {sum(needs.values()):14,} bytes")
     return "\n".join(lines)
 
 

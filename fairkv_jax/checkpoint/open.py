@@ -1,17 +1,23 @@
 """From what a user names, a path or a model, to an open checkpoint of the format found there."""
 
+import logging
 from pathlib import Path
 
 from fairkv_jax.checkpoint.base import Checkpoint, CheckpointError
 from fairkv_jax.checkpoint.fetch import DEMO_MODEL, checkpoints_root
 from fairkv_jax.checkpoint.gguf_checkpoint import GGUFCheckpoint
 from fairkv_jax.checkpoint.hf_checkpoint import HFCheckpoint
+from fairkv_jax.checkpoint.hub import fetch_hub, is_hub_name
+from fairkv_jax.checkpoint.orbax_checkpoint import MODEL_FILE, OrbaxCheckpoint
+
+logger = logging.getLogger(__name__)
 
 
 def open_checkpoint(path: str | Path) -> Checkpoint:
-    """Opens a GGUF file, a folder that holds one, or a Hugging Face model folder.
+    """Opens a GGUF file, a folder that holds one, a Hugging Face folder, or a converted checkpoint.
 
-    `path` may also be the name of a folder in `checkpoints/`.
+    `path` may also be the name of a folder in `checkpoints/`, or OWNER/MODEL of the Hugging Face
+    Hub, which is fetched into it where it is not there yet.
 
     Raises:
         CheckpointError: nothing is there, or it cannot be read.
@@ -19,14 +25,16 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     found = _find(Path(path))
     if not found.is_dir():
         return GGUFCheckpoint(found)
+    if (found / MODEL_FILE).exists():
+        return OrbaxCheckpoint(found)
     if (found / "config.json").exists():
         return HFCheckpoint(found)
     files = sorted(found.glob("*.gguf"))
     if len(files) != 1:
         names = ", ".join(file.name for file in files) or "none"
         raise CheckpointError(
-            f"the folder {found} must hold a config.json or one .gguf file to be a checkpoint, "
-            f"of the latter it has: {names}"
+            f"the folder {found} must hold a {MODEL_FILE}, a config.json or one .gguf file to be a "
+            f"checkpoint, of the latter it has: {names}"
         )
     return GGUFCheckpoint(files[0])
 
@@ -41,7 +49,11 @@ def _find(path: Path) -> Path:
         raise CheckpointError(
             f"{DEMO_MODEL} is not in {root} yet: run `python -m fairkv_jax.checkpoint fetch`"
         )
+    if is_hub_name(str(path)) and not path.parent.exists():
+        logger.info("no checkpoint at %s, nor in %s: asking the Hugging Face Hub", path, root)
+        return fetch_hub(str(path), root)
     raise CheckpointError(
-        f"no checkpoint at {path}, nor in {root}: give the path of a GGUF file or of a "
-        f"model folder, or run `python -m fairkv_jax.checkpoint fetch` and use {DEMO_MODEL}"
+        f"no checkpoint at {path}, nor in {root}: give the path of a GGUF file or of a model "
+        f"folder, OWNER/MODEL of the Hugging Face Hub, or {DEMO_MODEL}, which `python -m "
+        "fairkv_jax.checkpoint fetch` fetches"
     )

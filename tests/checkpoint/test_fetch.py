@@ -192,7 +192,7 @@ def test_the_commands(model, index, tmp_path, monkeypatch, capsys):
     assert command.main(["inspect", str(root / "Tiny")]) == 0
     output = capsys.readouterr().out
     assert "num_kv_heads             3" in output
-    assert "layers.1.q               3 × 2 × 16 × 48      F32          18,432" in output
+    assert "layers.1.q               3 × 2 × 16 × 48      F32              18,432" in output
     # 384·48 + 48 outside the layers; 2·48 + (6+3+3+6)·16·48 + 3·96·48 in each of two.
     assert "20 tensors, 73,968 parameters, 295,872 bytes" in output
     assert command.main(["inspect", str(tmp_path / "nothing")]) == 1

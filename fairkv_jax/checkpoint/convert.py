@@ -1,0 +1,109 @@
+"""Writes any checkpoint as an Orbax one, in head order, whole or not at all.
+
+source --> checkpoints/.NAME.partial: params/, tokenizer, profile, model.json --rename--> NAME
+"""
+
+import dataclasses
+import hashlib
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import orbax.checkpoint as ocp
+import tensorstore as ts
+
+from fairkv_jax.checkpoint.base import PROFILE_FILE, Checkpoint, CheckpointError, LazyTensor
+from fairkv_jax.checkpoint.orbax_checkpoint import (
+    DTYPES,
+    FORMAT,
+    MODEL_FILE,
+    PARAMS,
+    block_checksum,
+    record_checksum,
+)
+
+HEAD_CHUNK_BYTES = 1 << 20
+"""Of a chunk of heads: larger heads get a chunk each."""
+CHUNK_BYTES = 4 << 20
+"""Of a chunk of the MLP or the vocabulary, where a row is not larger."""
+
+
+def convert(checkpoint: Checkpoint, target: Path, dtype: str | None = None) -> Path:
+    """Writes `checkpoint` to the folder `target`, which must not exist, and returns it.
+
+    `dtype` is one of `DTYPES`; None keeps each tensor's own, float32 for what was quantised. All
+    tensors are held on the host, mapped where the source is a Hugging Face folder.
+
+    Raises:
+        CheckpointError: the target exists, the disk is full, or the source is damaged.
+    """
+    if dtype not in (None, *DTYPES):
+        raise CheckpointError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
+    if target.exists():
+        raise CheckpointError(f"{target} exists already: remove it, or choose another name")
+    partial = target.with_name(f".{target.name}.partial")
+    try:
+        if partial.exists():
+            shutil.rmtree(partial)  # of a conversion that was interrupted
+        partial.mkdir(parents=True)
+        tensors = _write_params(checkpoint, partial / PARAMS, dtype)
+        _write_record(checkpoint, partial, tensors)
+        os.replace(partial, target)
+    except OSError as error:
+        raise CheckpointError(f"cannot write {target}: {error}") from error
+    return target
+
+
+def _write_params(checkpoint: Checkpoint, folder: Path, dtype: str | None) -> dict[str, Any]:
+    """Saves the tree of all tensors; the record of each, with checksums of its chunks."""
+    tree = {name: _values(checkpoint.lazy(name), dtype) for name in checkpoint.names()}
+    save_args = {name: _save_args(value) for name, value in tree.items()}
+    handler = ocp.PyTreeCheckpointHandler(use_ocdbt=True, use_compression=False)
+    with ocp.Checkpointer(handler) as checkpointer:
+        args = ocp.args.PyTreeSave(tree, save_args=save_args)
+        checkpointer.save(folder.resolve(), args=args)
+    return {name: _record(folder, name, value) for name, value in tree.items()}
+
+
+def _values(tensor: LazyTensor, dtype: str | None) -> np.ndarray:
+    values = tensor.read(0, tensor.shape[0])
+    return values if dtype is None else values.astype(DTYPES[dtype])
+
+
+def _save_args(value: np.ndarray) -> ocp.SaveArgs:
+    """Chunks of one head, or of whole rows: a device's part can be read without the rest."""
+    row_bytes = value.nbytes // len(value)
+    if value.ndim == 1:
+        return ocp.SaveArgs()
+    chunk_bytes = HEAD_CHUNK_BYTES if value.ndim > 2 else CHUNK_BYTES
+    return ocp.SaveArgs(chunk_byte_size=max(row_bytes, chunk_bytes), shard_axes=(0,))
+
+
+def _record(folder: Path, name: str, value: np.ndarray) -> dict[str, Any]:
+    nodes = {"driver": "ocdbt", "base": f"file://{folder.resolve()}/"}
+    store: Any = ts.open({"driver": "zarr", "kvstore": nodes, "path": name}).result()
+    chunk = store.chunk_layout.read_chunk.shape
+    block = chunk[0] if chunk[1:] == value.shape[1:] else len(value)
+    starts = range(0, len(value), block)
+    checksums = [block_checksum(value[start : start + block]) for start in starts]
+    return {"dtype": value.dtype.name, "block": block, "crc32": checksums}
+
+
+def _write_record(checkpoint: Checkpoint, folder: Path, tensors: dict[str, Any]) -> None:
+    checkpoint.tokenizer().save(folder)
+    if checkpoint.profile is not None:
+        (folder / PROFILE_FILE).write_text(checkpoint.profile.to_json())
+    files = sorted(path for path in folder.iterdir() if path.is_file())
+    record = {
+        "format": FORMAT,
+        "name": checkpoint.name,
+        "config": dataclasses.asdict(checkpoint.config),
+        "tensors": tensors,
+        "files": {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in files},
+    }
+    record = json.loads(json.dumps(record))  # tuples become lists, as they will be read
+    record["sha256"] = record_checksum(record)
+    (folder / MODEL_FILE).write_text(json.dumps(record))

@@ -1,0 +1,191 @@
+"""A converted checkpoint: parameters in head order in an Orbax tree, and what belongs to them.
+
+    checkpoints/NAME/
+      model.json             name, configuration, and the checksums of all below; written last
+      params/                Orbax's own: an OCDBT store of zarr arrays, one per tensor, in chunks
+                             of rows of the leading axis, mostly one KV head each
+      tokenizer.json, tokenizer_config.json, generation_config.json
+      profile.json           where the source had one
+
+Any mesh and any plan reads it: every device's process takes the chunks of its heads.
+"""
+
+import hashlib
+import json
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import tensorstore as ts
+
+from fairkv_jax.checkpoint.base import (
+    CheckpointError,
+    LazyTensor,
+    Stored,
+    check_tokenizer,
+    read_profile,
+)
+from fairkv_jax.checkpoint.hf_tokenizer import build_tokenizer
+from fairkv_jax.checkpoint.json_file import read_object
+from fairkv_jax.checkpoint.layout import tensor_shapes
+from fairkv_jax.config import ModelConfig
+from fairkv_jax.plan import Profile
+from fairkv_jax.tokenizer import Tokenizer
+
+MODEL_FILE = "model.json"
+PARAMS = "params"
+FORMAT = 1
+DTYPES: dict[str, type] = {
+    "float32": np.float32,
+    "float16": np.float16,
+    "bfloat16": ml_dtypes.bfloat16,
+}
+_NODE_CACHE_BYTES = 16 << 20
+
+
+@dataclass(frozen=True)
+class TensorRecord:
+    """What model.json says of a tensor: its type, and the checksums of blocks of its rows."""
+
+    dtype: str
+    block: int
+    crc32: list[int]
+
+
+class OrbaxCheckpoint:
+    """A converted model; every block of rows is checked as it is read.
+
+    Raises:
+        CheckpointError: the folder holds no finished conversion, or its description is damaged.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        record = read_record(folder)
+        try:
+            self.name = str(record["name"])
+            self.config = _config(record["config"])
+            self._records = {n: TensorRecord(**r) for n, r in record["tensors"].items()}
+            self._files: dict[str, str] = dict(record["files"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise CheckpointError(f"{folder / MODEL_FILE} is damaged: {error}") from error
+        self._shapes = tensor_shapes(self.config)
+        if self._records.keys() != self._shapes.keys():
+            raise CheckpointError(
+                f"{folder / MODEL_FILE} lists other tensors than its configuration calls for: "
+                "convert the model again"
+            )
+        self._context = ts.Context({"cache_pool#nodes": {"total_bytes_limit": _NODE_CACHE_BYTES}})
+
+    @property
+    def profile(self) -> Profile | None:
+        self._check_files()
+        return read_profile(self._folder)
+
+    def names(self) -> tuple[str, ...]:
+        return tuple(self._shapes)
+
+    def lazy(self, name: str) -> LazyTensor:
+        if name not in self._shapes:
+            raise CheckpointError(f"{self._folder} has no tensor {name!r}: see names()")
+        record, shape = self._records[name], self._shapes[name]
+        store = self._guarded(name, lambda: ts.open(self._spec(name), context=self._context))
+        if store.shape != shape or store.dtype.name != record.dtype:
+            raise CheckpointError(
+                f"{self._folder}: tensor {name!r} is {store.dtype.name} {store.shape}, "
+                f"{MODEL_FILE} says {record.dtype} {shape}: the two do not belong together"
+            )
+        return LazyTensor(shape, record.block, partial(self._read, name, store))
+
+    def tensor(self, name: str) -> np.ndarray:
+        return self.lazy(name).whole()
+
+    def stored(self, name: str) -> Stored:
+        dtype = self._records[name].dtype
+        size = int(np.prod(self._shapes[name]))
+        return Stored(dtype, size * np.dtype(DTYPES[dtype]).itemsize)
+
+    def tokenizer(self) -> Tokenizer:
+        self._check_files()
+        return check_tokenizer(build_tokenizer(self._folder), self.config, self._folder)
+
+    def _spec(self, name: str) -> dict[str, Any]:
+        base = f"file://{(self._folder / PARAMS).resolve()}/"
+        nodes = {"driver": "ocdbt", "base": base, "cache_pool": "cache_pool#nodes"}
+        return {"driver": "zarr", "kvstore": nodes, "path": name, "open": True}
+
+    def _read(self, name: str, store: Any, start: int, stop: int) -> np.ndarray:
+        """Rows [start, stop), with the checksums of the blocks that they make up."""
+        block, checksums = self._records[name].block, self._records[name].crc32
+        if start % block or (stop % block and stop != store.shape[0]):
+            first, last = start // block * block, min(-(-stop // block) * block, store.shape[0])
+            return self._read(name, store, first, last)[start - first : stop - first]
+        rows = self._guarded(name, lambda: store[start:stop].read())
+        for at in range(start, stop, block):
+            rows_of_block = rows[at - start : at - start + block]
+            if block_checksum(rows_of_block) != checksums[at // block]:
+                raise CheckpointError(
+                    f"{self._folder}: tensor {name!r} is damaged in the rows from {at} on (its "
+                    "checksum differs): copy the checkpoint or convert the model again"
+                )
+        return rows
+
+    def _guarded(self, name: str, start: Callable[[], Any]) -> Any:
+        """The result of tensorstore's work, its complaints with the tensor's name."""
+        try:
+            return start().result()
+        except Exception as error:  # the package raises ValueError, OSError and others
+            raise CheckpointError(
+                f"{self._folder}: tensor {name!r} is damaged or missing: {error}: copy the "
+                "checkpoint or convert the model again"
+            ) from error
+
+    def _check_files(self) -> None:
+        for name, expected in self._files.items():
+            try:
+                actual = hashlib.sha256((self._folder / name).read_bytes()).hexdigest()
+            except OSError as error:
+                raise CheckpointError(f"{self._folder} lacks {name}: {error}") from error
+            if actual != expected:
+                raise CheckpointError(
+                    f"{self._folder / name} is damaged (its checksum differs): copy the checkpoint "
+                    "or convert the model again"
+                )
+
+
+def block_checksum(rows: np.ndarray) -> int:
+    """Of the bytes of an array, in row order."""
+    raw: Any = np.ascontiguousarray(rows).reshape(-1).view(np.uint8)
+    return zlib.crc32(raw)
+
+
+def record_checksum(record: dict[str, Any]) -> str:
+    """Of all that model.json holds but the checksum itself."""
+    rest = {key: value for key, value in record.items() if key != "sha256"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
+
+
+def read_record(folder: Path) -> dict[str, Any]:
+    """The content of model.json, which is there only once a conversion has finished."""
+    path = folder / MODEL_FILE
+    record = read_object(path)
+    if record.get("format") != FORMAT:
+        raise CheckpointError(
+            f"{path} has the format {record.get('format')!r}, read is {FORMAT}: convert again"
+        )
+    if record.get("sha256") != record_checksum(record):
+        raise CheckpointError(
+            f"{path} is damaged (its checksum differs): copy the checkpoint or convert it again"
+        )
+    return record
+
+
+def _config(values: dict[str, Any]) -> ModelConfig:
+    divisors = values["rope_divisors"]
+    known: dict[str, Any] = values | {"rope_divisors": divisors and tuple(divisors)}
+    return ModelConfig(**known)
