@@ -10,6 +10,7 @@ from fairkv_jax.checkpoint.base import CheckpointError
 from fairkv_jax.checkpoint.families import FAMILIES, Family
 from fairkv_jax.checkpoint.gguf_file import GGUFFile
 from fairkv_jax.checkpoint.layout import split_name
+from fairkv_jax.checkpoint.sliding_window import within_window
 from fairkv_jax.config import ModelConfig
 
 ROPE_DIVISORS = "rope_freqs.weight"
@@ -64,8 +65,8 @@ def read_config(file: GGUFFile, family: Family) -> ModelConfig:
     hidden_size, num_heads = get("embedding_length", int), get("attention.head_count", int)
     head_dim = get("attention.key_length", int, hidden_size // max(num_heads, 1))
     context = get("context_length", int)
-    if window := get("attention.sliding_window", int, 0):  # within it attention is full
-        context = min(context, window)
+    if window := get("attention.sliding_window", int, 0):
+        context = within_window(file.path, context, window)
     config = _checked(
         file.path,
         architecture=family.name,

@@ -44,9 +44,9 @@ def build_tokenizer(file: GGUFFile) -> Tokenizer:
     except Exception as error:  # the package raises no narrower type
         raise CheckpointError(f"{file.path}: the tokenizer's merges are broken: {error}") from error
     if rules.normalizer is not None:
-        backend.normalizer = rules.normalizer()  # type: ignore[assignment]
-    backend.pre_tokenizer = rules.pre_tokenizer()  # type: ignore[assignment]
-    backend.decoder = decoders.ByteLevel()  # type: ignore[assignment]
+        backend.normalizer = rules.normalizer()
+    backend.pre_tokenizer = rules.pre_tokenizer()
+    backend.decoder = decoders.ByteLevel()
     backend.add_tokens(
         [
             AddedToken(text, special=kind == CONTROL, normalized=False)
@@ -57,7 +57,7 @@ def build_tokenizer(file: GGUFFile) -> Tokenizer:
     tokens = _special_tokens(file, texts)
     if file.metadata.get("tokenizer.ggml.add_bos_token", rules.adds_bos) and "bos_token" in tokens:
         bos = tokens["bos_token"]
-        backend.post_processor = processors.TemplateProcessing(  # type: ignore[assignment]
+        backend.post_processor = processors.TemplateProcessing(
             single=f"{bos} $A", special_tokens=[(bos, texts.index(bos))]
         )
     return Tokenizer(

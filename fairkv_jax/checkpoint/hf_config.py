@@ -1,6 +1,5 @@
 """The model's configuration from a Hugging Face folder's config.json."""
 
-import logging
 from pathlib import Path
 from typing import Any
 
@@ -8,9 +7,8 @@ from fairkv_jax.checkpoint.base import CheckpointError
 from fairkv_jax.checkpoint.families import FAMILIES, Family
 from fairkv_jax.checkpoint.json_file import read_object
 from fairkv_jax.checkpoint.rope_scaling import llama3_divisors
+from fairkv_jax.checkpoint.sliding_window import within_window
 from fairkv_jax.config import ModelConfig
-
-logger = logging.getLogger(__name__)
 
 
 def read_config(folder: Path) -> ModelConfig:
@@ -107,16 +105,7 @@ def _context(values: _Values) -> int:
     context = values.get("max_position_embeddings", int)
     if not values.has("sliding_window") or not values.get("use_sliding_window", bool, True):
         return context
-    window = values.get("sliding_window", int)
-    if window < context:
-        logger.warning(
-            "%s: attention slides over a window of %d tokens, which therefore bounds the context "
-            "of %d tokens: beyond it the cache would have to forget",
-            values.path,
-            window,
-            context,
-        )
-    return min(context, window)
+    return within_window(values.path, context, values.get("sliding_window", int))
 
 
 def _rope_divisors(values: _Values, head_dim: int, theta: float) -> tuple[float, ...] | None:

@@ -1,12 +1,13 @@
 """From options, as `LLM` and `serve` take them, to an engine."""
 
+import logging
 from dataclasses import replace
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 
-from fairkv_jax.checkpoint import open_checkpoint
+from fairkv_jax.checkpoint import Checkpoint, open_checkpoint
 from fairkv_jax.checkpoint.fetch import DEMO_MODEL
 from fairkv_jax.checkpoint.needs import device_bytes
 from fairkv_jax.compress import make_policy
@@ -23,6 +24,8 @@ from fairkv_jax.plan import (
     make_plan,
     shipped_profile,
 )
+
+logger = logging.getLogger(__name__)
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 _CPU_KV_BYTES = 1 << 30
@@ -61,7 +64,8 @@ def build_engine(
     """Opens a checkpoint, plans its heads, loads it onto the devices.
 
     Args:
-        model: a checkpoint's path, or the name of one under `checkpoints/`.
+        model: a checkpoint's path, the name of one under `checkpoints/`, or OWNER/MODEL of the
+            Hugging Face Hub, which is then fetched.
         max_model_len: most tokens of a request, prompt and output; None: the model's context.
         dtype: of weights and cache; "auto" is float32 on CPU and bfloat16 on GPUs.
         quantization: "int8": the weights' matrices in half of bfloat16's bytes; None: in dtype.
@@ -121,7 +125,7 @@ def build_engine(
     cost = CostModel.of(
         shape, tensor_parallel_size, _hardware(), batch=max_num_seqs, itemsize=itemsize
     )
-    profile = _profile(checkpoint.name, shape, kv_config, engine_config.max_model_len)
+    profile = _profile(checkpoint, shape, kv_config, engine_config.max_model_len)
     plan = _plan(head_plan, profile, checkpoint.name, cost, tensor_parallel_size, max_copies)
     if kv_cache_memory_bytes is None:
         weights = device_bytes(config, plan, itemsize, int8=quantization == "int8")
@@ -158,22 +162,42 @@ def _hardware() -> str:
     return next((name for name in HARDWARE if name in kind), "H100")
 
 
-def _profile(name: str, shape: ModelShape, kv_config: KVConfig, context: int) -> Profile:
+def _profile(
+    checkpoint: Checkpoint, shape: ModelShape, kv_config: KVConfig, context: int
+) -> Profile:
     """What each head is expected to hold: as measured, scaled to the budget, or its budget."""
-    measured = shipped_profile(name, kv_config.policy)
-    if measured is not None and measured.shape == shape:
+    measured = _measured_profile(checkpoint, shape, kv_config.policy)
+    if measured is not None:
         kept = kv_config.kept_tokens(context)
         tokens = (measured.array * (kept / measured.array.mean())).tolist()
         return replace(measured, tokens=tokens, budget=kv_config.budget, spread=None, samples=None)
     budgets = kv_config.budgets(context, shape.num_layers, shape.num_kv_heads)
     return Profile(
-        model=name,
+        model=checkpoint.name,
         policy=kv_config.policy,
         budget=kv_config.budget,
         tokens=tuple(tuple(float(min(budget, context)) for budget in layer) for layer in budgets),
         source="budgets",
         shape=shape,
     )
+
+
+def _measured_profile(checkpoint: Checkpoint, shape: ModelShape, policy: str) -> Profile | None:
+    """The profile that lies beside the weights, else the shipped one; None: neither fits."""
+    carried = checkpoint.profile
+    if carried is not None:
+        has = (carried.num_layers, carried.num_heads)
+        if has != (shape.num_layers, shape.num_kv_heads):
+            raise ValueError(
+                f"the profile beside the weights of {checkpoint.name} is of {has[0]} layers x "
+                f"{has[1]} KV heads, the model of {shape.num_layers} x {shape.num_kv_heads}: "
+                "measure a new one, or remove it"
+            )
+        if carried.policy == policy:
+            return carried
+        logger.info("the profile beside the weights is of %s, not %s", carried.policy, policy)
+    shipped = shipped_profile(checkpoint.name, policy)
+    return shipped if shipped is not None and shipped.shape == shape else None
 
 
 def _plan(

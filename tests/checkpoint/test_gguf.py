@@ -186,6 +186,13 @@ def test_every_supported_type_is_tried_above():
     assert list(SUPPORTED_TYPES) == tried
 
 
+@pytest.mark.parametrize(("window", "expected"), [(512, 512), (4096, 2048)])
+def test_a_sliding_window_bounds_the_context_and_says_so(tmp_path, caplog, window, expected):
+    path = write_tiny_checkpoint(tmp_path / "tiny.gguf", sliding_window=window)
+    assert open_checkpoint(path).config.max_position_embeddings == expected
+    assert ("window of 512 tokens" in caplog.text) == (expected == 512)
+
+
 def test_a_missing_file(tmp_path):
     with pytest.raises(CheckpointError, match=r"no checkpoint at .*nothing\.gguf.*fetch"):
         open_checkpoint(tmp_path / "nothing.gguf")

@@ -34,6 +34,7 @@ def write_tiny_checkpoint(
     tie_word_embeddings: bool = True,
     architecture: str = "llama",
     rope_scaling: Mapping[str, float] | None = None,
+    sliding_window: int | None = None,
     pre_tokenizer: str = "smollm",
     seed: int = 0,
 ) -> Path:
@@ -58,6 +59,8 @@ def write_tiny_checkpoint(
     writer.add_rope_dimension_count(head_dim)
     writer.add_rope_freq_base(rope_theta)
     writer.add_layer_norm_rms_eps(1e-5)
+    if sliding_window is not None:
+        writer.add_sliding_window(sliding_window)
     writer.add_vocab_size(vocab_size)
     _add_tokenizer(writer, vocab_size, pre_tokenizer)
     if rope_scaling is not None:
