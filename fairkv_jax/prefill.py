@@ -124,7 +124,7 @@ def start_prefill(
     """
 
     def local(model: Llama, tokens: Array) -> PrefillState:
-        config, dtype = model.config, model.embed[...].dtype
+        config, dtype = model.config, model.dtype
         num_tokens = _padded(tokens.shape[0], block)
         slots = model.layers.attention.out[...].shape[1]
         keys = jnp.zeros((slots, num_tokens, config.head_dim), dtype)

@@ -10,7 +10,7 @@ _BYTES = re.compile(r"allocat\w*\s+(\d[\d,]*)\s*(bytes)?", re.IGNORECASE)
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT])iB", re.IGNORECASE)
 _UNITS = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 
-WEIGHTS_DO_NOT_FIT = "use more devices (tensor_parallel_size), or weights of fewer bytes (dtype)"
+WEIGHTS_DO_NOT_FIT = "use more devices (tensor_parallel_size), or fewer bytes (quantization, dtype)"
 POOL_DOES_NOT_FIT = "lower gpu_memory_utilization (or kv_cache_memory_bytes), or max_num_seqs"
 STEP_DOES_NOT_FIT = "lower gpu_memory_utilization (or kv_cache_memory_bytes), or max_model_len"
 

@@ -173,7 +173,7 @@ def test_checkpoints_that_are_none(tiny_checkpoint: Path, tmp_path: Path):
     with pytest.raises(ValueError, match=r"no checkpoint at .*nowhere\.gguf"):
         LLM(model=tmp_path / "nowhere.gguf")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ValueError, match=r"must hold a config\.json or one \.gguf file"):
+    with pytest.raises(ValueError, match=r"must hold a model\.json, a config\.json or one \.gguf"):
         LLM(model=tmp_path / "empty")
     text = tmp_path / "text.gguf"
     text.write_text("This is no model.")
