@@ -2,7 +2,6 @@
 parts are installed, the engine's own decode step."""
 
 import dataclasses
-import warnings
 
 import jax
 import jax.numpy as jnp
@@ -112,8 +111,7 @@ def test_kernels_compile_without_spills(name: str, group: int, width: int, dtype
         return append_and_decode(q, k, v, pool, table, lengths, backend="triton", device=device)
 
     jitted = jax.jit(step, donate_argnums=(3, 4))
-    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "The Pallas Triton backend", DeprecationWarning)
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
         lowered = jitted.lower(*arrays, arrays[-1], table, lengths)
     compiled = compile_and_report(lowered, target.architecture, 1)
     assert len(compiled.own_kernels) == 2

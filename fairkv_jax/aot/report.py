@@ -1,10 +1,13 @@
 """What a compiled step takes of a device: memory, registers, spills, collectives, copies."""
 
+import os
 import re
 import subprocess
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -14,7 +17,8 @@ from jax.stages import Lowered
 from fairkv_jax.aot.targets import find_ptxas
 
 COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
-OURS = ("append_and_decode", "ragged_decode", "merge_pieces")
+OURS = ("append_and_decode", "ragged_decode", "list_pieces", "merge_pieces")
+_MOSAIC_FOLDER = "MOSAIC_GPU_DUMP_TO"
 _SHAPE = re.compile(r"\b(?:pred|[a-z]+\d+)\[([\d,]*)\]")
 
 
@@ -63,7 +67,7 @@ class Report:
 
 def compile_and_report(lowered: Lowered, architecture: str, num_layers: int) -> Report:
     """Compiles, and reads the machine code that the compiler leaves in a folder."""
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, _mosaic_writes_to(folder):
         options: dict[str, str | bool] = {"xla_dump_to": folder, "xla_dump_emitter_re": "ptx"}
         start = time.perf_counter()
         compiled = lowered.compile(compiler_options=options)
@@ -81,6 +85,22 @@ def compile_and_report(lowered: Lowered, architecture: str, num_layers: int) -> 
         collectives=count_collectives(hlo, num_layers),
         hlo=hlo,
     )
+
+
+@contextmanager
+def _mosaic_writes_to(folder: str) -> Iterator[None]:
+    """Kernels of Mosaic GPU are compiled beside XLA's own, and left in a folder of the environment.
+
+    It disassembles them too, and says on stderr where it finds no nvdisasm: nothing depends on it.
+    """
+    before = os.environ.get(_MOSAIC_FOLDER)
+    os.environ[_MOSAIC_FOLDER] = folder
+    try:
+        yield
+    finally:
+        del os.environ[_MOSAIC_FOLDER]
+        if before is not None:
+            os.environ[_MOSAIC_FOLDER] = before
 
 
 def read_kernels(folder: Path, architecture: str) -> tuple[Kernel, ...]:

@@ -1,6 +1,5 @@
 """The engine's decode step and prefill, lowered over shapes in place of arrays."""
 
-import warnings
 from dataclasses import dataclass
 from functools import cached_property, partial
 from math import prod
@@ -167,7 +166,5 @@ def _array(mesh: Mesh, shape: tuple[int, ...], dtype: Any, spec: Any) -> jax.Sha
 
 def _lower(step: Any, mesh: Mesh, *args: Any, **static: Any) -> Lowered:
     """The lowered step; kernels ask the abstract mesh what they are lowered for."""
-    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh), warnings.catch_warnings():
-        # JAX deprecates the Triton lowering from 0.11 on and still has it; it is ours by choice.
-        warnings.filterwarnings("ignore", "The Pallas Triton backend", DeprecationWarning)
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
         return step.lower(*args, mesh=mesh, **static)

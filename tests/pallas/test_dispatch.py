@@ -4,10 +4,13 @@ from dataclasses import asdict
 
 import numpy as np
 import pytest
+from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from fairkv_jax.pallas import ragged_decode as ops
+from fairkv_jax.pallas.ragged_decode.mosaic_pipeline import Shapes
+from fairkv_jax.pallas.ragged_decode.pieces import Sizes
 from fairkv_jax.pallas.ragged_decode.registry import IMPLEMENTATIONS
-from fairkv_jax.pallas.ragged_decode.tiles import Device, TritonTile, device_tiles
+from fairkv_jax.pallas.ragged_decode.tiles import Device, MosaicTile, TritonTile, device_tiles
 from tests.pallas.oracle import Case, append, attend, relative_error
 
 CPU = Device("cpu", "cpu")
@@ -21,18 +24,23 @@ KINDS = {
 
 @pytest.mark.parametrize("backend", ops.BACKENDS)
 def test_every_backend_computes_the_same(backend: str) -> None:
-    case = Case.random(1, room=1)
+    if backend == "mosaic" and not hasattr(plgpu, "InterpretGPUParams"):
+        pytest.skip("this JAX cannot interpret Mosaic GPU kernels")
+    case = Case.random(1, room=1, group=2, width=64, dtype="bfloat16")
     out = ops.ragged_decode(*case.arrays, backend=backend, device=CPU)
-    assert relative_error(out, attend(case)) < 1e-6
+    assert relative_error(out, attend(case)) < 1e-2
     k, v = case.new_tokens(2)
     q, k_pages, v_pages, table, lengths = case.arrays
     out, pool = ops.append_and_decode(
         q, k, v, (k_pages, v_pages), table, lengths, backend=backend, device=CPU
     )
     after = append(case, k, v)
-    assert relative_error(out, attend(after)) < 1e-6
-    np.testing.assert_array_equal(pool[0], after.k_pages)
-    np.testing.assert_array_equal(pool[1], after.v_pages)
+    assert relative_error(out, attend(after)) < 1e-2
+    for pages, expected in zip(pool, (after.k_pages, after.v_pages), strict=True):
+        # As float32: NumPy knows no NaN in bfloat16.
+        np.testing.assert_array_equal(
+            np.asarray(pages, np.float32), np.asarray(expected, np.float32)
+        )
 
 
 def test_what_one_cannot_take_the_next_does() -> None:
@@ -71,6 +79,25 @@ def test_tiles_are_whole(kind: str, itemsize: int, width: int) -> None:
     assert min(asdict(tile).values()) > 0
     assert tile.block_tokens >= 16
     assert tile.block_tokens.bit_count() == 1
+
+
+@pytest.mark.parametrize("kind", ["NVIDIA H100 80GB HBM3", "NVIDIA H200"])
+@pytest.mark.parametrize("width", [64, 128, 256])
+@pytest.mark.parametrize("group", [1, 16])
+def test_mosaic_tiles_fit_a_hopper(kind: str, width: int, group: int) -> None:
+    tile = MosaicTile(**device_tiles(kind).get("mosaic", 2, width))
+    sizes = Sizes(64, group, width, page_size=16, max_pages=64, tile=tile)
+    if not hasattr(plgpu, "InterpretGPUParams"):
+        pytest.skip("this JAX is too old for the kernel")
+    Shapes.of(sizes, np.dtype("float16"))
+
+
+@pytest.mark.parametrize("kind", ["NVIDIA A100-SXM4-80GB", "NVIDIA L4", "NVIDIA B200"])
+def test_mosaic_is_for_hopper_alone(kind: str) -> None:
+    """Lowering its kernel for another architecture would abort the process."""
+    case = Case.random(3, group=2, width=64, dtype="bfloat16")
+    with pytest.raises(NotImplementedError, match="no mosaic tile"):
+        ops.ragged_decode(*case.arrays, backend="mosaic", device=Device("gpu", kind))
 
 
 def test_a_width_beyond_the_tiles_is_not_taken() -> None:

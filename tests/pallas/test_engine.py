@@ -5,7 +5,6 @@ from pathlib import Path
 import pytest
 
 from fairkv_jax import LLM, SamplingParams
-from fairkv_jax.pallas.ragged_decode import BACKENDS
 
 PROMPTS = [[3, 1, 4, 1, 5, 9, 2, 6] * 5, [2, 7, 1, 8] * 4]
 
@@ -26,11 +25,10 @@ def generate(checkpoint: Path, backend: str) -> list[list[int]]:
     return [output.outputs[0].token_ids for output in outputs]
 
 
-def test_every_backend_generates_the_same_tokens(tiny_checkpoint: Path) -> None:
+def test_the_kernels_generate_the_same_tokens(tiny_checkpoint: Path) -> None:
     expected = generate(tiny_checkpoint, "reference")
     assert [len(tokens) for tokens in expected] == [20, 20]
-    for backend in BACKENDS[1:]:
-        assert generate(tiny_checkpoint, backend) == expected
+    assert generate(tiny_checkpoint, "triton") == expected
 
 
 def test_an_unknown_backend_is_refused_before_loading() -> None:

@@ -90,6 +90,18 @@ def append_and_decode(
     lengths: Int[Array, "B C"],
 ) -> tuple[Float[Array, "B C G H"], Pool]:
     """Writes each owned row's new key and value behind its tokens, then attends over the row."""
+    pool, lengths = append(k, v, pool, page_table, lengths)
+    return ragged_decode(q, *pool, page_table, lengths), pool
+
+
+def append(
+    k: Float[Array, "B C H"],
+    v: Float[Array, "B C H"],
+    pool: Pool,
+    page_table: Int[Array, "B C max_pages"],
+    lengths: Int[Array, "B C"],
+) -> tuple[Pool, Int[Array, "B C"]]:
+    """The pool with every owned row's new token behind its others, and the lengths with it."""
     k_pages, v_pages = pool
     num_pages, page_size, _ = k_pages.shape
     owned = lengths > 0
@@ -98,5 +110,4 @@ def append_and_decode(
     at = lengths % page_size
     k_pages = k_pages.at[page, at].set(k, mode="drop")
     v_pages = v_pages.at[page, at].set(v, mode="drop")
-    out = ragged_decode(q, k_pages, v_pages, page_table, lengths + owned)
-    return out, (k_pages, v_pages)
+    return (k_pages, v_pages), lengths + owned

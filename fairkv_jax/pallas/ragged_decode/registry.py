@@ -2,12 +2,13 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib import import_module
 from typing import Any
 
 from jaxtyping import Array
 
-from fairkv_jax.pallas.ragged_decode import reference, triton
-from fairkv_jax.pallas.ragged_decode.tiles import Device, TritonTile, device_tiles
+from fairkv_jax.pallas.ragged_decode import reference
+from fairkv_jax.pallas.ragged_decode.tiles import MosaicTile, Tile, TritonTile, device_tiles
 
 
 @dataclass(frozen=True)
@@ -26,26 +27,37 @@ def _by_reference(operation: Callable[..., Any]) -> Callable[..., Any]:
     return call
 
 
-def _by_triton(operation: Callable[..., Any]) -> Callable[..., Any]:
-    """On CPU the kernels are interpreted, which shows what they compute, not how fast."""
+def _by_kernel(backend: str, tile_type: type[Tile], operation: str) -> Callable[..., Any]:
+    """On CPU the kernels are interpreted, which shows what they compute, not how fast.
+
+    A backend's file is imported when it is first called: what it needs of JAX takes its time to
+    load, and not every installation has it.
+    """
 
     def call(q: Array, *args: Any) -> Any:
         *arrays, device = args
-        tile = _triton_tile(device, q)
-        return operation(q, *arrays, tile=tile, interpret=device.platform == "cpu")
+        tile = tile_type(**device_tiles(device.kind).get(backend, q.dtype.itemsize, q.shape[-1]))
+        try:
+            kernels = import_module(f"fairkv_jax.pallas.ragged_decode.{backend}")
+        except ImportError as error:
+            raise NotImplementedError(f"this JAX lacks what it needs: {error}") from error
+        run = getattr(kernels, operation)
+        return run(q, *arrays, tile=tile, interpret=device.platform == "cpu")
 
     return call
 
 
-def _triton_tile(device: Device, q: Array) -> TritonTile:
-    return TritonTile(**device_tiles(device.kind).get("triton", q.dtype.itemsize, q.shape[-1]))
+def _kernels(backend: str, tile_type: type[Tile]) -> Implementation:
+    return Implementation(
+        _by_kernel(backend, tile_type, "ragged_decode"),
+        _by_kernel(backend, tile_type, "append_and_decode"),
+    )
 
 
 IMPLEMENTATIONS = {
     "reference": Implementation(
         _by_reference(reference.ragged_decode), _by_reference(reference.append_and_decode)
     ),
-    "triton": Implementation(
-        _by_triton(triton.ragged_decode), _by_triton(triton.append_and_decode)
-    ),
+    "triton": _kernels("triton", TritonTile),
+    "mosaic": _kernels("mosaic", MosaicTile),
 }

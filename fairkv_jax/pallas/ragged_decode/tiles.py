@@ -25,19 +25,30 @@ class Device:
 
 
 @dataclass(frozen=True)
-class TritonTile:
-    """How the Triton-style kernel cuts its work."""
+class Tile:
+    """How a GPU kernel cuts its work."""
 
     block_tokens: int
-    """Cached tokens that a program multiplies at once; a power of 2, at least 16."""
-    num_warps: int
+    """Cached tokens that a program multiplies at once."""
     num_stages: int
-    """Loads in flight: the depth of the software pipeline."""
+    """Blocks in flight: the depth of the pipeline."""
     programs: int
     """Pieces that the work is cut into, beside one more per pair: a few for every one of the
     programs that the device holds at a time, so that the last ones to end leave little idle."""
     min_blocks: int
     """The least blocks a piece, so that short work is not cut into shreds."""
+
+
+@dataclass(frozen=True)
+class TritonTile(Tile):
+    """Of the Triton-style kernel: blocks of a power of 2, at least 16."""
+
+    num_warps: int
+
+
+@dataclass(frozen=True)
+class MosaicTile(Tile):
+    """Of the Mosaic GPU kernel: blocks of a multiple of 64, the rows of Hopper's wgmma."""
 
 
 @dataclass(frozen=True)

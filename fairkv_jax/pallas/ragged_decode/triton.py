@@ -1,14 +1,8 @@
 """Ragged decode attention for GPUs: Pallas kernels lowered through Triton.
 
-The cached tokens of all (row, slot) pairs are cut into pieces of nearly equal size, so that pairs
-of very different length keep every multiprocessor busy. With 2 tiles a piece:
-
-    lengths, in tiles   pair 0: 5       pair 1: 0   pair 2: 3
-    pieces              [0,0..1] [0,1..3] [0,3..5]  [2,0..1] [2,1..3]       one program each
-
-No list is stored: every program reads the lengths and finds its own piece among them, which is
-cheaper than another kernel in front. A piece leaves its unnormalised output, peak and mass; a
-second kernel merges the pieces of a pair.
+One program a piece (`pieces.py`). No list of them is stored: every program reads the lengths and
+finds its own piece among them, which is cheaper than another kernel in front. A second kernel
+merges the pieces of a pair (`merge.py`).
 """
 
 import math
@@ -21,21 +15,13 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 from jaxtyping import Array, Float, Int
 
+from fairkv_jax.pallas.ragged_decode.merge import NEVER, merge_pieces
+from fairkv_jax.pallas.ragged_decode.pieces import Pieces, Sizes
 from fairkv_jax.pallas.ragged_decode.reference import Pool
 from fairkv_jax.pallas.ragged_decode.tiles import TritonTile
-from fairkv_jax.pallas.ragged_decode.triton_blocks import (
-    Pieces,
-    Sizes,
-    ceil_div,
-    load,
-    power_of_two,
-    store,
-    token_row,
-)
+from fairkv_jax.pallas.ragged_decode.triton_blocks import launch, load, power_of_two, store
 
 _MIN_DOT = 16  # rows of a tensor core's operand
-_MERGE_ELEMENTS = 4096
-_NEVER = -1e30  # a finite minus infinity: the difference of two of them is 0, not NaN
 
 
 def ragged_decode(
@@ -54,16 +40,15 @@ def ragged_decode(
         NotImplementedError: the kernels cannot take this type, group, head width or batch.
     """
     sizes = Sizes.of(q, k_pages, page_table, tile)
-    partials = _partials(sizes)
-    pieces = _call(
+    pieces = launch(
         partial(_attend, sizes=sizes),
         "ragged_decode",
         sizes.pieces,
-        partials,
-        tile,
+        _partials(sizes),
+        **_pipeline(tile),
         interpret=interpret,
     )(_rows(q), _rows(k_pages), _rows(v_pages), page_table.reshape(-1), lengths.reshape(-1))
-    return _merged(q, pieces, lengths, sizes, interpret)
+    return merge_pieces(q, *pieces, lengths, sizes, interpret=interpret)
 
 
 def append_and_decode(
@@ -89,17 +74,17 @@ def append_and_decode(
     sizes = Sizes.of(q, pool[0], page_table, tile)
     flat = tuple(_rows(pages) for pages in pool)
     written = tuple(jax.ShapeDtypeStruct(pages.shape, pages.dtype) for pages in flat)
-    *pieces, k_rows, v_rows = _call(
+    *pieces, k_rows, v_rows = launch(
         partial(_append_and_attend, sizes=sizes),
         "append_and_decode",
         sizes.pieces,
         (*_partials(sizes), *written),
-        tile,
+        **_pipeline(tile),
         interpret=interpret,
         input_output_aliases={1: 3, 2: 4},
     )(_rows(q), *flat, page_table.reshape(-1), lengths.reshape(-1), _rows(k), _rows(v))
     pool = k_rows.reshape(pool[0].shape), v_rows.reshape(pool[1].shape)
-    return _merged(q, pieces, lengths, sizes, interpret), pool
+    return merge_pieces(q, *pieces, lengths, sizes, interpret=interpret), pool
 
 
 def _attend(
@@ -116,26 +101,20 @@ def _attend(
 ) -> None:
     """One piece: an online softmax over its tiles, in base 2."""
     item = pl.program_id(0)
-    pieces = Pieces.of(lengths_ref, sizes)
-    pair = jnp.sum((pieces.ends <= item).astype(jnp.int32))
+    piece = Pieces.of(lengths_ref, sizes).find(item)
+    pair, length = piece.pair, piece.length
 
-    @pl.when(item < jnp.sum(pieces.counts))
+    @pl.when(piece.begin < piece.end)
     def run() -> None:
-        tiles, count = pieces.pick(pieces.tiles, pair), pieces.pick(pieces.counts, pair)
-        length = pieces.pick(pieces.lengths, pair)
-        piece = item - (pieces.pick(pieces.ends, pair) - count)
-        begin = jax.lax.div(piece * tiles, count)
-        end = jax.lax.div((piece + 1) * tiles, count)
         q = _load_queries(q_ref, pair, sizes)
         state = jax.lax.fori_loop(
-            begin,
-            end,
+            piece.begin,
+            piece.end,
             lambda i, state: _tile(i, state, q, pair, length, k_ref, v_ref, table_ref, sizes),
             _start(sizes),
         )
         if append:
-            is_last = piece == count - 1
-            state = _append(state, is_last, q, pair, length, table_ref, append, sizes)
+            state = _append(state, piece.is_last, q, pair, length, table_ref, append, sizes)
         total, peak, mass = state
         group = jnp.arange(_MIN_DOT)
         rows = item * sizes.group + group
@@ -180,11 +159,11 @@ def _tile(
     total, peak, mass = state
     token = i * sizes.tile.block_tokens + jnp.arange(sizes.tile.block_tokens)
     is_token = token < length
-    row = token_row(table_ref, pair, token, is_token, sizes)
+    row = _token_row(table_ref, pair, token, is_token, sizes)
     k = load(k_ref, row, is_token, sizes.width)
     v = load(v_ref, row, is_token, sizes.width)
     scores = _dot(q, k, trans_b=True) * _scale(sizes)
-    scores = jnp.where(is_token[None, :], scores, _NEVER)
+    scores = jnp.where(is_token[None, :], scores, NEVER)
     new_peak = jnp.maximum(peak, jnp.max(scores, axis=1))
     weights = jnp.exp2(scores - new_peak[:, None])
     decay = jnp.exp2(peak - new_peak)
@@ -209,81 +188,19 @@ def _append(
     mask = jnp.broadcast_to(is_last, (1,))
     k = load(k_new_ref, one + pair, mask, sizes.width)
     v = load(v_new_ref, one + pair, mask, sizes.width)
-    row = token_row(table_ref, pair, one + length, mask, sizes)
+    row = _token_row(table_ref, pair, one + length, mask, sizes)
     store(k_out_ref, row, k, mask, sizes.width)
     store(v_out_ref, row, v, mask, sizes.width)
     score = jnp.sum(q.astype(jnp.float32) * k.astype(jnp.float32), axis=1) * _scale(sizes)
-    score = jnp.where(is_last, score, _NEVER)
+    score = jnp.where(is_last, score, NEVER)
     new_peak = jnp.maximum(peak, score)
     weight, decay = jnp.exp2(score - new_peak), jnp.exp2(peak - new_peak)
     total = total * decay[:, None] + weight[:, None] * v.astype(jnp.float32)
     return total, new_peak, mass * decay + weight
 
 
-def _merge(
-    lengths_ref: Any, o_ref: Any, peak_ref: Any, mass_ref: Any, out_ref: Any, *, sizes: Sizes
-) -> None:
-    """The pieces of one pair, a block of them at a time so that their loads overlap."""
-    pair = pl.program_id(0)
-    pieces = Pieces.of(lengths_ref, sizes)
-    count = pieces.pick(pieces.counts, pair)
-    first = pieces.pick(pieces.ends, pair) - count
-    group, width = power_of_two(sizes.group), power_of_two(sizes.width)
-    block = max(1, _MERGE_ELEMENTS // (group * width))
-    is_group = jnp.arange(group) < sizes.group
-
-    def step(i: Array, state: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
-        total, peak, mass = state
-        piece = i * block + jnp.arange(block)
-        row = (first + piece)[:, None] * sizes.group + jnp.arange(group)[None, :]
-        mask = (piece < count)[:, None] & is_group[None, :]
-        peaks = plt.load(peak_ref.at[row], mask=mask, other=_NEVER)
-        masses = plt.load(mass_ref.at[row], mask=mask, other=0.0)
-        totals = load(o_ref, row, mask, sizes.width)
-        new_peak = jnp.maximum(peak, jnp.max(peaks, axis=0))
-        weights, decay = jnp.exp2(peaks - new_peak[None, :]), jnp.exp2(peak - new_peak)
-        total = total * decay[:, None] + jnp.sum(totals * weights[:, :, None], axis=0)
-        return total, new_peak, mass * decay + jnp.sum(masses * weights, axis=0)
-
-    start = (jnp.zeros((group, width)), jnp.full((group,), _NEVER), jnp.zeros((group,)))
-    total, _, mass = jax.lax.fori_loop(0, ceil_div(count, block), step, start)
-    out = total / jnp.where(mass == 0, 1.0, mass)[:, None]
-    rows = pair * sizes.group + jnp.arange(group)
-    store(out_ref, rows, out.astype(out_ref.dtype), is_group, sizes.width)
-
-
-def _merged(q: Array, pieces: Any, lengths: Array, sizes: Sizes, interpret: bool) -> Array:
-    (out,) = _call(
-        partial(_merge, sizes=sizes),
-        "merge_pieces",
-        sizes.pairs,
-        (jax.ShapeDtypeStruct((sizes.pairs * sizes.group, sizes.width), q.dtype),),
-        None,
-        interpret=interpret,
-    )(lengths.reshape(-1), *pieces)
-    return out.reshape(q.shape)
-
-
-def _call(
-    kernel: Any,
-    name: str,
-    programs: int,
-    outputs: tuple[jax.ShapeDtypeStruct, ...],
-    tile: TritonTile | None,
-    **options: Any,
-) -> Any:
-    """A kernel over whole arrays, which it indexes itself."""
-    params = plt.CompilerParams(num_warps=4, num_stages=1)
-    if tile is not None:
-        params = plt.CompilerParams(num_warps=tile.num_warps, num_stages=tile.num_stages)
-    return pl.pallas_call(
-        kernel,
-        out_shape=outputs,
-        grid=(programs,),
-        compiler_params=params,
-        name=name,
-        **options,
-    )
+def _pipeline(tile: TritonTile) -> dict[str, int]:
+    return {"num_warps": tile.num_warps, "num_stages": tile.num_stages}
 
 
 def _partials(sizes: Sizes) -> tuple[jax.ShapeDtypeStruct, ...]:
@@ -297,7 +214,7 @@ def _start(sizes: Sizes) -> tuple[Array, Array, Array]:
     width = power_of_two(sizes.width)
     return (
         jnp.zeros((_MIN_DOT, width), jnp.float32),
-        jnp.full((_MIN_DOT,), _NEVER, jnp.float32),
+        jnp.full((_MIN_DOT,), NEVER, jnp.float32),
         jnp.zeros((_MIN_DOT,), jnp.float32),
     )
 
@@ -306,6 +223,13 @@ def _load_queries(q_ref: Any, pair: Array, sizes: Sizes) -> Array:
     """The group's queries, padded with zeros to what the tensor cores take."""
     group = jnp.arange(_MIN_DOT)
     return load(q_ref, pair * sizes.group + group, group < sizes.group, sizes.width)
+
+
+def _token_row(table_ref: Any, pair: Array, token: Array, mask: Array, sizes: Sizes) -> Array:
+    """The rows of the flat pool that hold a pair's tokens."""
+    at = pair * sizes.max_pages + jax.lax.div(token, jnp.int32(sizes.page_size))
+    page = plt.load(table_ref.at[at], mask=mask, other=0)
+    return page * sizes.page_size + jax.lax.rem(token, jnp.int32(sizes.page_size))
 
 
 def _dot(a: Array, b: Array, trans_b: bool = False) -> Array:
