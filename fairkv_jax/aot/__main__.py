@@ -60,7 +60,7 @@ def main(argv: list[str]) -> None:
     target = targets()[_TARGET.value]
     setup = make_setup(target)
     mesh = target.mesh(_DEVICES.value)
-    layers, pool = setup.config.num_layers, setup.pool_elements
+    pool = setup.pool_elements
     print(_header(setup, target, device_bytes(abstract_model(setup, mesh))))
     steps = {"decode": lower_decode_step(setup, mesh)}
     if _PROMPT.value:
@@ -68,7 +68,7 @@ def main(argv: list[str]) -> None:
         steps["prefill"] = lower_prefill(setup, mesh, _PROMPT.value, kv_config)
     ok = True
     for name, lowered in steps.items():
-        report = compile_and_report(lowered, target.architecture, layers)
+        report = compile_and_report(lowered, target.architecture)
         # The pool lies on the device during a prefill too.
         beside = 4 * pool if name == "prefill" else 0
         total = report.argument_bytes + report.temporary_bytes + report.new_output_bytes + beside

@@ -43,7 +43,7 @@ class Report:
     """Of outputs that are no argument updated in place."""
     kernels: tuple[Kernel, ...]
     collectives: dict[str, int]
-    """Calls a step, by kind; those in the loop over layers count once a layer."""
+    """Calls by kind; those in a loop count as often as it turns, once where that is not fixed."""
     hlo: str
 
     @property
@@ -65,7 +65,7 @@ class Report:
         ]
 
 
-def compile_and_report(lowered: Lowered, architecture: str, num_layers: int) -> Report:
+def compile_and_report(lowered: Lowered, architecture: str) -> Report:
     """Compiles, and reads the machine code that the compiler leaves in a folder."""
     with tempfile.TemporaryDirectory() as folder, _mosaic_writes_to(folder):
         options: dict[str, str | bool] = {"xla_dump_to": folder, "xla_dump_emitter_re": "ptx"}
@@ -82,7 +82,7 @@ def compile_and_report(lowered: Lowered, architecture: str, num_layers: int) -> 
         temporary_bytes=memory.temp_size_in_bytes,
         new_output_bytes=memory.output_size_in_bytes - memory.alias_size_in_bytes,
         kernels=kernels,
-        collectives=count_collectives(hlo, num_layers),
+        collectives=count_collectives(hlo),
         hlo=hlo,
     )
 
@@ -126,18 +126,34 @@ def parse_assembler(said: str) -> list[Kernel]:
     ]
 
 
-def count_collectives(hlo: str, num_layers: int) -> dict[str, int]:
-    """Collectives a step of an optimised module's text; the layers are the longest loop."""
-    bodies = set(re.findall(r"body=%?([\w.\-]+)", hlo))
-    counts: Counter[str] = Counter()
+def count_collectives(hlo: str) -> dict[str, int]:
+    """Collectives of an optimised module's text.
+
+    Loops of a fixed length, as that over the layers, say it. One decode step is one turn of the
+    loop over steps, whose length is an argument.
+    """
+    inside, turns = {}, {}
+    found: list[tuple[str, str]] = []
     computation = ""
     for line in hlo.splitlines():
         header = re.match(r"(?:ENTRY )?%?([\w.\-]+) .*\{$", line)
         if header and not line.startswith(" "):
             computation = header.group(1)
-        for kind in COLLECTIVES:
-            if re.search(rf" {kind}(-start)?\(", line):
-                counts[kind] += num_layers if computation in bodies else 1
+        loop = re.search(r" while\(.*body=%?([\w.\-]+)", line)
+        if loop:
+            trips = re.search(r'"known_trip_count":\{"n":"(\d+)"', line)
+            inside[loop.group(1)] = computation
+            turns[loop.group(1)] = int(trips.group(1)) if trips else 1
+        found += [
+            (kind, computation) for kind in COLLECTIVES if re.search(rf" {kind}(-start)?\(", line)
+        ]
+    counts: Counter[str] = Counter()
+    for kind, computation in found:
+        calls = 1
+        while computation in inside:
+            calls *= turns[computation]
+            computation = inside[computation]
+        counts[kind] += calls
     return dict(counts)
 
 

@@ -4,10 +4,9 @@ from dataclasses import asdict
 
 import numpy as np
 import pytest
-from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from fairkv_jax.pallas import ragged_decode as ops
-from fairkv_jax.pallas.ragged_decode.mosaic_pipeline import Shapes
+from fairkv_jax.pallas.ragged_decode.mosaic_pipeline import INTERPRETER, Shapes
 from fairkv_jax.pallas.ragged_decode.pieces import Sizes
 from fairkv_jax.pallas.ragged_decode.registry import IMPLEMENTATIONS
 from fairkv_jax.pallas.ragged_decode.tiles import Device, MosaicTile, TritonTile, device_tiles
@@ -24,7 +23,7 @@ KINDS = {
 
 @pytest.mark.parametrize("backend", ops.BACKENDS)
 def test_every_backend_computes_the_same(backend: str) -> None:
-    if backend == "mosaic" and not hasattr(plgpu, "InterpretGPUParams"):
+    if backend == "mosaic" and INTERPRETER is None:
         pytest.skip("this JAX cannot interpret Mosaic GPU kernels")
     case = Case.random(1, room=1, group=2, width=64, dtype="bfloat16")
     out = ops.ragged_decode(*case.arrays, backend=backend, device=CPU)
@@ -87,7 +86,7 @@ def test_tiles_are_whole(kind: str, itemsize: int, width: int) -> None:
 def test_mosaic_tiles_fit_a_hopper(kind: str, width: int, group: int) -> None:
     tile = MosaicTile(**device_tiles(kind).get("mosaic", 2, width))
     sizes = Sizes(64, group, width, page_size=16, max_pages=64, tile=tile)
-    if not hasattr(plgpu, "InterpretGPUParams"):
+    if INTERPRETER is None:
         pytest.skip("this JAX is too old for the kernel")
     Shapes.of(sizes, np.dtype("float16"))
 

@@ -10,9 +10,9 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
-from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from fairkv_jax.pallas.ragged_decode import mosaic
+from fairkv_jax.pallas.ragged_decode.mosaic_pipeline import INTERPRETER
 from fairkv_jax.pallas.ragged_decode.tiles import MosaicTile
 from tests.pallas.oracle import Case, append, attend, relative_error
 
@@ -27,7 +27,7 @@ SHAPES: list[tuple[MosaicTile, dict[str, Any]]] = [
 ]
 
 pytestmark = pytest.mark.skipif(
-    not hasattr(plgpu, "InterpretGPUParams"), reason="this JAX cannot interpret Mosaic GPU kernels"
+    INTERPRETER is None, reason="this JAX cannot interpret Mosaic GPU kernels"
 )
 
 

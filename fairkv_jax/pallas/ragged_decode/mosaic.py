@@ -27,7 +27,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Int
 
 from fairkv_jax.pallas.ragged_decode.merge import NEVER, merge_pieces
-from fairkv_jax.pallas.ragged_decode.mosaic_pipeline import Buffers, Shapes, Work
+from fairkv_jax.pallas.ragged_decode.mosaic_pipeline import INTERPRETER, Buffers, Shapes, Work
 from fairkv_jax.pallas.ragged_decode.pieces import Sizes, list_pieces
 from fairkv_jax.pallas.ragged_decode.reference import Pool, append
 from fairkv_jax.pallas.ragged_decode.tiles import MosaicTile
@@ -65,7 +65,7 @@ def ragged_decode(
         compiler_params=plgpu.CompilerParams(
             approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane
         ),
-        interpret=plgpu.InterpretGPUParams() if interpret else None,
+        interpret=INTERPRETER() if interpret else None,
     )(queries, k_pages, v_pages, table, pieces)
     rows = outputs.reshape(-1, sizes.width), peaks.reshape(-1), masses.reshape(-1)
     return merge_pieces(q, *rows, lengths, sizes, interpret=interpret)
@@ -146,7 +146,7 @@ def _tile(i: Array, state: tuple[Array, Array, Array], *, work: Work) -> Any:
     block = (sizes.tile.block_tokens, work.shapes.columns)
 
     plgpu.barrier_wait(smem.k_landed.at[stage])
-    scores = _product(block, smem.k.at[stage], smem.q.transpose((1, 0)))
+    scores = _product(smem.k.at[stage], smem.q.transpose((1, 0)))
     scores = scores * (sizes.width**-0.5 * math.log2(math.e))
     scores = jnp.where(first + _row_of(block) < work.length, scores, NEVER)
     new_peak = jnp.maximum(peak, scores.max(axis=0))
@@ -164,9 +164,7 @@ def _tile(i: Array, state: tuple[Array, Array, Array], *, work: Work) -> Any:
         smem.v[stage] = jnp.where(is_token, values, jnp.zeros_like(values))
 
     plgpu.commit_smem()
-    values = _product(
-        total.shape, smem.v.at[stage].transpose((1, 0)), smem.weights.transpose((1, 0))
-    )
+    values = _product(smem.v.at[stage].transpose((1, 0)), smem.weights.transpose((1, 0)))
 
     @pl.when(next_tile < work.end)
     def fetch() -> None:
@@ -186,14 +184,15 @@ def _start(shapes: Shapes) -> tuple[Array, Array, Array]:
     )
 
 
-def _product(shape: tuple[int, ...], a_ref: Any, b_ref: Any) -> Array:
+def _product(a_ref: Any, b_ref: Any) -> Array:
     """a b in float32; it has been computed, and the buffers may be written, when this returns."""
 
     def multiply(sum_ref: Any) -> Array:
         plgpu.wgmma(sum_ref, a_ref, b_ref)
         return sum_ref[...]
 
-    return pl.run_scoped(multiply, plgpu.ACC(shape, jnp.float32))
+    shape = a_ref.shape[0], b_ref.shape[1]
+    return pl.run_scoped(multiply, plgpu.WGMMAAccumulatorRef(shape, jnp.float32))
 
 
 def _row_of(shape: tuple[int, ...]) -> Array:

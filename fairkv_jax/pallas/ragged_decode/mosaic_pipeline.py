@@ -11,6 +11,8 @@ from jaxtyping import Array
 
 from fairkv_jax.pallas.ragged_decode.pieces import Sizes
 
+INTERPRETER: Any = getattr(plgpu, "InterpretGPUParams", None)
+"""None where JAX is older than 0.11.2, and so lacks other parts that the kernel needs."""
 _DTYPES = ("bfloat16", "float16")
 _ROWS = 64  # of wgmma
 _COLUMNS = 8  # wgmma takes a multiple of it
@@ -29,7 +31,7 @@ class Shapes:
     def of(cls, sizes: Sizes, dtype: Any) -> "Shapes":
         """Raises NotImplementedError where the kernel cannot take these sizes."""
         shapes, block = cls(sizes, dtype), sizes.tile.block_tokens
-        if not hasattr(plgpu, "InterpretGPUParams"):
+        if INTERPRETER is None:
             raise NotImplementedError(f"needs JAX 0.11.2 or newer, this is {jax.__version__}")
         if dtype.name not in _DTYPES:
             raise NotImplementedError(f"queries and pages of {dtype}, not one of {_DTYPES}")
@@ -154,5 +156,6 @@ class Work:
 
 def _shared(shape: tuple[int, ...], dtype: Any) -> Any:
     """Shared memory laid out as wgmma and TMA take it: 8 rows x 128 bytes, swizzled."""
-    tiling = plgpu.TilingTransform((8, _SWIZZLE // jnp.dtype(dtype).itemsize))
-    return plgpu.SMEM(shape, dtype, transforms=(tiling, plgpu.SwizzleTransform(_SWIZZLE)))
+    layout: Any = plgpu
+    tiling = layout.TilingTransform((8, _SWIZZLE // jnp.dtype(dtype).itemsize))
+    return plgpu.SMEM(shape, dtype, transforms=(tiling, layout.SwizzleTransform(_SWIZZLE)))

@@ -40,7 +40,7 @@ def ragged_decode(
         NotImplementedError: the kernels cannot take this type, group, head width or batch.
     """
     sizes = Sizes.of(q, k_pages, page_table, tile)
-    pieces = launch(
+    outputs, peaks, masses = launch(
         partial(_attend, sizes=sizes),
         "ragged_decode",
         sizes.pieces,
@@ -48,7 +48,7 @@ def ragged_decode(
         **_pipeline(tile),
         interpret=interpret,
     )(_rows(q), _rows(k_pages), _rows(v_pages), page_table.reshape(-1), lengths.reshape(-1))
-    return merge_pieces(q, *pieces, lengths, sizes, interpret=interpret)
+    return merge_pieces(q, outputs, peaks, masses, lengths, sizes, interpret=interpret)
 
 
 def append_and_decode(
@@ -74,7 +74,7 @@ def append_and_decode(
     sizes = Sizes.of(q, pool[0], page_table, tile)
     flat = tuple(_rows(pages) for pages in pool)
     written = tuple(jax.ShapeDtypeStruct(pages.shape, pages.dtype) for pages in flat)
-    *pieces, k_rows, v_rows = launch(
+    outputs, peaks, masses, k_rows, v_rows = launch(
         partial(_append_and_attend, sizes=sizes),
         "append_and_decode",
         sizes.pieces,
@@ -84,7 +84,8 @@ def append_and_decode(
         input_output_aliases={1: 3, 2: 4},
     )(_rows(q), *flat, page_table.reshape(-1), lengths.reshape(-1), _rows(k), _rows(v))
     pool = k_rows.reshape(pool[0].shape), v_rows.reshape(pool[1].shape)
-    return merge_pieces(q, *pieces, lengths, sizes, interpret=interpret), pool
+    out = merge_pieces(q, outputs, peaks, masses, lengths, sizes, interpret=interpret)
+    return out, pool
 
 
 def _attend(
