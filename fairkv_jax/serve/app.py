@@ -7,7 +7,7 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 from fastapi import FastAPI, Response
-from fastapi.responses import JSONResponse
+from fastapi.responses import JSONResponse, PlainTextResponse
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.middleware.cors import CORSMiddleware
 
@@ -15,7 +15,7 @@ from fairkv_jax import __version__
 from fairkv_jax.serve import chat, completions, tokenization
 from fairkv_jax.serve.access import REQUEST_ID, AccessLog
 from fairkv_jax.serve.async_engine import State
-from fairkv_jax.serve.errors import add_error_handlers, error_response
+from fairkv_jax.serve.errors import DOCUMENTED, add_error_handlers, error_response
 from fairkv_jax.serve.history import History
 from fairkv_jax.serve.middleware import ApiKeys, BodyLimit
 from fairkv_jax.serve.options import ServerOptions
@@ -41,6 +41,7 @@ def create_app(service: Service) -> FastAPI:
         version=__version__,
         description="An OpenAI-compatible server with fair per-head KV-cache compression.",
         lifespan=lifespan,
+        responses=DOCUMENTED,
     )
     app.state.service = service
     add_error_handlers(app)
@@ -88,7 +89,7 @@ def _add_status_routes(app: FastAPI, service: Service) -> None:
         """Readiness: 200 while requests are taken; 503 before, while draining, and afterwards."""
         return status(service.engine.state is State.READY)
 
-    @app.get("/metrics")
+    @app.get("/metrics", response_class=PlainTextResponse)
     async def metrics() -> Response:
         return Response(service.metrics.exposition(), media_type=CONTENT_TYPE_LATEST)
 

@@ -7,6 +7,7 @@ from typing import Any
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
+from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
@@ -26,6 +27,31 @@ _TYPES = {
     413: "BadRequestError",
     503: "ServiceUnavailableError",
 }
+
+
+class ErrorDetail(BaseModel):
+    message: str
+    type: str
+    param: str | None
+    """The field that is wrong, where one is."""
+    code: int
+    """The HTTP status once more."""
+
+
+class ErrorBody(BaseModel):
+    """What every answer but 200 has."""
+
+    error: ErrorDetail
+
+
+DOCUMENTED: dict[int | str, dict[str, Any]] = {
+    "4XX": {"model": ErrorBody, "description": "What is wrong with the request."},
+    "5XX": {
+        "model": ErrorBody,
+        "description": "Not ready, overloaded (with Retry-After) or failed.",
+    },
+}
+"""For the OpenAPI description."""
 
 
 class ClientGone(Exception):
@@ -79,7 +105,12 @@ def message_of(error: Exception) -> str:
 
 def add_error_handlers(app: FastAPI) -> None:
     async def expected(request: Request, error: Exception) -> JSONResponse:
-        return error_response(status_of(error), message_of(error), getattr(error, "param", None))
+        response = error_response(
+            status_of(error), message_of(error), getattr(error, "param", None)
+        )
+        # Starlette's own, such as the methods that would be allowed.
+        response.headers.update(getattr(error, "headers", None) or {})
+        return response
 
     async def invalid(request: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, RequestValidationError)

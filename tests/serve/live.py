@@ -1,5 +1,6 @@
 """Servers for tests: in a thread, where the test sees the engine, or as a process of its own."""
 
+import json
 import os
 import re
 import signal
@@ -12,6 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import httpx
 import uvicorn
@@ -71,6 +73,17 @@ def running(load: Callable[[], Engine], *, wait: bool = True, **options) -> Iter
         thread.join(PATIENCE_S)
         assert not thread.is_alive()
         assert engine.join(PATIENCE_S)
+
+
+@contextmanager
+def posted(url: str, path: str, body: dict[str, Any]) -> Iterator[socket.socket]:
+    """A bare connection that has sent a request; leaving it hangs up."""
+    content = json.dumps(body).encode()
+    host, port = url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port)), timeout=PATIENCE_S) as connection:
+        head = f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+        connection.sendall(f"{head}Content-Length: {len(content)}\r\n\r\n".encode() + content)
+        yield connection
 
 
 class Process:

@@ -1,7 +1,6 @@
 """The server's life: loading, ready, overloaded, abandoned by clients, failed."""
 
 import json
-import socket
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,7 +9,7 @@ import httpx
 import pytest
 
 from fairkv_jax.serve.async_engine import State
-from tests.serve.live import Server, eventually, running
+from tests.serve.live import Server, eventually, posted, running
 from tests.serve.scripted import CRASH, ScriptedEngine
 
 COMPLETIONS = "/v1/completions"
@@ -66,11 +65,7 @@ def test_a_client_that_hangs_up_is_aborted(
     slow: ScriptedEngine, slow_server: Server, path: str, stream: bool
 ):
     body = {**LONG, "stream": stream, "messages": [{"role": "user", "content": "x"}]}
-    content = json.dumps(body).encode()
-    host, port = slow_server.url.removeprefix("http://").split(":")
-    with socket.create_connection((host, int(port)), timeout=5) as connection:
-        head = f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
-        connection.sendall(f"{head}Content-Length: {len(content)}\r\n\r\n".encode() + content)
+    with posted(slow_server.url, path, body) as connection:
         eventually(lambda: slow.requests)
         if stream:
             assert connection.recv(100).startswith(b"HTTP/1.1 200")

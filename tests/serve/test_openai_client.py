@@ -1,13 +1,15 @@
 """The official `openai` client: what it sends is taken, what it reads is there."""
 
+import asyncio
 from collections.abc import Iterator
+from pathlib import Path
 
 import openai
 import pytest
-from openai import OpenAI
+from openai import AsyncOpenAI, OpenAI
 
-from tests.serve.live import PATIENCE_S, Server, running
-from tests.serve.scripted import ScriptedEngine
+from tests.serve.live import PATIENCE_S, Server, eventually, running
+from tests.serve.scripted import CRASH, ScriptedEngine
 
 
 @pytest.fixture(scope="module")
@@ -100,3 +102,61 @@ def test_errors_are_the_clients_exceptions(sdk: OpenAI, scripted: ScriptedEngine
             stranger.models.list()
         with OpenAI(base_url=url, api_key="key", max_retries=0) as friend:
             assert friend.models.retrieve("scripted")
+
+
+def test_an_overloaded_server_is_an_error_that_may_be_tried_again(checkpoint: Path):
+    """The client tries again by itself, as long as it is told to."""
+    slow = ScriptedEngine(checkpoint, max_num_seqs=1, step_seconds=0.005)
+    with (
+        running(lambda: slow, max_num_queued_reqs=0) as server,
+        OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as hasty,
+    ):
+        running_one = hasty.completions.create(
+            model="scripted", prompt="x", max_tokens=200, stream=True
+        )
+        next(running_one)
+        with pytest.raises(openai.InternalServerError, match="max-num-queued-reqs") as full:
+            hasty.completions.create(model="scripted", prompt="x", max_tokens=1)
+        assert full.value.status_code == 503
+        patient = hasty.with_options(max_retries=5)
+        assert patient.completions.create(model="scripted", prompt="x", max_tokens=1).choices
+        assert list(running_one)[-1].choices[0].finish_reason == "length"
+
+
+def test_an_engine_that_fails_in_a_stream_is_an_error_of_the_stream(checkpoint: Path):
+    engine = ScriptedEngine(checkpoint, step_seconds=0.005)
+    with (
+        running(lambda: engine) as server,
+        OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as client,
+    ):
+        stream = client.completions.create(
+            model="scripted", prompt="x", max_tokens=400, stream=True
+        )
+        next(stream)
+        with pytest.raises(openai.InternalServerError, match="engine has failed"):
+            client.completions.create(model="scripted", prompt=CRASH)
+        with pytest.raises(openai.APIError, match="engine has failed"):
+            list(stream)
+
+
+def test_a_stream_that_is_closed_ends_its_request(sdk: OpenAI, scripted: ScriptedEngine):
+    stream = sdk.completions.create(model="scripted", prompt="x", max_tokens=500, stream=True)
+    next(stream)
+    before = len(scripted.aborted)
+    stream.close()
+    eventually(lambda: len(scripted.aborted) == before + 1)
+
+
+def test_many_at_a_time_from_the_asynchronous_client(server: Server):
+    async def ask_all() -> list[str]:
+        url = f"{server.url}/v1"
+        async with AsyncOpenAI(base_url=url, api_key="none", max_retries=0) as client:
+            asking = (
+                client.completions.create(model="scripted", prompt=[5 + i], max_tokens=9)
+                for i in range(12)
+            )
+            return [answer.choices[0].text for answer in await asyncio.gather(*asking)]
+
+    texts = asyncio.run(ask_all())
+    assert len(set(texts)) == 12
+    assert texts == asyncio.run(ask_all())

@@ -9,7 +9,7 @@ import httpx
 import pytest
 from openai import OpenAI
 
-from tests.serve.live import PATIENCE_S, Process
+from tests.serve.live import PATIENCE_S, Process, eventually, posted
 
 START_S = 400.0
 TWO_DEVICES = "--xla_force_host_platform_device_count=2"
@@ -104,12 +104,22 @@ def test_bad_prompts(client: httpx.Client, prompt: list[int] | str):
     assert response.json()["error"]["type"] == "BadRequestError"
 
 
-def test_a_client_that_hangs_up_frees_its_row(client: httpx.Client):
+def gauge(client: httpx.Client, name: str) -> float:
+    lines = client.get("/metrics").text.splitlines()
+    return float(next(line for line in lines if line.startswith(f"{name}{{")).split()[-1])
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_client_that_hangs_up_frees_its_pages(client: httpx.Client, stream: bool):
     """Both rows are taken and given up; the next request would otherwise wait for them."""
-    body = {"prompt": "the", "n": 2, "max_tokens": 120, "ignore_eos": True, "stream": True}
-    for _ in range(3):
-        with client.stream("POST", "/v1/completions", json=body) as response:
-            next(response.iter_lines())
+    body = {"prompt": "the", "n": 2, "max_tokens": 120, "ignore_eos": True, "stream": stream}
+    with posted(str(client.base_url).rstrip("/"), "/v1/completions", body) as connection:
+        eventually(lambda: gauge(client, "vllm:num_requests_running") == 2)
+        assert gauge(client, "vllm:kv_cache_usage_perc") > 0
+        if stream:
+            assert connection.recv(100).startswith(b"HTTP/1.1 200")
+    eventually(lambda: gauge(client, "vllm:kv_cache_usage_perc") == 0, patience_s=5)
+    assert gauge(client, "vllm:num_requests_running") == 0
     body = {"prompt": "the", "max_tokens": 2}
     assert client.post("/v1/completions", json=body).status_code == 200
 

@@ -2,8 +2,10 @@
 
 import asyncio
 import random
+import time
 from collections import Counter
 from pathlib import Path
+from statistics import median
 
 import httpx
 
@@ -56,3 +58,68 @@ def test_many_clients_of_whom_some_leave(checkpoint: Path):
         eventually(lambda: server.engine.num_requests == 0 and not engine.requests)
         assert engine.aborted
         assert server.client.get("/health").status_code == 200
+
+
+async def overloaded(url: str, clients: int) -> list[tuple[httpx.Response, float]]:
+    """The answers to that many clients at once, with the seconds that each took."""
+    body = {"prompt": "x", "max_tokens": 30}
+    limits = httpx.Limits(max_connections=None)
+    async with httpx.AsyncClient(base_url=url, timeout=PATIENCE_S, limits=limits) as client:
+
+        async def one() -> tuple[httpx.Response, float]:
+            began = time.monotonic()
+            return await client.post("/v1/completions", json=body), time.monotonic() - began
+
+        return await asyncio.gather(*(one() for _ in range(clients)))
+
+
+def test_ten_times_what_may_wait_is_told_to_come_again(checkpoint: Path):
+    engine = ScriptedEngine(checkpoint, max_num_seqs=4, step_seconds=0.02)
+    with running(lambda: engine, max_num_queued_reqs=8) as server:
+        answers = asyncio.run(overloaded(server.url, 120))
+        served = [(a, seconds) for a, seconds in answers if a.status_code == 200]
+        refused = [(a, seconds) for a, seconds in answers if a.status_code == 503]
+        assert len(served) + len(refused) == 120
+        assert len(served) >= 12
+        assert all(len(a.json()["choices"][0]["text"]) == 30 for a, _ in served)
+        assert all(int(a.headers["Retry-After"]) >= 1 for a, _ in refused)
+        # A refusal does not wait for anybody's tokens: the served ones take 0.6 seconds and more.
+        assert median(s for _, s in refused) < median(s for _, s in served) / 2
+        assert server.client.post("/v1/completions", json={"prompt": "x"}).status_code == 200
+
+
+async def with_slow_ones(url: str) -> tuple[list[str], list[bytes]]:
+    """What quick clients got beside a hundred slow ones, and what these got in the end."""
+    host, port = url.removeprefix("http://").split(":")
+    body = b'{"prompt": "x", "max_tokens": 40, "stream": true}'
+    head = "POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+    head += f"Connection: close\r\nContent-Length: {len(body)}\r\n\r\n"
+    done = asyncio.Event()
+
+    async def slow(is_sender: bool) -> bytes:
+        """Sends half and then waits; or sends all and does not read."""
+        reader, writer = await asyncio.open_connection(host, int(port))
+        writer.write(head.encode() + (body[:20] if is_sender else body))
+        await done.wait()
+        writer.write(body[20:] if is_sender else b"")
+        answer = await reader.read()
+        writer.close()
+        return answer
+
+    waiting = [asyncio.create_task(slow(i % 2 == 0)) for i in range(100)]
+    await asyncio.sleep(0.1)
+    async with httpx.AsyncClient(base_url=url, timeout=PATIENCE_S) as client:
+        quick = [client.post("/v1/completions", json={"prompt": "x"}) for _ in range(10)]
+        texts = [answer.json()["choices"][0]["text"] for answer in await asyncio.gather(*quick)]
+    done.set()
+    return texts, await asyncio.gather(*waiting)
+
+
+def test_a_hundred_slow_clients_harm_nobody(checkpoint: Path):
+    engine = ScriptedEngine(checkpoint, max_num_seqs=16)
+    with running(lambda: engine) as server:
+        texts, answers = asyncio.run(with_slow_ones(server.url))
+        assert len(set(texts)) == 1
+        assert len(texts[0]) == 16
+        assert all(b" 200 OK" in answer and b"[DONE]" in answer for answer in answers)
+        eventually(lambda: not engine.requests)
