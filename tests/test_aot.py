@@ -137,6 +137,8 @@ def test_the_decode_step_runs_the_kernel_and_copies_no_pool(name: str) -> None:
     assert {kernel.name for kernel in compiled.own_kernels} == {"append_and_decode", "merge_pieces"}
     assert not compiled.spilling
     assert not compiled.copies_of(setup.pool_elements // 4)
+    # A layer's MLP weights are read where they lie.
+    assert not compiled.copies_of(setup.config.hidden_size * setup.config.intermediate_size // 2)
     assert compiled.collectives == {"all-reduce": 2 * layers + 1, "all-gather": 1}
     # Updated in place: beside the pool there is no room for another one.
     assert compiled.temporary_bytes + compiled.new_output_bytes < setup.pool_elements

@@ -15,6 +15,7 @@ from pathlib import Path
 from jax.stages import Lowered
 
 from fairkv_jax.aot.targets import find_ptxas
+from fairkv_jax.sharding.mesh import GPU_COMPILER_OPTIONS
 
 COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
 OURS = ("append_and_decode", "ragged_decode", "list_pieces", "merge_pieces")
@@ -56,11 +57,14 @@ class Report:
         return tuple(kernel for kernel in self.kernels if kernel.spill_bytes)
 
     def copies_of(self, num_elements: int) -> list[str]:
-        """The HLO's copies of at least that many elements: none may be as large as the pool."""
+        """The HLO's copies of at least that many elements, parts of a larger array included.
+
+        None may be as large as the pool, nor, while it decodes, as a layer's weights.
+        """
         return [
             line.strip()
             for line in self.hlo.splitlines()
-            if re.search(r"\bcopy(-start)?\(", line)
+            if re.search(r"\bcopy(-start)?\(|kind=kLoop, calls=%\S*dynamic_slice", line)
             and max(map(_elements, _SHAPE.findall(line)), default=0) >= num_elements
         ]
 
@@ -68,7 +72,7 @@ class Report:
 def compile_and_report(lowered: Lowered, architecture: str) -> Report:
     """Compiles, and reads the machine code that the compiler leaves in a folder."""
     with tempfile.TemporaryDirectory() as folder, _mosaic_writes_to(folder):
-        options: dict[str, str | bool] = {"xla_dump_to": folder, "xla_dump_emitter_re": "ptx"}
+        options = {"xla_dump_to": folder, "xla_dump_emitter_re": "ptx", **GPU_COMPILER_OPTIONS}
         start = time.perf_counter()
         compiled = lowered.compile(compiler_options=options)
         seconds = time.perf_counter() - start

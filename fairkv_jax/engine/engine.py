@@ -37,7 +37,7 @@ from fairkv_jax.prefill import (
     start_prefill,
 )
 from fairkv_jax.sampling import Sampled, SamplingState, sample_first
-from fairkv_jax.sharding.mesh import make_mesh
+from fairkv_jax.sharding.mesh import compiler_options, make_mesh
 from fairkv_jax.sharding.place import load_model
 from fairkv_jax.sharding.slots import SlotLayout
 
@@ -340,7 +340,8 @@ class Engine:
             precision = "highest" if self.config.dtype == "float32" else None
             compiling = readable(f"compiling {key[0]} of {key[1]}", STEP_DOES_NOT_FIT)
             with jax.default_matmul_precision(precision), compiling:
-                self._programs[key] = step.lower(*args, **static).compile()
+                lowered = step.lower(*args, **static)
+                self._programs[key] = lowered.compile(compiler_options=compiler_options(self.mesh))
         return self._programs[key]
 
     @property

@@ -15,6 +15,16 @@ RULES: dict[str | None, str | None] = {
 }
 
 
+GPU_COMPILER_OPTIONS: dict[str, str | bool] = {"xla_gpu_enable_triton_gemm": False}
+"""cuBLAS reads the weights of a layer where they lie in their stack. XLA's own products have them
+copied out of it first, which would triple what a decode step reads and writes."""
+
+
+def compiler_options(mesh: Mesh) -> dict[str, str | bool]:
+    """What XLA is to do otherwise than by default on such devices."""
+    return GPU_COMPILER_OPTIONS if mesh.devices.flat[0].platform == "gpu" else {}
+
+
 def make_mesh(num_devices: int) -> Mesh:
     """A mesh of the first `num_devices` devices along `tensor`.
 
