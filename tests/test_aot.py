@@ -125,6 +125,10 @@ def test_kernels_compile_without_spills(name: str, group: int, width: int, dtype
     assert not compiled.copies_of(512 * 16 * width)
 
 
+CUBLAS_BYTES = 32 << 20
+"""XLA grants cuBLAS as much on Hopper, and less elsewhere."""
+
+
 @needs_compiler
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["a100", "h200"])
@@ -140,8 +144,9 @@ def test_the_decode_step_runs_the_kernel_and_copies_no_pool(name: str) -> None:
     # A layer's MLP weights are read where they lie.
     assert not compiled.copies_of(setup.config.hidden_size * setup.config.intermediate_size // 2)
     assert compiled.collectives == {"all-reduce": 2 * layers + 1, "all-gather": 1}
-    # Updated in place: beside the pool there is no room for another one.
-    assert compiled.temporary_bytes + compiled.new_output_bytes < setup.pool_elements
+    # Updated in place: beside the pool, and what cuBLAS works in, there is no room for another one.
+    beside = compiled.temporary_bytes + compiled.new_output_bytes
+    assert beside < setup.pool_elements + CUBLAS_BYTES
 
 
 @needs_compiler
