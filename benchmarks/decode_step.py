@@ -9,6 +9,7 @@ import json
 import os
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +62,7 @@ def fill(engine: Any, prompts: list[list[int]]) -> Callable[[], Any]:
     """Inserts a prompt in every row; the call that then generates a token for all of them."""
     import jax.numpy as jnp
 
-    from fairkv_jax.decode import Rows, idle_rows
+    from fairkv_jax.decode import idle_rows
 
     prefixes = [engine.prefill(prompt) for prompt in prompts]
     for row in range(_BATCH.value):
@@ -70,7 +71,7 @@ def fill(engine: Any, prompts: list[list[int]]) -> Callable[[], Any]:
         engine.insert(prefix, row, engine.place(prefix), [*prompt, 1])
     idle = idle_rows(_BATCH.value, engine.model_config.vocab_size)
     positions = jnp.full(_BATCH.value, len(prompts[0]), jnp.int32)
-    inputs = Rows(positions, idle.place, idle.sampling)
+    inputs = replace(idle, positions=positions)
     return lambda: engine.generate(inputs).tokens
 
 

@@ -6,13 +6,13 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
-from jaxtyping import Array, Int
+from jaxtyping import Array, Int, UInt32
 
 from fairkv_jax.attention import append_and_attend
 from fairkv_jax.cache import KVCache
 from fairkv_jax.models.llama import Attend, Llama
 from fairkv_jax.pallas.ragged_decode import AUTO, device_of
-from fairkv_jax.sampling import Sampled, SamplingState, sample
+from fairkv_jax.sampling import Sampled, SamplingState, Seen, mask_words, sample
 from fairkv_jax.sampling_params import SamplingParams
 from fairkv_jax.shapes import TENSOR_AXIS
 from fairkv_jax.sharding.place import partition_specs
@@ -31,13 +31,16 @@ class Rows:
     place: Int[Array, "B"]
     """Generated tokens so far: the place in the output of the one that comes."""
     sampling: SamplingState
+    allowed: UInt32[Array, "B W"]
+    """Of guided rows, which take one step at a time: the tokens that may come, see `sample`."""
 
 
 def idle_rows(batch: int, vocab_size: int) -> Rows:
     """Rows in which nobody sits: greedy, from token 0."""
     sampling = SamplingState.stack([(SamplingParams(temperature=0), 0)] * batch, vocab_size)
     zeros = jnp.zeros(batch, jnp.int32)
-    return Rows(zeros, zeros, sampling)
+    allowed = jnp.zeros((batch, mask_words(vocab_size)), jnp.uint32)
+    return Rows(zeros, zeros, sampling, allowed)
 
 
 @partial(jax.jit, static_argnames=("mesh", "attention_backend"), donate_argnums=1)
@@ -117,7 +120,8 @@ def _one_step(
         (cache.k_pages, cache.v_pages),
         (cache.page_table[:, : len(row)], lengths),
     )
-    sampled = sample(model.logits(x), rows.sampling, rows.place + step)
+    seen = Seen(cache.token_ids, position + 1)
+    sampled = sample(model.logits(x), rows.sampling, rows.place + step, seen, rows.allowed)
     # A row that is replayed knows its next token; nobody reads what comes after the last one.
     is_new = position + 1 >= cache.num_known[: len(row)]
     after = jnp.where(is_new, position + 1, cache.token_ids.shape[1])  # beyond: dropped

@@ -30,6 +30,7 @@ from fairkv_jax.compress import Policy
 from fairkv_jax.compress.scorers import window_start
 from fairkv_jax.models import Llama
 from fairkv_jax.models.llama import round_up
+from fairkv_jax.sampling import Sampled, ranked_logprobs
 from fairkv_jax.shapes import TENSOR_AXIS
 from fairkv_jax.sharding.place import partition_specs
 from fairkv_jax.sharding.slots import SlotLayout
@@ -196,6 +197,40 @@ def advance_prefill(
         check_vma=False,
     )
     return run(model, state, slot_head, first_slot, length, budgets, policy, *units)
+
+
+@partial(jax.jit, static_argnames=("mesh", "block"))
+def score_prompt(
+    model: Llama,
+    hidden: Float[Array, "T D"],
+    tokens: Int[Array, "bucket"],
+    start: Int[Array, ""],
+    *,
+    mesh: Mesh,
+    block: int,
+) -> Sampled:
+    """How likely the prompt's own tokens were: those that follow a block of `block` positions.
+
+    `hidden` is that of a prefill that has passed all layers. As `Sampled`, as if the tokens had
+    been chosen; what is said of the last token of the prompt and of the padding means nothing.
+    """
+
+    def local(model: Llama, hidden: Array, tokens: Array, start: Array) -> Sampled:
+        padding = hidden.shape[0] - tokens.shape[0] + 1
+        following = jnp.pad(tokens[1:], (0, padding))
+        chosen = jax.lax.dynamic_slice_in_dim(following, start, block)
+        logits = model.logits(jax.lax.dynamic_slice_in_dim(hidden, start, block))
+        return Sampled(chosen, *ranked_logprobs(logits, chosen))
+
+    whole = PartitionSpec()
+    run = jax.shard_map(
+        local,
+        mesh=mesh,
+        in_specs=(partition_specs(model), whole, whole, whole),
+        out_specs=whole,
+        check_vma=False,
+    )
+    return run(model, hidden, tokens, start)
 
 
 def num_units(num_layers: int, num_tokens: int, block: int) -> int:

@@ -1,17 +1,25 @@
 """Sampling on the devices: every row of the batch with options of its own."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
-from fairkv_jax.sampling_params import MAX_LOGPROBS, SamplingParams
+from fairkv_jax.sampling_params import (
+    MAX_LOGIT_BIAS,
+    MAX_LOGPROBS,
+    MAX_STOP_TOKEN_IDS,
+    SamplingParams,
+)
 from fairkv_jax.select import keep_mass
 
 _HOT = 1e30
-"""A temperature at which all tokens are alike, and which float32 still holds."""
+"""A temperature at which all tokens are alike, and a factor that float32 still holds."""
+_HISTORY_BLOCK = 1024
+"""Tokens of every row that are counted at a time."""
 
 
 @jax.tree_util.register_dataclass
@@ -26,21 +34,57 @@ class SamplingState:
     """The vocabulary's size where all tokens are kept."""
     top_p: Float[Array, "B"]
     min_p: Float[Array, "B"]
+    presence: Float[Array, "B"]
+    frequency: Float[Array, "B"]
+    repetition: Float[Array, "B"]
+    bias_tokens: Int[Array, "B MAX_LOGIT_BIAS"]
+    """The vocabulary's size stands for no token."""
+    bias: Float[Array, "B MAX_LOGIT_BIAS"]
+    min_tokens: Int[Array, "B"]
+    end_tokens: Int[Array, "B MAX_STOP_TOKEN_IDS"]
+    """What would end the output; the vocabulary's size stands for no token."""
+    is_guided: Bool[Array, "B"]
+    """Whether the row may draw only tokens that the host allows."""
     wants_logprobs: Bool[Array, "B"]
 
     @classmethod
-    def stack(cls, rows: Sequence[tuple[SamplingParams, int]], vocab_size: int) -> "SamplingState":
+    def stack(
+        cls,
+        rows: Sequence[tuple[SamplingParams, int]],
+        vocab_size: int,
+        eos_token_ids: Iterable[int] = (),
+    ) -> "SamplingState":
         """The options of (parameters, seed) pairs, one a row."""
 
         params = [params for params, _ in rows]
         seeds = [divmod(seed % 2**64, 2**32) for _, seed in rows]
         top_k = [min(p.top_k, vocab_size) if p.top_k > 0 else vocab_size for p in params]
+        bias_tokens = np.full((len(rows), MAX_LOGIT_BIAS), vocab_size, np.int32)
+        bias = np.zeros((len(rows), MAX_LOGIT_BIAS), np.float32)
+        end_tokens = np.full((len(rows), MAX_STOP_TOKEN_IDS), vocab_size, np.int32)
+        for row, each in enumerate(params):
+            if each.logit_bias:
+                biased = dict(each.logit_bias)
+                bias_tokens[row, : len(biased)] = list(biased)
+                bias[row, : len(biased)] = list(biased.values())
+            if each.min_tokens:
+                ends = sorted({*eos_token_ids, *(each.stop_token_ids or ())})
+                end_tokens[row, : len(ends)] = ends
+        repetition = [min(max(p.repetition_penalty, 1 / _HOT), _HOT) for p in params]
         return cls(
             jnp.asarray(seeds, jnp.uint32),
             jnp.asarray([min(p.temperature, _HOT) for p in params], jnp.float32),
             jnp.asarray(top_k, jnp.int32),
             jnp.asarray([p.top_p for p in params], jnp.float32),
             jnp.asarray([p.min_p for p in params], jnp.float32),
+            jnp.asarray([p.presence_penalty for p in params], jnp.float32),
+            jnp.asarray([p.frequency_penalty for p in params], jnp.float32),
+            jnp.asarray(repetition, jnp.float32),
+            jnp.asarray(bias_tokens),
+            jnp.asarray(bias),
+            jnp.asarray([p.min_tokens for p in params], jnp.int32),
+            jnp.asarray(end_tokens),
+            jnp.asarray([p.structured_outputs is not None for p in params], jnp.bool_),
             jnp.asarray([p.logprobs is not None for p in params], jnp.bool_),
         )
 
@@ -57,32 +101,140 @@ class Sampled:
     top_logprobs: Float[Array, "B n"]
 
 
-def sample(logits: Float[Array, "B V"], state: SamplingState, place: Int[Array, "B"]) -> Sampled:
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Seen:
+    """The tokens of every row so far, prompt and output."""
+
+    tokens: Int[Array, "rows S"]
+    """In their order; from `length` on they mean nothing, nor do rows beyond the batch."""
+    length: Int[Array, "B"]
+
+
+def sample(
+    logits: Float[Array, "B V"],
+    state: SamplingState,
+    place: Int[Array, "B"],
+    seen: Seen,
+    allowed: UInt32[Array, "B W"],
+) -> Sampled:
     """Chooses a token per row: greedy where the temperature is 0, else by the Gumbel-max rule.
 
-    `place` counts the tokens that the row has generated: a row's text depends on its logits, its
-    options and its seed alone, not on its place in the batch.
+    `place` counts the tokens that the row has generated, which are the last of those it has seen:
+    a row's text depends on its logits, its options, its seed and its text so far, not on its place
+    in the batch. `allowed` has a bit per token, the lowest first, 32 a word (W is V / 32, rounded
+    up); it is read in guided rows only.
     """
-    greedy = jnp.argmax(logits, -1)
+    adjusted = _adjust(logits, state, place, seen, allowed)
+    greedy = jnp.argmax(adjusted, -1)
     tokens = jax.lax.cond(
         jnp.any(state.temperature > 0),
-        lambda: jnp.where(state.temperature > 0, _draw(logits, state, place), greedy),
+        lambda: jnp.where(state.temperature > 0, _draw(adjusted, state, place), greedy),
         lambda: greedy,
     )
     logprobs = jax.lax.cond(
         jnp.any(state.wants_logprobs),
-        lambda: _logprobs(logits, tokens),
+        lambda: ranked_logprobs(logits, tokens),
         lambda: jax.tree.map(
-            lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(_logprobs, logits, tokens)
+            lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(ranked_logprobs, logits, tokens)
         ),
     )
     return Sampled(tokens, *logprobs)
 
 
+def mask_words(vocab_size: int) -> int:
+    """32-bit words of a mask with a bit per token."""
+    return -(-vocab_size // 32)
+
+
 @jax.jit
-def sample_first(logits: Float[Array, "V"], state: SamplingState) -> Sampled:
+def sample_first(
+    logits: Float[Array, "V"], state: SamplingState, seen: Seen, allowed: UInt32[Array, "1 W"]
+) -> Sampled:
     """The first token of a row, from the logits of its prefill."""
-    return sample(logits[None], state, jnp.zeros(1, jnp.int32))
+    return sample(logits[None], state, jnp.zeros(1, jnp.int32), seen, allowed)
+
+
+def _adjust(
+    logits: Array, state: SamplingState, place: Array, seen: Seen, allowed: Array
+) -> Float[Array, "B V"]:
+    """The logits as each row's options change them; steps that no row wants cost nothing."""
+    is_early = place < state.min_tokens
+    is_penalised = (state.presence != 0) | (state.frequency != 0) | (state.repetition != 1)
+    steps = (
+        (state.is_guided, lambda logits: _mask(logits, state.is_guided, allowed)),
+        (state.bias.any(-1), lambda logits: _add_bias(logits, state)),
+        (is_early, lambda logits: _postpone_end(logits, is_early, state.end_tokens)),
+        (is_penalised, lambda logits: _penalise(logits, state, place, seen, is_penalised)),
+    )
+    for wanted, step in steps:
+        logits = jax.lax.cond(jnp.any(wanted), step, lambda logits: logits, logits)
+    return logits
+
+
+def _mask(logits: Array, is_guided: Array, allowed: UInt32[Array, "B W"]) -> Array:
+    """Leaves guided rows the tokens whose bit is set."""
+    bits = allowed[..., None] >> jnp.arange(32, dtype=jnp.uint32) & 1
+    is_allowed = bits.reshape(len(logits), -1)[:, : logits.shape[-1]] > 0
+    return jnp.where(is_guided[:, None] & ~is_allowed, -jnp.inf, logits)
+
+
+def _add_bias(logits: Array, state: SamplingState) -> Array:
+    rows = jnp.arange(len(logits))[:, None]
+    return logits.at[rows, state.bias_tokens].add(state.bias, mode="drop")
+
+
+def _postpone_end(logits: Array, is_early: Array, end_tokens: Array) -> Array:
+    """Bans what would end the output too early, unless nothing else is left."""
+    rows = jnp.arange(len(logits))[:, None]
+    banned = logits.at[rows, end_tokens].set(-jnp.inf, mode="drop")
+    is_left = jnp.any(banned > -jnp.inf, -1)
+    return jnp.where((is_early & is_left)[:, None], banned, logits)
+
+
+def _penalise(
+    logits: Array, state: SamplingState, place: Array, seen: Seen, is_penalised: Array
+) -> Array:
+    """Repetition, frequency and presence penalties, as in vLLM.
+
+    They are those of CTRL (arXiv:1909.05858, section 4.1), over prompt and output, and OpenAI's,
+    over the output alone.
+    """
+    length = jnp.where(is_penalised, seen.length, 0)
+    in_prompt, in_output = _count(seen.tokens, length, length - place, logits.shape[-1])
+    factor = jnp.where((in_prompt + in_output) > 0, state.repetition[:, None], 1)
+    logits = jnp.where(logits > 0, logits / factor, logits * factor)
+    logits -= state.frequency[:, None] * in_output
+    return logits - state.presence[:, None] * (in_output > 0)
+
+
+def _count(
+    tokens: Int[Array, "rows S"], length: Int[Array, "B"], prompt_length: Array, vocab_size: int
+) -> tuple[Int[Array, "B V"], Int[Array, "B V"]]:
+    """How often each token stands in a row's prompt, and in its output.
+
+    Block by block, as far as the longest of the rows reaches.
+    """
+    batch, capacity = len(length), tokens.shape[1]
+    block = min(_HISTORY_BLOCK, capacity)
+    rows = jnp.arange(batch)[:, None]
+
+    def add(i: Array, counts: tuple[Array, Array]) -> tuple[Array, Array]:
+        # The last block may reach back into the one before it, whose tokens have been counted.
+        start = jnp.minimum(i * block, capacity - block)
+        at = start + jnp.arange(block)
+        is_new = (at >= i * block) & (at < length[:, None])
+        is_output = at >= prompt_length[:, None]
+        part = jax.lax.dynamic_slice(tokens, (0, start), (batch, block))
+        in_prompt, in_output = counts
+        return (
+            in_prompt.at[rows, part].add((is_new & ~is_output).astype(jnp.int32), mode="drop"),
+            in_output.at[rows, part].add((is_new & is_output).astype(jnp.int32), mode="drop"),
+        )
+
+    zeros = jnp.zeros((batch, vocab_size), jnp.int32)
+    num_blocks = -(-jnp.max(length) // block)
+    return jax.lax.fori_loop(0, num_blocks, add, (zeros, zeros))
 
 
 def _draw(logits: Array, state: SamplingState, place: Array) -> Int[Array, "B"]:
@@ -111,7 +263,9 @@ def _truncate(scaled: Float[Array, "B V"], state: SamplingState) -> Float[Array,
     return jnp.where(nucleus, scaled, -jnp.inf)
 
 
-def _logprobs(logits: Array, tokens: Array) -> tuple[Array, Array, Array, Array]:
+def ranked_logprobs(
+    logits: Float[Array, "B V"], tokens: Int[Array, "B"]
+) -> tuple[Float[Array, "B"], Int[Array, "B"], Int[Array, "B n"], Float[Array, "B n"]]:
     """The chosen tokens' log-probabilities and ranks, and the likeliest tokens with theirs."""
     logprobs = jax.nn.log_softmax(logits, -1)
     chosen = jnp.take_along_axis(logprobs, tokens[:, None], -1)

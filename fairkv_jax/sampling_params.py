@@ -1,30 +1,103 @@
 """How the tokens of one request are chosen, and when it ends."""
 
+import json
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from numbers import Integral, Real
+from typing import Any
 
 MAX_LOGPROBS = 20
+MAX_LOGIT_BIAS = 300
+"""Tokens that one request may favour or disfavour."""
+MAX_STOP_TOKEN_IDS = 128
+"""Tokens that may end one request."""
+MAX_GRAMMAR_CHARACTERS = 1 << 17
+"""Of what one output has to match; longer ones take seconds to compile."""
+
+
+@dataclass(frozen=True)
+class StructuredOutputsParams:
+    """What the output has to match: exactly one of these is given. Names are vLLM's.
+
+    Raises:
+        ValueError: none is given or several are, or one has a wrong type. Whether a schema or a
+            grammar makes sense is found out when it is compiled.
+    """
+
+    json: str | Mapping[str, Any] | None = None
+    """A JSON schema, as text or as the object that the text stands for; it is stored as text."""
+    regex: str | None = None
+    choice: tuple[str, ...] | list[str] | None = None
+    """The output is one of these texts."""
+    grammar: str | None = None
+    """A context-free grammar in Lark's notation, or in GBNF's."""
+    json_object: bool | None = None
+    """Any JSON object."""
+
+    def __post_init__(self) -> None:
+        given = [name for name in _CONSTRAINTS if getattr(self, name) is not None]
+        if self.json_object is False:
+            given.remove("json_object")
+        if len(given) != 1:
+            raise ValueError(
+                f"exactly one of {', '.join(_CONSTRAINTS)} constrains an output, "
+                f"got {', '.join(given) or 'none'}"
+            )
+        if isinstance(self.json, Mapping):
+            object.__setattr__(self, "json", json.dumps(dict(self.json)))
+        if self.choice is not None:
+            choice = _as_tuple("choice", self.choice)
+            if not choice or any(not isinstance(text, str) or not text for text in choice):
+                raise ValueError(f"choice must be non-empty strings, got {self.choice!r}")
+            object.__setattr__(self, "choice", choice)
+        for name in ("json", "regex", "grammar"):
+            if not isinstance(getattr(self, name), str | None):
+                raise ValueError(f"{name} must be a string, got {getattr(self, name)!r}")
+        if not isinstance(self.json_object, bool | None):
+            raise ValueError(f"json_object must be True or False, got {self.json_object!r}")
+        texts = (self.json, self.regex, self.grammar, *(self.choice or ()))
+        size = sum(len(text) for text in texts if text is not None)
+        if size > MAX_GRAMMAR_CHARACTERS:
+            raise ValueError(
+                f"{given[0]} takes at most {MAX_GRAMMAR_CHARACTERS} characters, got {size}"
+            )
+
+
+_CONSTRAINTS = ("json", "regex", "choice", "grammar", "json_object")
 
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """Sampling options of one request; names and defaults are vLLM's.
+    """Sampling options of one request; names, defaults and the order of steps are vLLM's.
 
-    The logits are divided by `temperature` (0 is greedy), then cut by `min_p`, `top_k` and
-    `top_p` in this order. Log-probabilities are those of the model, before any of these.
+    The logits lose what `structured_outputs` does not allow, get `logit_bias`, lose what would
+    end the output before `min_tokens`, and are penalised for repetitions. They are then divided
+    by `temperature` (0 is greedy), and cut by `min_p`, `top_k` and `top_p` in this order.
+    Log-probabilities are those of the model, before any of these.
 
     Raises:
         ValueError: a value is out of its range or of a wrong type; the message names the limit.
     """
 
     max_tokens: int | None = 16
-    """Most tokens to generate; None: as many as the context holds."""
+    """Most tokens to generate; 0: the prompt is only read. None: as many as the context holds."""
+    min_tokens: int = 0
+    """The tokens that end an output, and stop strings, count for nothing in the first ones."""
     temperature: float = 1.0
     top_k: int = 0
     """Keep the k likeliest tokens; 0 or -1 keeps all."""
     top_p: float = 1.0
     min_p: float = 0.0
+    presence_penalty: float = 0.0
+    """Taken from the logits of all tokens that the output holds already; in [-2, 2]."""
+    frequency_penalty: float = 0.0
+    """The same, as often as it holds them."""
+    repetition_penalty: float = 1.0
+    """Divides the logits above 0 of all tokens of prompt and output, and multiplies the others."""
+    logit_bias: Mapping[int, float] | tuple[tuple[int, float], ...] | None = None
+    """Added to the logits of these token ids; in [-100, 100]. It is stored as pairs."""
+    structured_outputs: StructuredOutputsParams | None = None
     seed: int | None = None
     """The same seed gives the same text, whatever else is in the batch. None: the engine draws."""
     stop: str | tuple[str, ...] | list[str] | None = None
@@ -33,6 +106,8 @@ class SamplingParams:
     ignore_eos: bool = False
     logprobs: int | None = None
     """Log-probabilities of the chosen token (0) and of the n likeliest ones; None: none."""
+    prompt_logprobs: int | None = None
+    """The same of the prompt's tokens, all but the first."""
     skip_special_tokens: bool = True
 
     def __post_init__(self) -> None:
@@ -41,19 +116,40 @@ class SamplingParams:
         object.__setattr__(self, "stop", stop)
         object.__setattr__(self, "stop_token_ids", stop_token_ids)
         if self.max_tokens is not None:
-            _check_int("max_tokens", self.max_tokens, 1)
+            _check_int("max_tokens", self.max_tokens, 0)
+        _check_int("min_tokens", self.min_tokens, 0)
+        if self.max_tokens is not None and self.min_tokens > self.max_tokens:
+            raise ValueError(
+                f"min_tokens must be at most max_tokens {self.max_tokens}, got {self.min_tokens}"
+            )
         _check_float("temperature", self.temperature, 0.0, math.inf)
         _check_float("top_p", self.top_p, 0.0, 1.0, low_open=True)
         _check_float("min_p", self.min_p, 0.0, 1.0)
         _check_int("top_k", self.top_k, -1)
+        _check_float("presence_penalty", self.presence_penalty, -2.0, 2.0)
+        _check_float("frequency_penalty", self.frequency_penalty, -2.0, 2.0)
+        _check_float("repetition_penalty", self.repetition_penalty, 0.0, math.inf, low_open=True)
+        if self.logit_bias is not None:
+            object.__setattr__(self, "logit_bias", _check_logit_bias(self.logit_bias))
         if self.seed is not None:
             _check_int("seed", self.seed, -(2**63), 2**64 - 1)
         if self.logprobs is not None:
             _check_int("logprobs", self.logprobs, 0, MAX_LOGPROBS)
+        if self.prompt_logprobs is not None:
+            _check_int("prompt_logprobs", self.prompt_logprobs, 0, MAX_LOGPROBS)
         if any(not isinstance(s, str) or not s for s in stop):
             raise ValueError(f"stop must be non-empty strings, got {self.stop!r}")
         for token_id in stop_token_ids:
             _check_int("stop_token_ids", token_id, 0)
+        if len(stop_token_ids) > MAX_STOP_TOKEN_IDS:
+            raise ValueError(
+                f"stop_token_ids takes at most {MAX_STOP_TOKEN_IDS} ids, got {len(stop_token_ids)}"
+            )
+        outputs = self.structured_outputs
+        if not isinstance(outputs, StructuredOutputsParams | None):
+            raise ValueError(
+                f"structured_outputs must be StructuredOutputsParams or None, got {outputs!r}"
+            )
         for name in ("include_stop_str_in_output", "ignore_eos", "skip_special_tokens"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name} must be True or False, got {getattr(self, name)!r}")
@@ -65,6 +161,20 @@ def _as_tuple(name: str, value: object) -> tuple:
     if not isinstance(value, list | tuple):
         raise ValueError(f"{name} must be a list, got {value!r}")
     return tuple(value)
+
+
+def _check_logit_bias(value: object) -> tuple[tuple[int, float], ...]:
+    """The pairs of a mapping."""
+    if isinstance(value, tuple):
+        value = dict(value)
+    if not isinstance(value, Mapping):
+        raise ValueError(f"logit_bias must map token ids to numbers, got {value!r}")
+    if len(value) > MAX_LOGIT_BIAS:
+        raise ValueError(f"logit_bias takes at most {MAX_LOGIT_BIAS} tokens, got {len(value)}")
+    for token_id, bias in value.items():
+        _check_int("a token id in logit_bias", token_id, 0)
+        _check_float(f"logit_bias of token {token_id}", bias, -100.0, 100.0)
+    return tuple(value.items())
 
 
 def _check_int(name: str, value: object, low: int, high: int | None = None) -> None:

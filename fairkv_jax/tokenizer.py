@@ -84,6 +84,10 @@ class Tokenizer:
         """The text of one token by itself, special tokens included."""
         return self.decode([token_id], skip_special_tokens=False)
 
+    def to_json(self) -> str:
+        """All of it but the chat template, as a tokenizer.json says it."""
+        return self._backend.to_str()
+
     def detokenizer(self, skip_special_tokens: bool = True) -> "Detokenizer":
         """A fresh incremental decoder for one output."""
         return Detokenizer(self._backend, skip_special_tokens)

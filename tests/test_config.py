@@ -3,12 +3,13 @@
 import math
 import subprocess
 import sys
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
 from fairkv_jax.config import EngineConfig, KVConfig, ModelConfig
-from fairkv_jax.sampling_params import SamplingParams
+from fairkv_jax.sampling_params import SamplingParams, StructuredOutputsParams
 
 
 def test_it_imports_no_jax():
@@ -76,7 +77,7 @@ def test_engine_options(options: dict[str, Any], message: str):
         ({"min_p": -0.1}, "min_p must be .* at least 0 and at most 1, got -0.1"),
         ({"top_k": -2}, "top_k must be at least -1, got -2"),
         ({"top_k": 2.0}, "top_k must be an integer, got 2.0"),
-        ({"max_tokens": 0}, "max_tokens must be at least 1, got 0"),
+        ({"max_tokens": -1}, "max_tokens must be at least 0, got -1"),
         ({"max_tokens": True}, "max_tokens must be an integer, got True"),
         ({"seed": 2**64}, "seed must be between"),
         ({"seed": "x"}, "seed must be an integer, got 'x'"),
@@ -86,11 +87,48 @@ def test_engine_options(options: dict[str, Any], message: str):
         ({"stop": ["a", 3]}, "stop must be non-empty strings"),
         ({"stop_token_ids": [-1]}, "stop_token_ids must be at least 0, got -1"),
         ({"stop_token_ids": ["a"]}, "stop_token_ids must be an integer, got 'a'"),
+        ({"stop_token_ids": [1] * 129}, "stop_token_ids takes at most 128 ids, got 129"),
+        ({"min_tokens": -1}, "min_tokens must be at least 0, got -1"),
+        ({"min_tokens": 5, "max_tokens": 4}, "min_tokens must be at most max_tokens 4, got 5"),
+        ({"presence_penalty": 2.1}, "presence_penalty must be .* at most 2, got 2.1"),
+        ({"frequency_penalty": -2.1}, "frequency_penalty must be .* at least -2 .*, got -2.1"),
+        ({"repetition_penalty": 0}, "repetition_penalty must be a finite number above 0, got 0"),
+        ({"repetition_penalty": math.inf}, "repetition_penalty must be .*, got inf"),
+        ({"logit_bias": [3]}, "logit_bias must map token ids to numbers"),
+        ({"logit_bias": {"3": 1.0}}, "a token id in logit_bias must be an integer, got '3'"),
+        ({"logit_bias": {-3: 1.0}}, "a token id in logit_bias must be at least 0, got -3"),
+        ({"logit_bias": {3: 101}}, "logit_bias of token 3 must be .* at most 100, got 101"),
+        ({"logit_bias": {3: math.nan}}, "logit_bias of token 3 must be a finite number"),
+        ({"logit_bias": dict.fromkeys(range(301), 1)}, "at most 300 tokens, got 301"),
+        ({"prompt_logprobs": 21}, "prompt_logprobs must be between 0 and 20, got 21"),
+        ({"structured_outputs": "[a-z]"}, "structured_outputs must be StructuredOutputsParams"),
     ],
 )
 def test_sampling_options(options: dict[str, Any], message: str):
     with pytest.raises(ValueError, match=message):
         SamplingParams(**options)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({}, "exactly one of json, regex, choice, grammar, json_object .*, got none"),
+        ({"json_object": False}, "got none"),
+        ({"json": {}, "regex": "a"}, "got json, regex"),
+        ({"json": ["type"]}, "json must be a string, got"),
+        ({"regex": 5}, "regex must be a string, got 5"),
+        ({"grammar": b"start"}, "grammar must be a string"),
+        ({"choice": "yes"}, "choice must be a list"),
+        ({"choice": []}, "choice must be non-empty strings"),
+        ({"choice": ["a", ""]}, "choice must be non-empty strings"),
+        ({"json_object": "yes"}, "json_object must be True or False"),
+        ({"regex": "a" * 131073}, "regex takes at most 131072 characters, got 131073"),
+        ({"choice": ["ab"] * 65537}, "choice takes at most 131072 characters, got 131074"),
+    ],
+)
+def test_structured_outputs(options: dict[str, Any], message: str):
+    with pytest.raises(ValueError, match=message):
+        StructuredOutputsParams(**options)
 
 
 @pytest.mark.parametrize("options", [{"stop": 5}, {"stop_token_ids": 5}])
@@ -103,6 +141,11 @@ def test_sampling_params_are_values():
     params = SamplingParams(stop="a", stop_token_ids=[3])
     assert (params.stop, params.stop_token_ids) == (("a",), (3,))
     assert hash(params) == hash(SamplingParams(stop=["a"], stop_token_ids=(3,)))
+    guided = StructuredOutputsParams(json={"type": "integer"})
+    params = SamplingParams(logit_bias={5: -1, 3: 2.5}, structured_outputs=guided)
+    assert params.logit_bias == ((5, -1), (3, 2.5))
+    assert hash(params) == hash(replace(params))
+    assert guided == StructuredOutputsParams(json='{"type": "integer"}')
 
 
 @pytest.mark.parametrize(

@@ -9,13 +9,35 @@ import pytest
 from scipy.stats import chisquare
 
 from fairkv_jax import sampling
-from fairkv_jax.sampling import SamplingState
-from fairkv_jax.sampling_params import MAX_LOGPROBS, SamplingParams
+from fairkv_jax.sampling import SamplingState, Seen
+from fairkv_jax.sampling_params import (
+    MAX_LOGIT_BIAS,
+    MAX_LOGPROBS,
+    SamplingParams,
+    StructuredOutputsParams,
+)
+from tests.oracle.sampling import adjusted
 
 VOCAB = 24
 DRAWS = 20_000
-sample: Any = jax.jit(sampling.sample)
+jitted: Any = jax.jit(sampling.sample)
 truncate: Any = jax.jit(sampling._truncate)
+
+
+def sample(
+    logits: np.ndarray,
+    state: SamplingState,
+    place: np.ndarray,
+    seen: Seen | None = None,
+    allowed: np.ndarray | None = None,
+) -> Any:
+    """Without a word on history or grammar: only options that do not read them."""
+    batch = len(logits)
+    seen = Seen(np.zeros((batch, 1), np.int32), place) if seen is None else seen  # pyright: ignore[reportArgumentType]
+    allowed = (
+        np.zeros((batch, -(-logits.shape[1] // 32)), np.uint32) if allowed is None else allowed
+    )
+    return jitted(logits, state, place, seen, allowed)
 
 
 def softmax(x: np.ndarray) -> np.ndarray:
@@ -207,3 +229,98 @@ def test_no_logprobs_unless_a_row_wants_them():
     assert not np.asarray(run(state=states([SamplingParams()] * 2)).top_logprobs).any()
     one = [SamplingParams(), SamplingParams(logprobs=0)]
     assert np.asarray(run(state=states(one)).logprob)[1] < 0
+
+
+GUIDED = StructuredOutputsParams(json_object=True)
+ENDS = (2, 5)
+
+
+ADJUSTMENTS: list[dict[str, Any]] = [
+    {},
+    {"presence_penalty": 1.5},
+    {"presence_penalty": -2},
+    {"frequency_penalty": 0.7},
+    {"frequency_penalty": -0.3, "presence_penalty": 0.4},
+    {"repetition_penalty": 1.8},
+    {"repetition_penalty": 0.4},
+    {"logit_bias": {0: 5.0, VOCAB - 1: -100.0, 7: 0.25}},
+    {"logit_bias": dict.fromkeys(range(VOCAB), -3.0), "repetition_penalty": 1.3},
+    {"min_tokens": 9},
+    {"min_tokens": 9, "stop_token_ids": [1, 11]},
+    {"min_tokens": 3, "stop_token_ids": [1, 11]},  # those have been generated
+    {"structured_outputs": GUIDED},
+    {"structured_outputs": GUIDED, "min_tokens": 9, "logit_bias": {3: 10.0}},
+    {
+        "structured_outputs": GUIDED,
+        "logit_bias": {4: 2.0},
+        "min_tokens": 5,
+        "repetition_penalty": 1.2,
+        "frequency_penalty": 0.5,
+        "presence_penalty": 0.5,
+    },
+]
+
+
+@pytest.mark.parametrize("history", [5, 300, 1024, 2500])
+def test_penalties_biases_bans_and_masks(history: int):
+    """All options side by side, histories of many lengths, garbage behind each row's last token."""
+    rng = np.random.default_rng(history)
+    batch = len(ADJUSTMENTS)
+    logits = rng.normal(0, 3, (batch, VOCAB)).astype(np.float32)
+    params = [SamplingParams(**options) for options in ADJUSTMENTS]
+    state = SamplingState.stack([(each, 0) for each in params], VOCAB, ENDS)
+    length = rng.integers(5, history + 1, batch).astype(np.int32)
+    place = np.full(batch, 4, np.int32)
+    tokens = rng.integers(0, VOCAB // 2, (batch, history)).astype(np.int32)
+    bits = rng.integers(0, 2, (batch, VOCAB)) > 0
+    bits[:, 0] = True
+    words = np.packbits(np.pad(bits, ((0, 0), (0, 8))), bitorder="little", axis=1).view(np.uint32)
+    wanted = []
+    for row in range(batch):
+        prompt = tokens[row, : length[row] - 4].tolist()
+        output = tokens[row, length[row] - 4 : length[row]].tolist()
+        allowed = set(np.flatnonzero(bits[row]).tolist())
+        wanted.append(adjusted(logits[row], params[row], prompt, output, ENDS, allowed))
+    got = jax.jit(sampling._adjust)(logits, state, place, Seen(tokens, length), words)  # pyright: ignore[reportArgumentType]
+    np.testing.assert_allclose(np.asarray(got), wanted, rtol=1e-5, atol=1e-5)
+    drawn = sample(logits, state, place, Seen(tokens, length), words).tokens  # pyright: ignore[reportArgumentType]
+    assert np.isfinite(np.take_along_axis(np.array(wanted), np.asarray(drawn)[:, None], 1)).all()
+
+
+def test_log_probabilities_are_those_of_the_model_whatever_the_options():
+    logits = np.random.default_rng(3).normal(size=(2, VOCAB)).astype(np.float32)
+    plain = SamplingParams(temperature=0, logprobs=3)
+    biased = SamplingParams(temperature=0, logprobs=3, logit_bias={6: 100.0})
+    out = sample(logits, states([plain, biased]), np.zeros(2, np.int32))
+    want = np.log(softmax(logits.astype(np.float64)))
+    assert out.tokens[1] == 6
+    np.testing.assert_allclose(out.logprob, want[[0, 1], np.asarray(out.tokens)], atol=1e-5)
+    np.testing.assert_array_equal(out.top_tokens[1], np.argsort(-want[1])[:MAX_LOGPROBS])
+
+
+def test_what_ends_is_drawn_where_nothing_else_is_allowed():
+    """A grammar that is over beside a least length: the grammar goes first."""
+    logits = np.zeros((1, VOCAB), np.float32)
+    params = SamplingParams(structured_outputs=GUIDED, min_tokens=3)
+    state = SamplingState.stack([(params, 0)], VOCAB, ENDS)
+    only_an_end = np.array([[1 << ENDS[1]]], np.uint32)
+    for place in (0, 3):
+        out = sample(logits, state, np.full(1, place, np.int32), allowed=only_an_end)
+        assert out.tokens[0] == ENDS[1]
+
+
+@pytest.mark.parametrize("penalty", [1e-300, 1e-30, 1e30, 1e300])
+def test_extreme_penalties_give_a_token_that_has_not_been_seen_or_only_those(penalty: float):
+    logits = np.linspace(-6, -3, VOCAB, dtype=np.float32)[None]
+    params = SamplingParams(repetition_penalty=penalty, temperature=0.1)
+    seen = Seen(np.arange(VOCAB // 2, VOCAB)[None], np.full(1, VOCAB // 2))  # pyright: ignore[reportArgumentType]
+    drawn = int(sample(logits, states([params]), np.zeros(1, np.int32), seen).tokens[0])
+    assert (drawn >= VOCAB // 2) == (penalty < 1)
+
+
+def test_as_many_biases_as_are_taken():
+    vocab = MAX_LOGIT_BIAS + 20
+    logits = np.zeros((1, vocab), np.float32)
+    params = SamplingParams(temperature=0, logit_bias=dict.fromkeys(range(MAX_LOGIT_BIAS), -1.0))
+    state = SamplingState.stack([(params, 0)], vocab)
+    assert sample(logits, state, np.zeros(1, np.int32)).tokens[0] == MAX_LOGIT_BIAS

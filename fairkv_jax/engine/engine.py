@@ -5,7 +5,8 @@ its tokens mean, is the scheduler's business.
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from itertools import product
 from typing import Any
 
 import jax
@@ -34,14 +35,17 @@ from fairkv_jax.prefill import (
     insert,
     num_units,
     release,
+    score_prompt,
     start_prefill,
 )
-from fairkv_jax.sampling import Sampled, SamplingState, sample_first
+from fairkv_jax.sampling import Sampled, SamplingState, Seen, mask_words, sample_first
 from fairkv_jax.sharding.mesh import compiler_options, make_mesh
 from fairkv_jax.sharding.place import load_model
 from fairkv_jax.sharding.slots import SlotLayout
 
 MIN_PREFILL_BUCKET = 32
+_SCORE_BLOCK = 128
+"""Prompt tokens whose logits are there at a time."""
 
 
 @dataclass
@@ -49,15 +53,24 @@ class Prefill:
     """A prompt on its way through the layers, in units: see `fairkv_jax.prefill`."""
 
     num_tokens: int
-    bucket: int
+    token_ids: np.ndarray
+    """Padded to the bucket."""
     budgets: np.ndarray
     """[L, K] tokens."""
     policy: int
     """Its place among the engine's policies."""
+    layer_units: int
     num_units: int
+    """Those of the layers, and the blocks of the prompt whose log-probabilities are wanted."""
     state: PrefillState
     done: int = 0
     """Units so far."""
+    scores: list[Sampled] = field(default_factory=list)
+    """Of each block, as `score_prompt` gives them; perhaps not computed yet."""
+
+    @property
+    def bucket(self) -> int:
+        return len(self.token_ids)
 
     @property
     def is_done(self) -> bool:
@@ -110,37 +123,53 @@ class Engine:
         self._programs: dict[tuple[str, int], Compiled] = {}
         self.cache = self._empty_cache()
 
-    def start_prefill(self, token_ids: list[int], kv_config: KVConfig | None = None) -> Prefill:
-        """Begins a prompt, to be kept as the engine keeps them or in another way that it allows."""
+    def start_prefill(
+        self,
+        token_ids: list[int],
+        kv_config: KVConfig | None = None,
+        *,
+        wants_logprobs: bool = False,
+    ) -> Prefill:
+        """Begins a prompt, to be kept as the engine keeps them or in another way that it allows.
+
+        `wants_logprobs`: those of the prompt's own tokens, see `Prefill.scores`.
+        """
         kv_config = kv_config or self.kv_config
         num_tokens = len(token_ids)
         bucket = prefill_bucket(num_tokens, self.config.max_model_len)
         padded = np.zeros(bucket, np.int32)
         padded[:num_tokens] = token_ids
         budgets = kv_config.budgets(num_tokens, *self._heads)
+        layer_units = num_units(self.model_config.num_layers, num_tokens, self._block(bucket))
+        blocks = -(-(num_tokens - 1) // _score_block(bucket)) if wants_logprobs else 0
         return Prefill(
             num_tokens,
-            bucket,
+            padded,
             np.array(budgets, np.int32),
             self.policies.index(make_policy(kv_config)),
-            num_units(self.model_config.num_layers, num_tokens, self._block(bucket)),
+            layer_units,
+            layer_units + blocks,
             self._start_program(bucket)(self.model, padded),
         )
 
     def advance_prefill(self, prefill: Prefill, units: int) -> None:
         """Runs that many units more of a prefill, or all that are left; the pool is not touched."""
         stop = min(prefill.done + units, prefill.num_units)
-        program = self._advance_program(prefill.bucket, prefill.state)
-        prefill.state = program(
-            self.model,
-            prefill.state,
-            np.int32(prefill.num_tokens),
-            prefill.budgets,
-            np.int32(prefill.policy),
-            (np.int32(prefill.done), np.int32(stop)),
-            self.layout.slot_head,
-            self.layout.first_slot,
-        )
+        of_layers = min(stop, prefill.layer_units)
+        if prefill.done < of_layers:
+            program = self._advance_program(prefill.bucket, prefill.state)
+            prefill.state = program(
+                self.model,
+                prefill.state,
+                np.int32(prefill.num_tokens),
+                prefill.budgets,
+                np.int32(prefill.policy),
+                (np.int32(prefill.done), np.int32(of_layers)),
+                self.layout.slot_head,
+                self.layout.first_slot,
+            )
+        for _ in range(max(prefill.done, of_layers), stop):
+            self._score(prefill)
         prefill.done = stop
 
     def units_of(self, prefill: Prefill, work: float) -> int:
@@ -157,9 +186,42 @@ class Engine:
         self.advance_prefill(prefill, prefill.num_units)
         return prefill.prefix
 
-    def sample_first(self, prefix: Prefix, sampling: SamplingState) -> Sampled:
-        """Samples the token that follows a prompt, for one row's options."""
-        return self._sample_program(sampling)(prefix.logits, sampling)
+    def prompt_scores(self, prefill: Prefill) -> Sampled:
+        """How likely the prompt's tokens but the first were, of a prefill that was asked for it.
+
+        On the host; a leading axis of `num_tokens` - 1.
+        """
+        block, last = _score_block(prefill.bucket), prefill.num_tokens - 1
+        blocks: list[Sampled] = jax.device_get(prefill.scores)
+        starts = [self._score_start(prefill, i) for i in range(len(blocks))]
+
+        def join(*parts: np.ndarray) -> np.ndarray:
+            joined = np.empty((last, *parts[0].shape[1:]), parts[0].dtype)
+            for start, part in zip(starts, parts, strict=True):
+                joined[start : start + block] = part[: last - start]
+            return joined
+
+        return jax.tree.map(join, *blocks)
+
+    def sample_first(
+        self,
+        prefix: Prefix,
+        sampling: SamplingState,
+        token_ids: list[int],
+        allowed: np.ndarray | None = None,
+    ) -> Sampled:
+        """Samples the token that follows a prompt, for one row's options.
+
+        `allowed` are the words of a guided row's mask, see `sample`.
+        """
+        if allowed is None:
+            allowed = np.zeros(mask_words(self.model_config.vocab_size), np.uint32)
+        return self._sample_program(sampling)(
+            prefix.logits,
+            sampling,
+            Seen(self._padded(token_ids)[None], np.array([len(token_ids)], np.int32)),  # pyright: ignore[reportArgumentType]
+            allowed[None],
+        )
 
     def place(self, prefix: Prefix, known_tokens: int = 0) -> Placement:
         """Routes a prefix's heads to their replicas, by the load of the devices at this moment.
@@ -182,11 +244,9 @@ class Engine:
         `token_ids` are the prompt's and all that has been generated, the first one at least.
         """
         self.book.insert(row, placement.lengths)
-        padded = np.zeros(self.book.max_tokens, np.int32)
-        padded[: len(token_ids)] = token_ids
         where = (np.int32(row), self.book.page_table[:, row], placement.lengths)
         self.cache = self._insert_program(prefix)(
-            self.cache, prefix, *where, padded, np.int32(len(token_ids))
+            self.cache, prefix, *where, self._padded(token_ids), np.int32(len(token_ids))
         )
 
     def release(self, row: int) -> None:
@@ -222,16 +282,21 @@ class Engine:
         self.book = self._make_book()
         self.cache = self._empty_cache()
 
-    def warm_up(self, prompt_lengths: Iterable[int], num_rows: int) -> None:
-        """Compiles what prompts of these lengths and a batch of up to `num_rows` rows run."""
+    def warm_up(
+        self, prompt_lengths: Iterable[int], num_rows: int, *, prompt_logprobs: bool = True
+    ) -> None:
+        """Compiles what prompts of these lengths and a batch of up to `num_rows` rows run.
+
+        `prompt_logprobs`: also what tells how likely the prompts were.
+        """
         longest = self.config.max_model_len
         prefills = sorted({prefill_bucket(length, longest) for length in prompt_lengths})
         batches = sorted({self.batch_bucket(rows + 1) for rows in range(num_rows)})
-        missing = [b for b in prefills if ("prefill", b) not in self._programs]
-        missing += [b for b in batches if ("decode", b) not in self._programs]
-        if not missing:
+        by_prefill = ("prefill", "score") if prompt_logprobs else ("prefill",)
+        needed = [*product(by_prefill, prefills), *product(["decode"], batches)]
+        if all(key in self._programs for key in needed):
             return
-        total = 3 * len(prefills) + len(batches)
+        total = (2 + len(by_prefill)) * len(prefills) + len(batches)
         with tqdm(total=total, desc="compiling", disable=not self._progress) as bar:
             for bucket in prefills:
                 state = self._start_program(bucket).out_info
@@ -240,6 +305,9 @@ class Engine:
                 bar.update()
                 self._insert_program(state.prefix)
                 bar.update()
+                if prompt_logprobs:
+                    self._score_program(bucket, state)
+                    bar.update()
             self._release_program()
             self._sample_program(idle_rows(1, self.model_config.vocab_size).sampling)
             for batch in batches:
@@ -264,9 +332,29 @@ class Engine:
         heads = model.num_heads * model.head_dim
         weights = 2 * model.hidden_size * heads * (1 + 1 / model.group_size)
         weights += 3 * model.hidden_size * model.intermediate_size
-        blocks = prefill.num_units // model.num_layers
-        past = (np.arange(prefill.done, prefill.num_units) % blocks + 0.5) * block
-        return block * (weights + 2 * heads * past)
+        blocks = prefill.layer_units // model.num_layers
+        past = (np.arange(prefill.layer_units) % blocks + 0.5) * block
+        logits = _score_block(prefill.bucket) * model.hidden_size * model.vocab_size
+        scores = np.full(prefill.num_units - prefill.layer_units, float(logits))
+        return np.concatenate([block * (weights + 2 * heads * past), scores])[prefill.done :]
+
+    def _score(self, prefill: Prefill) -> None:
+        """Runs the next block of a prompt's log-probabilities."""
+        start = self._score_start(prefill, len(prefill.scores))
+        program = self._score_program(prefill.bucket, prefill.state)
+        scores = program(self.model, prefill.state.hidden, prefill.token_ids, np.int32(start))
+        prefill.scores.append(scores)
+
+    def _score_start(self, prefill: Prefill, index: int) -> int:
+        """Where a block begins; the last one may reach back into the one before it."""
+        block = _score_block(prefill.bucket)
+        return min(index * block, prefill.state.hidden.shape[0] - block)
+
+    def _padded(self, token_ids: list[int]) -> np.ndarray:
+        """Tokens of a row, as long as any may be."""
+        padded = np.zeros(self.book.max_tokens, np.int32)
+        padded[: len(token_ids)] = token_ids
+        return padded
 
     def _block(self, bucket: int) -> int:
         """Tokens of a unit of such a prefill."""
@@ -302,6 +390,18 @@ class Engine:
             block=self._block(bucket),
         )
 
+    def _score_program(self, bucket: int, state: PrefillState) -> Compiled:
+        return self._program(
+            ("score", bucket),
+            score_prompt,
+            self.model,
+            state.hidden,
+            jax.ShapeDtypeStruct((bucket,), jnp.int32),
+            np.int32(0),
+            mesh=self.mesh,
+            block=_score_block(bucket),
+        )
+
     def _insert_program(self, prefix: Prefix) -> Compiled:
         layers, slots = self.layout.slot_head.shape
         table = jax.ShapeDtypeStruct((layers, slots, self.book.max_pages), jnp.int32)
@@ -318,7 +418,10 @@ class Engine:
         whole = NamedSharding(self.mesh, PartitionSpec())
         shape = (self.model_config.vocab_size,)
         logits = jax.ShapeDtypeStruct(shape, jnp.float32, sharding=whole)
-        return self._program(("sample", 1), sample_first, logits, sampling)
+        tokens = jax.ShapeDtypeStruct((1, self.book.max_tokens), jnp.int32)
+        seen = Seen(tokens, jax.ShapeDtypeStruct((1,), jnp.int32))  # pyright: ignore[reportArgumentType]
+        allowed = jax.ShapeDtypeStruct((1, mask_words(*shape)), jnp.uint32)
+        return self._program(("sample", 1), sample_first, logits, sampling, seen, allowed)
 
     def _decode_program(self, rows: Rows) -> Compiled:
         layers, slots = self.layout.slot_head.shape
@@ -398,6 +501,11 @@ def allowed_policies(kv_config: KVConfig) -> tuple[Policy, ...]:
 def prefill_bucket(num_tokens: int, max_tokens: int) -> int:
     """The compiled prompt length that holds `num_tokens`."""
     return min(max(next_power_of_two(num_tokens), MIN_PREFILL_BUCKET), max_tokens)
+
+
+def _score_block(bucket: int) -> int:
+    """Prompt tokens of such a bucket whose logits are there at a time."""
+    return min(_SCORE_BLOCK, bucket)
 
 
 def next_power_of_two(number: int) -> int:

@@ -108,7 +108,11 @@ class LLM:
 
     def _run(self, requests: list[Request]) -> list[RequestOutput]:
         """Runs requests to their ends; where that is interrupted, none stays behind."""
-        self.engine.warm_up([len(r.prompt_token_ids) for r in requests], len(requests))
+        self.engine.warm_up(
+            [len(request.prompt_token_ids) for request in requests],
+            len(requests),
+            prompt_logprobs=any(r.sampling_params.prompt_logprobs is not None for r in requests),
+        )
         finished: dict[str, RequestOutput] = {}
         try:
             for request in requests:

@@ -1,6 +1,7 @@
 """Requests in, tokens out: continuous batching over the engine's three verbs."""
 
 import itertools
+import logging
 import time
 from collections import deque
 from collections.abc import Iterable
@@ -16,15 +17,22 @@ from fairkv_jax.config import EngineConfig, KVConfig
 from fairkv_jax.decode import Rows
 from fairkv_jax.engine.device_errors import STEP_DOES_NOT_FIT, readable
 from fairkv_jax.engine.engine import Engine, Prefill
+from fairkv_jax.engine.guided import Grammars
 from fairkv_jax.engine.pacing import Pacer
 from fairkv_jax.engine.request import Logprob, Request, RequestOutput
 from fairkv_jax.engine.scheduler import Scheduler
 from fairkv_jax.engine.sequence import Sequence
 from fairkv_jax.engine.stats import EngineStats
 from fairkv_jax.plan import Plan
-from fairkv_jax.prefill import kept_tokens
-from fairkv_jax.sampling import Sampled, SamplingState
-from fairkv_jax.sampling_params import SamplingParams
+from fairkv_jax.prefill import Prefix, kept_tokens
+from fairkv_jax.sampling import Sampled, SamplingState, mask_words
+from fairkv_jax.sampling_params import (
+    MAX_STOP_TOKEN_IDS,
+    SamplingParams,
+    StructuredOutputsParams,
+)
+
+log = logging.getLogger(__name__)
 
 _IDLE_ROW = (SamplingParams(temperature=0), 0)
 
@@ -73,11 +81,14 @@ class LLMEngine:
         self.tokenizer = checkpoint.tokenizer()
         self.engine = Engine(checkpoint, plan, engine_config, kv_config, progress=progress)
         self.scheduler = Scheduler(engine_config.max_num_seqs)
+        self._grammars = Grammars(self.tokenizer, self.model_config.vocab_size)
         self._arrivals = itertools.count()
         self._num_preemptions = 0
         self._seeds = np.random.default_rng(engine_config.seed)
         self._sampling: SamplingState | None = None
         """The rows' options on the devices; None when the rows have changed."""
+        self._unguided: dict[int, jax.Array] = {}
+        """By batch: what stands for the masks of rows that are not guided."""
         self._pacer = Pacer()
         self._prefill_work = 0.0
         """Given to the devices since the last dispatch of decode steps."""
@@ -88,10 +99,12 @@ class LLMEngine:
     def kv_capacity_tokens(self) -> int:
         return self.engine.kv_capacity_tokens
 
-    def warm_up(self, prompt_lengths: Iterable[int], num_requests: int) -> None:
+    def warm_up(
+        self, prompt_lengths: Iterable[int], num_requests: int, *, prompt_logprobs: bool = True
+    ) -> None:
         """Compiles all that requests of these prompt lengths run, with a progress bar."""
         rows = min(num_requests, self.engine_config.max_num_seqs)
-        self.engine.warm_up(prompt_lengths, rows)
+        self.engine.warm_up(prompt_lengths, rows, prompt_logprobs=prompt_logprobs)
 
     def stats(self) -> EngineStats:
         """What runs and waits, and how full the pool is; for the thread that calls `step`."""
@@ -109,12 +122,23 @@ class LLMEngine:
     def has_unfinished_requests(self) -> bool:
         return len(self.scheduler) > 0
 
+    def compile_grammar(self, params: StructuredOutputsParams) -> None:
+        """Compiles what outputs must match, for the requests that will come with it.
+
+        It can take a second; any thread may call it.
+
+        Raises:
+            ValueError: it has a fault, which the message names.
+        """
+        self._grammars.matcher(params)
+
     def validate(self, request: Request) -> None:
         """Checks a request against the model's limits.
 
         Raises:
-            ValueError: the prompt is empty, too long, or holds ids that are not in the vocabulary;
-                or more is to be kept of it than the engine allows.
+            ValueError: the prompt is empty, too long, or holds ids that are not in the vocabulary,
+                as may the sampling options; what the output must match has a fault; or more is to
+                be kept of the prompt than the engine allows.
         """
         prompt, limit = request.prompt_token_ids, self.engine_config.max_model_len
         if not prompt:
@@ -128,6 +152,7 @@ class LLMEngine:
         for token_id in prompt:
             if not 0 <= token_id < vocab_size:
                 raise ValueError(f"token id {token_id} is not in the vocabulary [0, {vocab_size})")
+        self._check_options(request.sampling_params)
         self._kv_config(request)
 
     def add_request(self, request: Request) -> None:
@@ -140,6 +165,7 @@ class LLMEngine:
         if self.scheduler.has(request.request_id):
             raise ValueError(f"a request with the id {request.request_id!r} is still running")
         params = request.sampling_params
+        outputs = params.structured_outputs
         room = self.engine_config.max_model_len - len(request.prompt_token_ids)
         seed = self._seeds.integers(2**63) if params.seed is None else params.seed
         max_tokens = room if params.max_tokens is None else min(params.max_tokens, room)
@@ -151,6 +177,7 @@ class LLMEngine:
                 seed=int(seed),
                 max_tokens=max_tokens,
                 kv_config=self._kv_config(request),
+                matcher=self._grammars.matcher(outputs) if outputs is not None else None,
             )
         )
 
@@ -193,6 +220,22 @@ class LLMEngine:
             advanced |= self._read()
         return advanced
 
+    def _check_options(self, params: SamplingParams) -> None:
+        vocab_size = self.model_config.vocab_size
+        for token_id in dict(params.logit_bias or {}):
+            if token_id >= vocab_size:
+                raise ValueError(
+                    f"token id {token_id} in logit_bias is not in the vocabulary [0, {vocab_size})"
+                )
+        ends = {*self.tokenizer.eos_token_ids, *(params.stop_token_ids or ())}
+        if params.min_tokens and len(ends) > MAX_STOP_TOKEN_IDS:
+            raise ValueError(
+                f"min_tokens holds back at most {MAX_STOP_TOKEN_IDS} stop_token_ids and ends of "
+                f"text, got {len(ends)}: give fewer stop_token_ids"
+            )
+        if params.structured_outputs is not None:
+            self.compile_grammar(params.structured_outputs)
+
     def _kv_config(self, request: Request) -> KVConfig:
         """What is kept of the request's prompt; see `validate`."""
         wanted = self.kv_config.of_request(request.kv_policy, request.kv_budget)
@@ -213,8 +256,11 @@ class LLMEngine:
             return {}
         if sequence.prefill is None:
             sequence.scheduled()
-            prompt = sequence.request.prompt_token_ids
-            sequence.prefill = self.engine.start_prefill(prompt, sequence.kv_config)
+            sequence.prefill = self.engine.start_prefill(
+                sequence.request.prompt_token_ids,
+                sequence.kv_config,
+                wants_logprobs=sequence.wants_prompt_logprobs,
+            )
         prefill = sequence.prefill
         if not prefill.is_done:
             self._advance(prefill)
@@ -222,15 +268,18 @@ class LLMEngine:
             return {}
         prefix = prefill.prefix
         placement = self.engine.place(prefix, len(sequence.token_ids))
-        if placement.missing_pages.any():
+        if placement.missing_pages.any() and sequence.wants_tokens:
             return {}  # it waits for pages
         advanced: dict[Sequence, None] = {}
         if not sequence.token_ids:  # else it was preempted: its first token is known
             wants_positions = sequence.request.return_kept_positions
             sequence.kept = kept_tokens(prefix, self.engine.layout, positions=wants_positions)
-            options = [(sequence.params, sequence.seed)]
-            sampling = SamplingState.stack(options, self.model_config.vocab_size)
-            self._append(sequence, jax.device_get(self.engine.sample_first(prefix, sampling)), 0)
+            if sequence.wants_prompt_logprobs:
+                sequence.prompt_logprobs = self._prompt_logprobs(sequence, prefill)
+            if sequence.wants_tokens:
+                self._append(sequence, self._sample_first(sequence, prefix), 0)
+            else:
+                sequence.end_with_prompt()
             advanced[sequence] = None
         if sequence.finish_reason:
             self.scheduler.waiting.popleft()
@@ -243,6 +292,22 @@ class LLMEngine:
         sequence.prefill = None
         return advanced
 
+    def _sample_first(self, sequence: Sequence, prefix: Prefix) -> Sampled:
+        """The first token of an output."""
+        allowed = None if sequence.matcher is None else sequence.matcher.allowed()
+        prompt = sequence.request.prompt_token_ids
+        sampling = self._stack([(sequence.params, sequence.seed)])
+        return jax.device_get(self.engine.sample_first(prefix, sampling, prompt, allowed))
+
+    def _prompt_logprobs(
+        self, sequence: Sequence, prefill: Prefill
+    ) -> list[dict[int, Logprob] | None]:
+        count = sequence.params.prompt_logprobs or 0
+        if prefill.num_tokens == 1:
+            return [None]
+        scores = self.engine.prompt_scores(prefill)
+        return [None, *(self._ranked(scores, i, count) for i in range(prefill.num_tokens - 1))]
+
     def _advance(self, prefill: Prefill) -> None:
         """Runs the next part of a prefill: short beside running requests, longer alone."""
         is_alone = not self.scheduler.running
@@ -253,21 +318,23 @@ class LLMEngine:
         if not is_alone:
             self._prefill_work += work
             return
-        jax.block_until_ready(prefill.state)
+        jax.block_until_ready((prefill.state, prefill.scores))
         if self.engine.num_programs == programs:
             self._pacer.prefilled(work, 0, time.monotonic() - start)
 
     def _dispatch(self) -> bool:
         """Gives the devices decode steps for all running requests, unless these must wait.
 
-        They must where one of them has all its tokens with what is under way, or where that may
-        yet free the pages that they need.
+        They must where one of them has all its tokens with what is under way, where its grammar
+        has to see them first, or where that may yet free the pages that they need.
         """
         running, book = self.scheduler.running, self.engine.book
         left = min((sequence.num_left for sequence in running.values()), default=0)
-        if left == 0:
+        is_guided = any(sequence.matcher is not None for sequence in running.values())
+        if left == 0 or (is_guided and self._in_flight):
             return False
-        num_steps = 1 if self.scheduler.first_waiting else min(left, self._pacer.num_steps)
+        is_single = is_guided or self.scheduler.first_waiting is not None
+        num_steps = 1 if is_single else min(left, self._pacer.num_steps)
         if book.missing_pages(num_steps).any():
             num_steps = 1
         while book.missing_pages().any():
@@ -340,8 +407,27 @@ class LLMEngine:
                 (running[row].params, running[row].seed) if row in running else _IDLE_ROW
                 for row in range(batch)
             ]
-            self._sampling = SamplingState.stack(options, self.model_config.vocab_size)
-        return Rows(jnp.asarray(positions), jnp.asarray(place), self._sampling)
+            self._sampling = self._stack(options)
+        inputs = map(jnp.asarray, (positions, place))
+        return Rows(*inputs, sampling=self._sampling, allowed=self._allowed(batch))
+
+    def _stack(self, options: list[tuple[SamplingParams, int]]) -> SamplingState:
+        vocab_size = self.model_config.vocab_size
+        return SamplingState.stack(options, vocab_size, self.tokenizer.eos_token_ids)
+
+    def _allowed(self, batch: int) -> jax.Array:
+        """The masks of a batch's guided rows, if there are any."""
+        shape = (batch, mask_words(self.model_config.vocab_size))
+        if batch not in self._unguided:
+            self._unguided[batch] = jnp.asarray(np.zeros(shape, np.uint32))
+        matchers = {row: each.matcher for row, each in self.scheduler.running.items()}
+        if not any(matchers.values()):
+            return self._unguided[batch]
+        allowed = np.zeros(shape, np.uint32)
+        for row, matcher in matchers.items():
+            if matcher is not None:
+                allowed[row] = matcher.allowed()
+        return jnp.asarray(allowed)
 
     def _leave(self, row: int) -> Sequence:
         """Takes a sequence off its row and frees its pages."""
@@ -352,15 +438,14 @@ class LLMEngine:
     def _append(self, sequence: Sequence, sampled: Sampled, index: int) -> None:
         """Gives a sequence the token at `index` of one step."""
         token_id = int(sampled.tokens[index])
-        sequence.append(token_id, self._logprobs(sequence, sampled, index))
-
-    def _logprobs(
-        self, sequence: Sequence, sampled: Sampled, index: int
-    ) -> dict[int, Logprob] | None:
-        """The chosen token and as many of the likeliest as the request wants."""
         count = sequence.params.logprobs
-        if count is None:
-            return None
+        sequence.append(token_id, None if count is None else self._ranked(sampled, index, count))
+        if sequence.finish_reason == "error":
+            name = sequence.request.request_id
+            log.warning("request %s ends early: its grammar takes more work than is granted", name)
+
+    def _ranked(self, sampled: Sampled, index: int, count: int) -> dict[int, Logprob]:
+        """The token at `index`, and as many of the likeliest in its place."""
         chosen = float(sampled.logprob[index]), int(sampled.rank[index])
         ranked = {int(sampled.tokens[index]): chosen}
         for place in range(count):

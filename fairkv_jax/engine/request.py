@@ -28,7 +28,7 @@ class CompletionOutput:
     logprobs: list[dict[int, Logprob]] | None
     """For each token, itself and the likeliest ones by token id; None unless asked for."""
     finish_reason: str | None = None
-    """"stop", "length", or None while the request runs."""
+    """"stop", "length", or None while the request runs; "error": its grammar could not go on."""
     stop_reason: int | str | None = None
     """The stop token or stop string that ended it; None for the end-of-text token."""
     index: int = 0
@@ -49,6 +49,9 @@ class RequestOutput:
     """For each layer and KV head the kept prompt positions, ascending; None unless asked for."""
     metrics: RequestMetrics | None = None
     """When it came, started and advanced."""
+    prompt_logprobs: list[dict[int, Logprob] | None] | None = None
+    """For each token of the prompt, as in `logprobs`; None for the first, which nothing precedes,
+    and in all unless asked for."""
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ from dataclasses import replace
 
 from fairkv_jax.config import KVConfig
 from fairkv_jax.engine.engine import Prefill
+from fairkv_jax.engine.guided import Matcher
 from fairkv_jax.engine.request import CompletionOutput, Logprob, Request, RequestOutput
 from fairkv_jax.engine.stats import RequestMetrics
 from fairkv_jax.prefill import KeptTokens
@@ -24,6 +25,7 @@ class Sequence:
         seed: int,
         max_tokens: int,
         kv_config: KVConfig,
+        matcher: Matcher | None = None,
     ):
         self.request = request
         self.kv_config = kv_config
@@ -36,6 +38,9 @@ class Sequence:
         self.prefill: Prefill | None = None
         """Under way, or done while it waits for pages."""
         self.kept: KeptTokens | None = None
+        self.matcher = matcher
+        """How far its output has come in its grammar; None: anything may be generated."""
+        self.prompt_logprobs: list[dict[int, Logprob] | None] | None = None
         self.finish_reason: str | None = None
         self._metrics = RequestMetrics(arrival_time=time.monotonic())
         self._stop_reason: int | str | None = None
@@ -66,10 +71,25 @@ class Sequence:
         """Steps until it has all the tokens that it may generate."""
         return self._max_tokens - self.num_cached - 1
 
+    @property
+    def wants_prompt_logprobs(self) -> bool:
+        """Whether those are wanted and not there yet."""
+        return self.params.prompt_logprobs is not None and self.prompt_logprobs is None
+
+    @property
+    def wants_tokens(self) -> bool:
+        """Whether any are to be generated; else the prompt is only read."""
+        return self._max_tokens > 0
+
     def scheduled(self) -> None:
         """Notes that its prefill begins; again after a preemption, which does not count."""
         if self._metrics.first_scheduled_time is None:
             self._metrics.first_scheduled_time = time.monotonic()
+
+    def end_with_prompt(self) -> None:
+        """Ends the sequence that wants no tokens."""
+        self._metrics.prefill_finished_time = time.monotonic()
+        self._finish("length", None)
 
     def append(self, token_id: int, logprobs: dict[int, Logprob] | None) -> None:
         """Takes a sampled token, and ends the sequence where it is due."""
@@ -79,6 +99,8 @@ class Sequence:
             self._metrics.prefill_finished_time = self._metrics.last_token_time
         if self._logprobs is not None and logprobs is not None:
             self._logprobs.append(logprobs)
+        if self.matcher is not None:
+            self.matcher.accept(token_id)
         is_end = token_id in self._tokenizer.eos_token_ids and not self.params.ignore_eos
         if is_end or token_id in (self.params.stop_token_ids or ()):
             if self.params.include_stop_str_in_output:
@@ -88,6 +110,8 @@ class Sequence:
         searched = len(self._text)
         self._text += self._detokenizer.push(token_id)
         self._stop_at_string(searched)
+        if self.finish_reason is None and self.matcher is not None and self.matcher.is_over:
+            self._finish("error" if self.matcher.has_failed else "stop", None)
         if self.finish_reason is None and len(self.token_ids) >= self._max_tokens:
             self._finish("length", None)
 
@@ -109,6 +133,7 @@ class Sequence:
             prompt_token_ids=self.request.prompt_token_ids,
             outputs=[completion],
             finished=self.finish_reason is not None,
+            prompt_logprobs=self.prompt_logprobs,
             kv_lengths=None if self.kept is None else self.kept.lengths,
             kept_positions=None if self.kept is None else self.kept.positions,
             metrics=replace(self._metrics),
@@ -127,6 +152,8 @@ class Sequence:
 
     def _stop_at_string(self, searched: int) -> None:
         """Ends at the first stop string that the text behind `searched` completes."""
+        if len(self.token_ids) <= self.params.min_tokens:
+            return
         found = [
             (self._text.find(stop, max(0, searched - len(stop) + 1)), stop) for stop in self._stops
         ]

@@ -80,7 +80,7 @@ def test_preempted_requests_wait_until_there_is_room_for_all_they_had(tiny_check
     llm = LLM(tiny_checkpoint, kv_cache_memory_bytes=small + small // 4, **ROWS)
     prefills = []
     original = llm.engine.engine.start_prefill
-    llm.engine.engine.start_prefill = lambda *args: prefills.append(1) or original(*args)  # pyright: ignore[reportAttributeAccessIssue]
+    llm.engine.engine.start_prefill = lambda *a, **k: prefills.append(1) or original(*a, **k)  # pyright: ignore[reportAttributeAccessIssue]
     requests = [request(str(i), random_prompt(8, i), greedy(200)) for i in range(3)]
     assert len(run(llm.engine, requests)) == 3
     # A preempted request that came back at once would be thrown out again every few tokens.

@@ -1,0 +1,110 @@
+"""Outputs that match a schema, an expression or a grammar: which tokens may come next.
+
+The host says it, token by token, by llguidance; the devices read it as a mask in `sample`.
+"""
+
+import json
+import re
+from functools import cached_property, lru_cache
+
+import numpy as np
+from jaxtyping import UInt32
+from llguidance import LLMatcher, LLParserLimits, LLTokenizer, grammar_from
+
+from fairkv_jax.sampling_params import StructuredOutputsParams
+from fairkv_jax.tokenizer import Tokenizer
+
+_MAX_COMPILED = 64
+_MAX_FAULT_CHARACTERS = 200
+
+
+class Grammars:
+    """Compiles what outputs must match for one vocabulary, and keeps the last ones compiled.
+
+    Any thread may call it: what a client sends can take a second to compile.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, vocab_size: int):
+        self._tokenizer = tokenizer
+        self._vocab_size = vocab_size
+        self._compiled = lru_cache(_MAX_COMPILED)(self._compile)
+
+    def matcher(self, params: StructuredOutputsParams) -> "Matcher":
+        """At the beginning of an output.
+
+        Raises:
+            ValueError: the schema or grammar has a fault, which the message names, is too large,
+                or nothing matches it.
+        """
+        return Matcher(self._compiled(params).deep_copy(), -(-self._vocab_size // 32))
+
+    def _compile(self, params: StructuredOutputsParams) -> LLMatcher:
+        limits = LLParserLimits(verbose_errors=False)
+        try:
+            grammar = _grammar(params)
+            matcher = LLMatcher(self._vocabulary, grammar, limits=limits, log_level=0)
+        except ValueError as error:
+            raise ValueError(_fault(str(error))) from error
+        if not matcher.is_error():
+            matcher.compute_bitmask()  # some faults show only here, and it is the slowest one
+        if matcher.is_error():
+            raise ValueError(_fault(matcher.get_error()))
+        return matcher
+
+    @cached_property
+    def _vocabulary(self) -> LLTokenizer:
+        ends = sorted(self._tokenizer.eos_token_ids)
+        return LLTokenizer(self._tokenizer.to_json(), n_vocab=self._vocab_size, eos_token=ends)
+
+
+class Matcher:
+    """How far one output has come."""
+
+    def __init__(self, matcher: LLMatcher, num_words: int):
+        self._matcher = matcher
+        self._num_words = num_words
+
+    def allowed(self) -> UInt32[np.ndarray, "W"]:
+        """The tokens that may come next, a bit each, as `sample` takes them."""
+        return np.frombuffer(self._matcher.compute_bitmask(), np.uint32)[: self._num_words]
+
+    def accept(self, token_id: int) -> None:
+        """Takes the token that came."""
+        self._matcher.consume_token(token_id)
+
+    @property
+    def is_over(self) -> bool:
+        """Whether the output is whole and nothing but its end can follow."""
+        return self._matcher.is_stopped()
+
+    @property
+    def has_failed(self) -> bool:
+        """Whether the grammar took more work than is granted, or a token that it forbids."""
+        return self._matcher.is_error()
+
+
+def _grammar(params: StructuredOutputsParams) -> str:
+    """In llguidance's own form."""
+    if params.json is not None:
+        schema = str(params.json)
+        try:
+            json.loads(schema)
+        except RecursionError:
+            raise ValueError("the schema is nested too deeply") from None
+        return grammar_from("json_schema", schema)
+    if params.regex is not None:
+        return grammar_from("regex", params.regex)
+    if params.choice is not None:
+        return grammar_from("choice", json.dumps(params.choice))
+    if params.grammar is not None:
+        return grammar_from("grammar", params.grammar)
+    return grammar_from("json_schema", '{"type": "object"}')
+
+
+def _fault(message: str) -> str:
+    """What llguidance says, without the drawing of where, which quotes what may be long."""
+    if "NoExtension" in message:
+        message = "no output matches it"
+    said = re.search(r"^error: (.*)$", message, re.MULTILINE)  # of regular expressions
+    lines = (said.group(1) if said else message).strip().splitlines() or ["it does not compile"]
+    return lines[0][:_MAX_FAULT_CHARACTERS]
