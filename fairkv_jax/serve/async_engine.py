@@ -19,13 +19,17 @@ from fairkv_jax.config import EngineConfig, KVConfig, ModelConfig
 from fairkv_jax.engine.request import Request, RequestOutput
 from fairkv_jax.engine.stats import EngineStats
 from fairkv_jax.plan import Plan
+from fairkv_jax.sampling_params import StructuredOutputsParams
 from fairkv_jax.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
 
 
 class Engine(Protocol):
-    """What the server asks of an engine; all but `validate` is called from one thread."""
+    """What the server asks of an engine.
+
+    All is called from one thread, but `validate` and `compile_grammar`, which any may call.
+    """
 
     model_name: str
     model_config: ModelConfig
@@ -36,6 +40,7 @@ class Engine(Protocol):
 
     @property
     def kv_capacity_tokens(self) -> int: ...
+    def compile_grammar(self, params: StructuredOutputsParams) -> None: ...
     def validate(self, request: Request) -> None: ...
     def add_request(self, request: Request) -> None: ...
     def abort_request(self, request_id: str) -> None: ...

@@ -10,8 +10,8 @@ from fastapi.responses import JSONResponse
 
 from fairkv_jax.engine.request import RequestOutput
 from fairkv_jax.serve.async_engine import OutputStream
-from fairkv_jax.serve.inputs import fan_out, render_chat
-from fairkv_jax.serve.logprobs import chat_logprobs
+from fairkv_jax.serve.inputs import compile_grammar, fan_out, render_chat
+from fairkv_jax.serve.logprobs import chat_logprobs, prompt_logprobs
 from fairkv_jax.serve.protocol import ChatBody
 from fairkv_jax.serve.service import StrictRoute, service_of
 from fairkv_jax.serve.streaming import EventStream, collect
@@ -26,6 +26,7 @@ async def create_chat_completion(body: ChatBody, request: Request) -> Response:
     service = service_of(request)
     service.check_model(body.model)
     prompt = await render_chat(service.engine.engine, body.messages, body.add_generation_prompt)
+    await compile_grammar(service.engine.engine, body)
     answer_id = f"chatcmpl-{uuid4().hex}"
     requests = fan_out(answer_id, [prompt], body.sampling_params(), body.n or 1)
     head = {"id": answer_id, "created": int(time.time()), "model": service.model_name}
@@ -36,6 +37,8 @@ async def create_chat_completion(body: ChatBody, request: Request) -> Response:
     finished = await collect(request, outputs)
     choices = [_message(place, output, body) for place, output in enumerate(finished)]
     answer = {**head, "object": "chat.completion", "choices": choices}
+    if body.prompt_logprobs is not None:
+        answer["prompt_logprobs"] = prompt_logprobs(finished[0])
     return JSONResponse({**answer, "usage": usage(finished, body.n or 1)})
 
 

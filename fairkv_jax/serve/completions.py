@@ -8,14 +8,15 @@ from uuid import uuid4
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
 
-from fairkv_jax.engine.request import RequestOutput
+from fairkv_jax.engine.request import Logprob, RequestOutput
 from fairkv_jax.serve.async_engine import OutputStream
-from fairkv_jax.serve.inputs import encode_prompts, fan_out
-from fairkv_jax.serve.logprobs import completion_logprobs
+from fairkv_jax.serve.inputs import compile_grammar, encode_prompts, fan_out
+from fairkv_jax.serve.logprobs import completion_logprobs, prompt_logprobs
 from fairkv_jax.serve.protocol import CompletionBody
 from fairkv_jax.serve.service import StrictRoute, service_of
 from fairkv_jax.serve.streaming import EventStream, collect
 from fairkv_jax.serve.usage import usage
+from fairkv_jax.tokenizer import Tokenizer
 
 router = APIRouter(route_class=StrictRoute)
 
@@ -25,7 +26,9 @@ async def create_completion(body: CompletionBody, request: Request) -> Response:
     """Continue one prompt or several."""
     service = service_of(request)
     service.check_model(body.model)
-    prompts = await encode_prompts(service.engine.engine, body.prompts)
+    engine = service.engine.engine
+    prompts = await encode_prompts(engine, body.prompts, with_text=bool(body.echo))
+    await compile_grammar(engine, body)
     answer_id = f"cmpl-{uuid4().hex}"
     requests = fan_out(answer_id, prompts, body.sampling_params(), body.n or 1)
     head = {
@@ -36,21 +39,24 @@ async def create_completion(body: CompletionBody, request: Request) -> Response:
     }
     outputs = service.submit(request, requests, body.n or 1)
     if body.stream:
-        return EventStream(_chunks(head, body, outputs), outputs)
+        return EventStream(_chunks(head, body, outputs, engine.tokenizer), outputs)
     finished = await collect(request, outputs)
-    choices = [_Choice(place, body).advance(output) for place, output in enumerate(finished)]
+    choices = [
+        _Choice(place, body, engine.tokenizer).advance(output)
+        for place, output in enumerate(finished)
+    ]
     return JSONResponse({**head, "choices": choices, "usage": usage(finished, body.n or 1)})
 
 
 async def _chunks(
-    head: dict[str, Any], body: CompletionBody, outputs: OutputStream
+    head: dict[str, Any], body: CompletionBody, outputs: OutputStream, tokenizer: Tokenizer
 ) -> AsyncGenerator[dict[str, Any], None]:
     choices: dict[int, _Choice] = {}
     latest: dict[int, RequestOutput] = {}
     null_usage = {"usage": None} if body.include_usage else {}
     async for place, output in outputs:
         latest[place] = output
-        choice = choices.setdefault(place, _Choice(place, body))
+        choice = choices.setdefault(place, _Choice(place, body, tokenizer))
         if choice.has_news(output):
             yield {**head, "choices": [choice.advance(output)], **null_usage}
     if body.include_usage:
@@ -59,32 +65,55 @@ async def _chunks(
 
 
 class _Choice:
-    """How much of one output has been sent."""
+    """How much of one output has been sent; with echo, its prompt is the beginning of it."""
 
-    def __init__(self, index: int, body: CompletionBody):
+    def __init__(self, index: int, body: CompletionBody, tokenizer: Tokenizer):
         self._index = index
+        self._echo = bool(body.echo)
         self._num_top = body.num_logprobs
+        self._tells_prompt = body.prompt_logprobs is not None
+        self._token_text = tokenizer.token_text
         self._chars = self._tokens = self._text_offset = 0
 
     def has_news(self, output: RequestOutput) -> bool:
         """Text may be held back while tokens advance; nothing is sent then, unless asked for."""
-        done = output.outputs[0]
-        more_tokens = self._num_top is not None and len(done.token_ids) > self._tokens
-        return output.finished or len(done.text) > self._chars or more_tokens
+        more_tokens = self._num_top is not None and len(self._token_ids(output)) > self._tokens
+        return output.finished or len(self._text(output)) > self._chars or more_tokens
 
     def advance(self, output: RequestOutput) -> dict[str, Any]:
         """The part of the output that has not been sent, as a choice."""
         done = output.outputs[0]
+        text, token_ids = self._text(output), self._token_ids(output)
         logprobs = None
         if self._num_top is not None:
-            logprobs = completion_logprobs(done, self._tokens, self._num_top, self._text_offset)
+            logprobs = completion_logprobs(
+                token_ids[self._tokens :],
+                self._places(output)[self._tokens :],
+                self._num_top,
+                self._text_offset,
+                self._token_text,
+            )
             self._text_offset += sum(map(len, logprobs["tokens"]))
-        text = done.text[self._chars :]
-        self._chars, self._tokens = len(done.text), len(done.token_ids)
+        news = text[self._chars :]
+        self._chars, self._tokens = len(text), len(token_ids)
+        told = {"prompt_logprobs": prompt_logprobs(output)} if self._tells_prompt else {}
         return {
             "index": self._index,
-            "text": text,
+            "text": news,
             "logprobs": logprobs,
             "finish_reason": done.finish_reason,
             "stop_reason": done.stop_reason,
+            **told,
         }
+
+    def _text(self, output: RequestOutput) -> str:
+        prompt = (output.prompt or "") if self._echo else ""
+        return prompt + output.outputs[0].text
+
+    def _token_ids(self, output: RequestOutput) -> list[int]:
+        prompt = output.prompt_token_ids if self._echo else []
+        return prompt + output.outputs[0].token_ids
+
+    def _places(self, output: RequestOutput) -> list[dict[int, Logprob] | None]:
+        prompt = (output.prompt_logprobs or []) if self._echo else []
+        return [*prompt, *(output.outputs[0].logprobs or [])]

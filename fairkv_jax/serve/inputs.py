@@ -8,7 +8,7 @@ from fairkv_jax.engine.request import Request
 from fairkv_jax.sampling_params import SamplingParams
 from fairkv_jax.serve.async_engine import Engine
 from fairkv_jax.serve.errors import ApiError
-from fairkv_jax.serve.protocol import Message
+from fairkv_jax.serve.protocol import GenerationBody, Message
 
 
 @dataclass(frozen=True)
@@ -17,12 +17,25 @@ class Prompt:
     text: str | None = None
 
 
-async def encode_prompts(engine: Engine, prompts: Sequence[str | list[int]]) -> list[Prompt]:
-    """The prompts of a completion, where they are not token ids already."""
-    return [
-        await encode(engine, prompt) if isinstance(prompt, str) else Prompt(prompt)
-        for prompt in prompts
-    ]
+async def encode_prompts(
+    engine: Engine, prompts: Sequence[str | list[int]], *, with_text: bool
+) -> list[Prompt]:
+    """The prompts of a completion, as token ids; `with_text`: their texts as well."""
+    encoded = []
+    for prompt in prompts:
+        if isinstance(prompt, str):
+            encoded.append(await encode(engine, prompt))
+        else:
+            text = await _decode(engine, prompt) if with_text else None
+            encoded.append(Prompt(prompt, text))
+    return encoded
+
+
+async def _decode(engine: Engine, token_ids: list[int]) -> str | None:
+    """The text of a prompt, special tokens included; None if the engine will refuse its ids."""
+    if not all(0 <= token_id < engine.model_config.vocab_size for token_id in token_ids):
+        return None
+    return await asyncio.to_thread(engine.tokenizer.decode, token_ids, False)
 
 
 async def encode(engine: Engine, text: str, *, add_special_tokens: bool = True) -> Prompt:
@@ -53,6 +66,22 @@ async def render_chat(
     except ValueError as error:
         raise ApiError(400, str(error), "messages") from error
     return await encode(engine, text, add_special_tokens=False)
+
+
+async def compile_grammar(engine: Engine, body: GenerationBody) -> None:
+    """Compiles what the output must match, in another thread: that may take a second.
+
+    Raises:
+        ApiError: it has a fault.
+    """
+    constraint = body.structured_outputs_params()
+    if constraint is None:
+        return
+    (field,) = body.constraining_fields
+    try:
+        await asyncio.to_thread(engine.compile_grammar, constraint)
+    except ValueError as error:
+        raise ApiError(400, f"{field}: {error}", field) from error
 
 
 def fan_out(

@@ -9,7 +9,12 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from fairkv_jax.sampling_params import MAX_LOGPROBS, SamplingParams
+from fairkv_jax.sampling_params import (
+    MAX_LOGIT_BIAS,
+    MAX_LOGPROBS,
+    SamplingParams,
+    StructuredOutputsParams,
+)
 
 MAX_CHOICES = 128
 MAX_STOPS = 64
@@ -25,13 +30,75 @@ class Body(BaseModel):
 class NotServed(ValueError):
     """A field that is known, and not served, asks for something."""
 
-    def __init__(self, field: str):
+    def __init__(self, field: str, name: str | None = None):
         self.field = field
-        super().__init__(f"{field} is not supported by this server: leave it out")
+        super().__init__(f"{name or field} is not supported by this server: leave it out")
 
 
 class StreamOptions(Body):
     include_usage: bool | None = None
+
+
+class JsonSchema(Body):
+    """A schema and what it is called; only the schema matters here."""
+
+    name: str
+    description: str | None = None
+    schema_: dict[str, Any] | None = Field(None, alias="schema")
+    strict: bool | None = None
+
+
+class ResponseFormat(Body):
+    """OpenAI's way to ask for JSON."""
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchema | None = None
+
+    @model_validator(mode="after")
+    def _schema_where_it_is_announced(self) -> "ResponseFormat":
+        if self.type == "json_schema" and (
+            not self.json_schema or self.json_schema.schema_ is None
+        ):
+            raise ValueError("the type json_schema needs json_schema with a name and a schema")
+        return self
+
+    @property
+    def constraint(self) -> dict[str, Any]:
+        """As `StructuredOutputsParams` takes it; empty for text."""
+        if self.type == "json_object":
+            return {"json_object": True}
+        return {"json": self.json_schema.schema_} if self.json_schema else {}
+
+
+class StructuredOutputs(Body):
+    """vLLM's way to constrain an output: one of these."""
+
+    json_: str | dict[str, Any] | None = Field(None, alias="json")
+    regex: str | None = None
+    choice: list[str] | None = None
+    grammar: str | None = None
+    json_object: bool | None = None
+
+    structural_tag: str | None = None
+    disable_any_whitespace: bool | None = None
+    disable_additional_properties: bool | None = None
+    whitespace_pattern: str | None = None
+
+    @model_validator(mode="after")
+    def _refuse_what_is_not_served(self) -> "StructuredOutputs":
+        for name in ("structural_tag", "whitespace_pattern"):
+            if getattr(self, name) is not None:
+                raise NotServed("structured_outputs", f"structured_outputs.{name}")
+        for name in ("disable_any_whitespace", "disable_additional_properties"):
+            if getattr(self, name):
+                raise NotServed("structured_outputs", f"structured_outputs.{name}")
+        return self
+
+    @property
+    def constraint(self) -> dict[str, Any]:
+        """As `StructuredOutputsParams` takes it."""
+        names = ("regex", "choice", "grammar", "json_object")
+        return {"json": self.json_} | {name: getattr(self, name) for name in names}
 
 
 class GenerationBody(Body):
@@ -58,35 +125,26 @@ class GenerationBody(Body):
     repetition_penalty: float | None = None
     logit_bias: dict[str, float] | None = None
     min_tokens: int | None = None
-    response_format: dict[str, Any] | None = None
-    structured_outputs: dict[str, Any] | None = None
-    guided_json: Any = None
+    prompt_logprobs: int | None = None
+    response_format: ResponseFormat | None = None
+    structured_outputs: StructuredOutputs | None = None
+    guided_json: str | dict[str, Any] | None = None
     guided_regex: str | None = None
     guided_choice: list[str] | None = None
     guided_grammar: str | None = None
+
+    guided_whitespace_pattern: str | None = None
     allowed_token_ids: list[int] | None = None
     bad_words: list[str] | None = None
     truncate_prompt_tokens: int | None = None
-    prompt_logprobs: int | None = None
     use_beam_search: bool | None = None
     length_penalty: float | None = None
 
     NEUTRAL: ClassVar[dict[str, tuple[Any, ...]]] = {
-        "frequency_penalty": (0.0,),
-        "presence_penalty": (0.0,),
-        "repetition_penalty": (1.0,),
-        "logit_bias": ({},),
-        "min_tokens": (0,),
-        "response_format": ({"type": "text"},),
-        "structured_outputs": (),
-        "guided_json": (),
-        "guided_regex": (),
-        "guided_choice": (),
-        "guided_grammar": (),
+        "guided_whitespace_pattern": (),
         "allowed_token_ids": (),
         "bad_words": ([],),
         "truncate_prompt_tokens": (),
-        "prompt_logprobs": (),
         "use_beam_search": (False,),
         "length_penalty": (1.0,),
     }
@@ -112,6 +170,29 @@ class GenerationBody(Body):
             )
         return stop
 
+    @field_validator("logit_bias")
+    @classmethod
+    def _token_ids_as_keys(cls, logit_bias: dict[str, float] | None) -> dict[str, float] | None:
+        for key in logit_bias or ():
+            if not (key.isascii() and key.isdecimal() and len(key) < 10):
+                raise ValueError('its keys must be token ids, as {"50256": -100}')
+        if logit_bias and len(logit_bias) > MAX_LOGIT_BIAS:
+            raise ValueError(f"at most {MAX_LOGIT_BIAS} tokens are taken, got {len(logit_bias)}")
+        return logit_bias
+
+    @field_validator("prompt_logprobs")
+    @classmethod
+    def _few_prompt_logprobs(cls, count: int | None) -> int | None:
+        if count is not None and not 0 <= count <= MAX_LOGPROBS:
+            raise ValueError(f"it must be between 0 and {MAX_LOGPROBS}, got {count}")
+        return count
+
+    @model_validator(mode="after")
+    def _no_stream_of_prompt_logprobs(self) -> "GenerationBody":
+        if self.stream and self.prompt_logprobs is not None:
+            raise ValueError("`prompt_logprobs` are not available when `stream=True`")
+        return self
+
     @model_validator(mode="after")
     def _check_ranges(self) -> "GenerationBody":
         self.sampling_params()  # its limits are the engine's own
@@ -124,16 +205,45 @@ class GenerationBody(Body):
     def sampling_params(self) -> SamplingParams:
         """As the engine takes them; what was not given has `SamplingParams`' defaults."""
         given = {name: getattr(self, name) for name in _SAMPLING_FIELDS}
+        if self.logit_bias is not None:
+            given["logit_bias"] = {int(key): bias for key, bias in self.logit_bias.items()}
         return SamplingParams(
             max_tokens=self.output_limit,
             logprobs=self.num_logprobs,
+            prompt_logprobs=self.num_prompt_logprobs,
+            structured_outputs=self.structured_outputs_params(),
             **{name: value for name, value in given.items() if value is not None},
         )
+
+    @property
+    def constraining_fields(self) -> list[str]:
+        """Those that are given of the fields that say what the output must match."""
+        formatted = self.response_format is not None and self.response_format.type != "text"
+        named = ("structured_outputs", *_GUIDED_FIELDS)
+        given = [name for name in named if getattr(self, name) is not None]
+        return [*(["response_format"] if formatted else []), *given]
+
+    def structured_outputs_params(self) -> StructuredOutputsParams | None:
+        """What the output must match, whichever of the fields says it."""
+        fields = self.constraining_fields
+        if not fields:
+            return None
+        if len(fields) > 1:
+            raise ValueError(f"only one constraint can be met at a time, got {', '.join(fields)}")
+        value = getattr(self, fields[0])
+        if fields[0] in _GUIDED_FIELDS:
+            return StructuredOutputsParams(**{_GUIDED_FIELDS[fields[0]]: value})
+        return StructuredOutputsParams(**value.constraint)
 
     @property
     def output_limit(self) -> int | None:
         """Most tokens to generate; None: as many as the context holds."""
         return self.max_tokens
+
+    @property
+    def num_prompt_logprobs(self) -> int | None:
+        """The same as `num_logprobs` for the prompt's tokens."""
+        return self.prompt_logprobs
 
     @property
     @abstractmethod
@@ -146,6 +256,10 @@ _SAMPLING_FIELDS = (
     "top_p",
     "top_k",
     "min_p",
+    "min_tokens",
+    "presence_penalty",
+    "frequency_penalty",
+    "repetition_penalty",
     "seed",
     "stop",
     "stop_token_ids",
@@ -154,19 +268,33 @@ _SAMPLING_FIELDS = (
     "skip_special_tokens",
 )
 
+_GUIDED_FIELDS = {
+    "guided_json": "json",
+    "guided_regex": "regex",
+    "guided_choice": "choice",
+    "guided_grammar": "grammar",
+}
+"""vLLM's older names, and what `StructuredOutputsParams` calls them."""
+
 
 class CompletionBody(GenerationBody):
     """POST /v1/completions."""
 
     prompt: str | list[str] | list[int] | list[list[int]]
-    max_tokens: int | None = Field(16, ge=1, le=2**31 - 1)
+    max_tokens: int | None = Field(16, ge=0, le=2**31 - 1)
     logprobs: int | None = None
-
     echo: bool | None = None
+
     suffix: str | None = None
     best_of: int | None = None
 
-    NEUTRAL = {**GenerationBody.NEUTRAL, "echo": (False,), "suffix": ("",), "best_of": (1,)}
+    NEUTRAL = {**GenerationBody.NEUTRAL, "suffix": ("",), "best_of": (1,)}
+
+    @model_validator(mode="after")
+    def _something_to_answer(self) -> "CompletionBody":
+        if self.max_tokens == 0 and not self.echo:
+            raise ValueError("max_tokens must be at least 1, got 0: only with echo it may be 0")
+        return self
 
     @field_validator("prompt")
     @classmethod
@@ -186,6 +314,11 @@ class CompletionBody(GenerationBody):
     @property
     def num_logprobs(self) -> int | None:
         return self.logprobs
+
+    @property
+    def num_prompt_logprobs(self) -> int | None:
+        wanted = [self.prompt_logprobs, self.logprobs if self.echo else None]
+        return max((count for count in wanted if count is not None), default=None)
 
 
 class TextPart(Body):
@@ -218,10 +351,11 @@ class ChatBody(GenerationBody):
     top_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
     add_generation_prompt: bool | None = None
 
+    echo: bool | None = None
     tools: list[dict[str, Any]] | None = None
     functions: list[dict[str, Any]] | None = None
 
-    NEUTRAL = {**GenerationBody.NEUTRAL, "tools": ([],), "functions": ([],)}
+    NEUTRAL = {**GenerationBody.NEUTRAL, "echo": (False,), "tools": ([],), "functions": ([],)}
 
     @model_validator(mode="after")
     def _top_needs_logprobs(self) -> "ChatBody":

@@ -13,10 +13,12 @@ import numpy as np
 
 from fairkv_jax.checkpoint.open import open_checkpoint
 from fairkv_jax.config import EngineConfig, KVConfig, ModelConfig
+from fairkv_jax.engine.guided import Grammars
 from fairkv_jax.engine.request import CompletionOutput, Logprob, Request, RequestOutput
 from fairkv_jax.engine.stats import EngineStats, RequestMetrics
 from fairkv_jax.plan import CostModel, Plan
 from fairkv_jax.plan.plan import Copy
+from fairkv_jax.sampling_params import StructuredOutputsParams
 from fairkv_jax.tokenizer import Tokenizer
 
 PAGES = 1000
@@ -40,10 +42,15 @@ class ScriptedEngine:
         self.kv_capacity_tokens = 60_000
         self.plan = plan_of(self.model_config)
         self.step_seconds = step_seconds
+        self.grammars = Grammars(self.tokenizer, self.model_config.vocab_size)
         self.aborted: list[str] = []
         self.requests: dict[str, Request] = {}
         self.generated: dict[str, list[int]] = {}
         self.times: dict[str, RequestMetrics] = {}
+
+    def compile_grammar(self, params: StructuredOutputsParams) -> None:
+        """It is compiled, for its faults, and then takes no effect."""
+        self.grammars.matcher(params)
 
     def validate(self, request: Request) -> None:
         length = len(request.prompt_token_ids)
@@ -93,7 +100,8 @@ class ScriptedEngine:
 
     def _advance(self, request: Request) -> RequestOutput:
         token_ids = self.generated[request.request_id]
-        token_ids.append(_next_token(request, len(token_ids)))
+        if request.sampling_params.max_tokens != 0:
+            token_ids.append(_next_token(request, len(token_ids)))
         times = self.times[request.request_id]
         times.last_token_time = time.monotonic()
         times.prefill_finished_time = times.prefill_finished_time or times.last_token_time
@@ -101,10 +109,11 @@ class ScriptedEngine:
         completion = CompletionOutput(
             text=text,
             token_ids=list(token_ids),
-            logprobs=self._logprobs(request, token_ids),
+            logprobs=self._places(token_ids, request.sampling_params.logprobs),
             finish_reason=reason,
             stop_reason=stop,
         )
+        of_prompt = self._places(request.prompt_token_ids, request.sampling_params.prompt_logprobs)
         shape = (self.model_config.num_layers, self.model_config.num_kv_heads)
         return RequestOutput(
             request_id=request.request_id,
@@ -112,6 +121,7 @@ class ScriptedEngine:
             prompt_token_ids=request.prompt_token_ids,
             outputs=[completion],
             finished=reason is not None,
+            prompt_logprobs=None if of_prompt is None else [None, *of_prompt[1:]],
             kv_lengths=np.full(shape, self.kv_config.kept_tokens(len(request.prompt_token_ids))),
             metrics=replace(times),
         )
@@ -124,16 +134,14 @@ class ScriptedEngine:
             if stop in text:
                 return text[: text.index(stop)], "stop", stop
         room = self.engine_config.max_model_len - len(request.prompt_token_ids)
-        if len(token_ids) >= min(params.max_tokens or room, room):
+        wanted = room if params.max_tokens is None else params.max_tokens
+        if len(token_ids) >= min(wanted, room):
             return text, "length", None
         held_back = max((len(stop) - 1 for stop in params.stop or ()), default=0)
         return text[: len(text) - held_back], None, None
 
-    def _logprobs(self, request: Request, token_ids: list[int]):
-        num_top = request.sampling_params.logprobs
-        if num_top is None:
-            return None
-        return [self._place(token_id, num_top) for token_id in token_ids]
+    def _places(self, token_ids: list[int], num_top: int | None) -> list[dict[int, Logprob]] | None:
+        return None if num_top is None else [self._place(each, num_top) for each in token_ids]
 
     def _place(self, token_id: int, num_top: int) -> dict[int, Logprob]:
         """The chosen token is the second likeliest; the last of the top has no probability."""

@@ -143,6 +143,64 @@ def test_logprobs_of_zero_are_those_of_the_chosen_tokens(client: httpx.Client):
     assert logprobs["top_logprobs"] == [{token: -1.0} for token in logprobs["tokens"]]
 
 
+@pytest.mark.parametrize("prompt", ["the wall", [5, 9, 30, 77]])
+@pytest.mark.parametrize("max_tokens", [0, 1, 4])
+@pytest.mark.parametrize("stream", [False, True])
+def test_echo(client: httpx.Client, prompt: str | list[int], max_tokens: int, stream: bool):
+    """The prompt and its log-probabilities stand before what was generated."""
+    asked = {"prompt": prompt, "max_tokens": max(max_tokens, 1), "logprobs": 2}
+    plain = client.post(COMPLETIONS, json=asked).json()["choices"][0]
+    body = {**asked, "max_tokens": max_tokens, "echo": True}
+    if stream:
+        (choice,) = gathered(events(client, COMPLETIONS, body), 1, chat=False)
+        logprobs = choice["logprobs"]
+    else:
+        answer = client.post(COMPLETIONS, json=body).json()
+        assert answer["usage"]["completion_tokens"] == max_tokens
+        (choice,) = answer["choices"]
+        logprobs = choice["logprobs"]
+    ids = prompt
+    if isinstance(prompt, str):
+        ids = client.post("/tokenize", json={"prompt": prompt}).json()["tokens"]
+    text = client.post("/detokenize", json={"tokens": ids}).json()["prompt"]
+    generated = plain["logprobs"]["tokens"] if max_tokens else []
+    assert choice["text"] == text + "".join(generated)
+    assert choice["finish_reason"] == "length"
+    assert "".join(logprobs["tokens"]) == choice["text"]
+    assert logprobs["tokens"][len(ids) :] == generated
+    assert logprobs["token_logprobs"] == [None] + [-1.0] * (len(ids) - 1 + max_tokens)
+    assert logprobs["top_logprobs"][0] is None
+    assert all(len(top) == 2 for top in logprobs["top_logprobs"][1:])
+    starts = [sum(map(len, logprobs["tokens"][:i])) for i in range(len(logprobs["tokens"]))]
+    assert logprobs["text_offset"] == starts
+
+
+def test_echo_without_logprobs_and_several_choices(client: httpx.Client):
+    body = {"prompt": ["one", "two"], "n": 2, "max_tokens": 3, "echo": True}
+    answer = client.post(COMPLETIONS, json=body).json()
+    plain = client.post(COMPLETIONS, json={**body, "echo": False}).json()
+    for place, (choice, without) in enumerate(
+        zip(answer["choices"], plain["choices"], strict=True)
+    ):
+        assert choice["text"] == ("one", "two")[place // 2] + without["text"]
+        assert choice["logprobs"] is None
+    assert answer["usage"] == plain["usage"]
+
+
+@pytest.mark.parametrize("chat", [False, True])
+def test_prompt_logprobs(client: httpx.Client, chat: bool):
+    path, prompt = (CHAT, {"messages": TURN}) if chat else (COMPLETIONS, {"prompt": [5, 6, 7]})
+    answer = client.post(path, json={**prompt, "max_tokens": 2, "prompt_logprobs": 3}).json()
+    places = (answer if chat else answer["choices"][0])["prompt_logprobs"]
+    assert len(places) == answer["usage"]["prompt_tokens"]
+    assert places[0] is None
+    if not chat:
+        assert places[1]["6"] == {"logprob": -1.0, "rank": 2, "decoded_token": "$"}
+        assert min(entry["logprob"] for entry in places[1].values()) == -9999.0
+    bare = client.post(path, json={**prompt, "max_tokens": 2}).json()
+    assert "prompt_logprobs" not in (bare if chat else bare["choices"][0])
+
+
 def test_logprobs_of_chats(client: httpx.Client):
     body = {"messages": TURN, "max_tokens": 2, "logprobs": True, "top_logprobs": 3}
     entries = client.post(CHAT, json=body).json()["choices"][0]["logprobs"]["content"]

@@ -65,10 +65,35 @@ def refused(response: httpx.Response, status: int = 400) -> dict[str, Any]:
         ("logprobs", -1),
         ("stream", "yes"),
         ("stream_options", {"include_usage": "yes"}),
-        ("frequency_penalty", 1.0),
-        ("logit_bias", {"5": 100}),
-        ("echo", True),
-        ("response_format", {"type": "json_object"}),
+        ("frequency_penalty", 2.5),
+        ("presence_penalty", "1"),
+        ("repetition_penalty", 0),
+        ("min_tokens", 3),  # more than max_tokens
+        ("logit_bias", {"5": 101}),
+        ("logit_bias", {"x": 1}),
+        ("logit_bias", {"-5": 1}),
+        ("logit_bias", {"\u0665": 1}),
+        ("logit_bias", {"5" * 30: 1}),
+        ("logit_bias", {"5": None}),
+        ("logit_bias", {str(i): 1 for i in range(301)}),
+        ("prompt_logprobs", 21),
+        ("response_format", {"type": "yaml"}),
+        ("response_format", {"type": "json_schema"}),
+        ("response_format", {"type": "json_schema", "json_schema": {"name": "x"}}),
+        ("response_format", {"type": "json_schema", "json_schema": {"schema": {}}}),
+        ("structured_outputs", {}),
+        ("structured_outputs", {"regex": "a", "choice": ["a"]}),
+        ("structured_outputs", {"structural_tag": "x"}),
+        ("structured_outputs", {"regex": "a", "disable_any_whitespace": True}),
+        ("guided_choice", []),
+        ("guided_choice", "yes"),
+        ("guided_json", 5),
+        ("guided_regex", "x" * 131_073),
+        ("guided_regex", "\ud800"),
+        ("guided_whitespace_pattern", " "),
+        ("allowed_token_ids", [5]),
+        ("bad_words", ["no"]),
+        ("best_of", 2),
     ],
 )
 def test_a_wrong_field_of_a_completion(client: httpx.Client, field: str, value: Any):
@@ -90,7 +115,21 @@ def test_a_wrong_field_of_a_completion(client: httpx.Client, field: str, value: 
         ("top_logprobs", 21, "top_logprobs"),
         ("logprobs", 1, "logprobs"),
         ("tools", [{"type": "function"}], "tools"),
-        ("presence_penalty", 0.5, "presence_penalty"),
+        ("echo", True, "echo"),
+        ("logit_bias", {"a": 1}, "logit_bias"),
+        ("prompt_logprobs", -1, "prompt_logprobs"),
+        ("response_format", {"type": "xml"}, "response_format"),
+        ("structured_outputs", {"whitespace_pattern": " "}, "structured_outputs"),
+        ("guided_regex", "[a-", "guided_regex"),
+        ("guided_json", {"type": "objekt"}, "guided_json"),
+        ("guided_json", "{", "guided_json"),
+        ("guided_grammar", "start: nothing", "guided_grammar"),
+        ("structured_outputs", {"regex": "("}, "structured_outputs"),
+        (
+            "response_format",
+            {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "objekt"}}},
+            "response_format",
+        ),
     ],
 )
 def test_a_wrong_field_of_a_chat_is_named(client: httpx.Client, field: str, value: Any, param: str):
@@ -135,6 +174,29 @@ def test_ranges_are_explained_and_prompts_are_not_quoted(client: httpx.Client):
     assert "secret" not in refused(client.post(COMPLETIONS, json=wrong))["message"]
 
 
+def test_a_faulty_schema_is_explained(client: httpx.Client):
+    schema = {"type": "object", "properties": {"a": {"type": "strin"}}}
+    form = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
+    message = refused(client.post(CHAT, json={"messages": TURN, "response_format": form}))[
+        "message"
+    ]
+    assert message == "response_format: Invalid type: strin"
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"max_tokens": 0},
+        {"min_tokens": 20},
+        {"prompt_logprobs": 1, "stream": True},
+        {"guided_regex": "a", "response_format": {"type": "json_object"}},
+        {"guided_regex": "a", "guided_choice": ["a"]},
+    ],
+)
+def test_fields_that_contradict_each_other(client: httpx.Client, fields: dict[str, Any]):
+    refused(client.post(COMPLETIONS, json={"prompt": "hello", **fields}))
+
+
 def test_neutral_values_and_unknown_fields_are_taken(client: httpx.Client):
     body = {
         "prompt": "hello",
@@ -142,6 +204,9 @@ def test_neutral_values_and_unknown_fields_are_taken(client: httpx.Client):
         "temperature": 0,
         "frequency_penalty": 0,
         "logit_bias": {},
+        "echo": False,
+        "min_tokens": 0,
+        "guided_regex": None,
         "n": 1,
         "user": "someone",
         "x_new_field": {"deep": [1]},

@@ -1,5 +1,7 @@
 """`python -m fairkv_jax.serve` as users start it, with a tiny model and the real engine."""
 
+import json
+import re
 import signal
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -21,6 +23,18 @@ FLAGS = (
     "--kv-budget=40",
     "--head-plan=fair_copying",
     "--served-model-name=tiny,other",
+)
+
+
+OPTIONS = (
+    {"frequency_penalty": 1.0, "presence_penalty": -0.5, "logprobs": 0},
+    {"repetition_penalty": 1.3, "n": 2, "seed": 4},
+    {"logit_bias": {"5": 10, "9": -100}, "temperature": 0},
+    {"min_tokens": 3, "stop_token_ids": [8]},
+    {"guided_regex": "[0-9]+", "top_k": 5, "seed": 3},
+    {"response_format": {"type": "json_object"}, "prompt_logprobs": 2},
+    {"echo": True, "logprobs": 3},
+    {"echo": True, "logprobs": 1, "max_tokens": 0},
 )
 
 
@@ -104,6 +118,51 @@ def test_bad_prompts(client: httpx.Client, prompt: list[int] | str):
     assert response.json()["error"]["type"] == "BadRequestError"
 
 
+def test_an_output_matches_its_schema(client: httpx.Client):
+    """In both endpoints, beside a request that is free."""
+    schema = {
+        "type": "object",
+        "properties": {"a": {"enum": [1, 22]}},
+        "required": ["a"],
+        "additionalProperties": False,
+        "x-guidance": {"whitespace_flexible": False},
+    }
+    form = {"type": "json_schema", "json_schema": {"name": "a", "schema": schema}}
+    turn = {"messages": [{"role": "user", "content": "hello"}], "response_format": form}
+    guided = {"prompt": "the", "guided_regex": "(ab|ba){3}", "temperature": 0}
+    free = {"prompt": "the wall", "max_tokens": 20, "temperature": 0}
+    expected = client.post("/v1/completions", json=free).json()["choices"]
+    with ThreadPoolExecutor(3) as pool:
+        posts = [("chat/completions", turn), ("completions", guided), ("completions", free)]
+        asked = [pool.submit(client.post, f"/v1/{path}", json=body) for path, body in posts]
+    chat, regex, beside = (each.result().json()["choices"] for each in asked)
+    assert json.loads(chat[0]["message"]["content"]) in ({"a": 1}, {"a": 22})
+    assert chat[0]["finish_reason"] == "stop"
+    assert re.fullmatch("(ab|ba){3}", regex[0]["text"])
+    assert beside == expected
+
+
+def test_lm_eval_reads_how_likely_a_continuation_is(client: httpx.Client):
+    """Context and continuation as token ids, echoed; the sum over the continuation's places."""
+    context, continuation = [5, 9, 30, 77] * 10, [40, 41, 42]
+    body = {"prompt": [context + continuation], "echo": True, "logprobs": 1, "temperature": 0}
+
+    def places(max_tokens: int) -> list[float]:
+        answer = client.post("/v1/completions", json={**body, "max_tokens": max_tokens}).json()
+        logprobs = answer["choices"][0]["logprobs"]
+        assert logprobs["token_logprobs"][0] is None
+        assert len(logprobs["token_logprobs"]) == len(context + continuation) + max_tokens
+        return logprobs["token_logprobs"][len(context) : len(context) + len(continuation)]
+
+    assert places(0) == places(1)
+    for place, value in enumerate(places(1)):
+        prompt = context + continuation[:place]
+        near = {"prompt": prompt, "max_tokens": 1, "temperature": 0, "logprobs": 0}
+        near["logit_bias"] = {str(continuation[place]): 100}  # so that it is drawn
+        choice = client.post("/v1/completions", json=near).json()["choices"][0]
+        assert choice["logprobs"]["token_logprobs"][0] == pytest.approx(value, abs=1e-3)
+
+
 def gauge(client: httpx.Client, name: str) -> float:
     lines = client.get("/metrics").text.splitlines()
     return float(next(line for line in lines if line.startswith(f"{name}{{")).split()[-1])
@@ -152,6 +211,12 @@ def test_nothing_is_compiled_once_it_is_ready(process: Process, client: httpx.Cl
     for length in (1, 31, 33, 64, 100, 127):
         body = {"prompt": [7] * length, "max_tokens": 3, "logprobs": 5, "top_k": 4, "top_p": 0.7}
         assert client.post("/v1/completions", json=body).status_code == 200
+    bodies = [
+        {"prompt": [7] * length, "max_tokens": 5, **more} for more in OPTIONS for length in (3, 90)
+    ]
+    with ThreadPoolExecutor(len(bodies)) as pool:
+        responses = list(pool.map(lambda body: client.post("/v1/completions", json=body), bodies))
+    assert [response.status_code for response in responses] == [200] * len(bodies)
     compiled = "Finished XLA compilation"
     before, _, after = process.log.partition("ready: serving on")
     assert compiled in before
