@@ -8,13 +8,20 @@ from typing import Any
 import jax
 
 
-def median_ms(runs: Mapping[str, Callable[[], Any]], repeats: int) -> dict[str, float]:
-    """The median milliseconds of each run; each has been run once before any is timed."""
+def median_ms(
+    runs: Mapping[str, Callable[[], Any]], repeats: int, before: Callable[[], None] | None = None
+) -> dict[str, float]:
+    """The median milliseconds of each run; each has been run once before any is timed.
+
+    `before` is called ahead of every timed run, and not timed.
+    """
     for run in runs.values():
         jax.block_until_ready(run())
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     for _ in range(repeats):
         for name, run in runs.items():
+            if before is not None:
+                before()
             start = time.perf_counter()
             jax.block_until_ready(run())
             seconds[name].append(time.perf_counter() - start)

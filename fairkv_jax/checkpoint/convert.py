@@ -6,6 +6,7 @@ source --> checkpoints/.NAME.partial: params/, tokenizer, profile, model.json --
 import dataclasses
 import hashlib
 import json
+import math
 import os
 import shutil
 from pathlib import Path
@@ -13,7 +14,6 @@ from typing import Any
 
 import numpy as np
 import orbax.checkpoint as ocp
-import tensorstore as ts
 
 from fairkv_jax.checkpoint.base import PROFILE_FILE, Checkpoint, CheckpointError, LazyTensor
 from fairkv_jax.checkpoint.orbax_checkpoint import (
@@ -23,12 +23,11 @@ from fairkv_jax.checkpoint.orbax_checkpoint import (
     PARAMS,
     block_checksum,
     record_checksum,
+    stored_shape,
 )
 
-HEAD_CHUNK_BYTES = 1 << 20
-"""Of a chunk of heads: larger heads get a chunk each."""
-CHUNK_BYTES = 4 << 20
-"""Of a chunk of the MLP or the vocabulary, where a row is not larger."""
+CHUNK_BYTES = 2 << 20
+"""Of a chunk of the MLP or the vocabulary, about; every head has a chunk of its own."""
 
 
 def convert(checkpoint: Checkpoint, target: Path, dtype: str | None = None) -> Path:
@@ -59,13 +58,16 @@ def convert(checkpoint: Checkpoint, target: Path, dtype: str | None = None) -> P
 
 def _write_params(checkpoint: Checkpoint, folder: Path, dtype: str | None) -> dict[str, Any]:
     """Saves the tree of all tensors; the record of each, with checksums of its chunks."""
-    tree = {name: _values(checkpoint.lazy(name), dtype) for name in checkpoint.names()}
-    save_args = {name: _save_args(value) for name, value in tree.items()}
+    tensors = {name: _values(checkpoint.lazy(name), dtype) for name in checkpoint.names()}
+    blocks = {name: chunk_rows(value) for name, value in tensors.items()}
+    tree = {n: value.reshape(stored_shape(value.shape, blocks[n])) for n, value in tensors.items()}
+    # Orbax cuts the leading axis to pieces of one, and nothing else.
+    save_args = {n: ocp.SaveArgs(shard_axes=(0,)[: value.ndim - 1]) for n, value in tree.items()}
     handler = ocp.PyTreeCheckpointHandler(use_ocdbt=True, use_compression=False)
     with ocp.Checkpointer(handler) as checkpointer:
         args = ocp.args.PyTreeSave(tree, save_args=save_args)
         checkpointer.save(folder.resolve(), args=args)
-    return {name: _record(folder, name, value) for name, value in tree.items()}
+    return {name: _record(value, blocks[name]) for name, value in tensors.items()}
 
 
 def _values(tensor: LazyTensor, dtype: str | None) -> np.ndarray:
@@ -73,20 +75,17 @@ def _values(tensor: LazyTensor, dtype: str | None) -> np.ndarray:
     return values if dtype is None else values.astype(DTYPES[dtype])
 
 
-def _save_args(value: np.ndarray) -> ocp.SaveArgs:
-    """Chunks of one head, or of whole rows: a device's part can be read without the rest."""
-    row_bytes = value.nbytes // len(value)
-    if value.ndim == 1:
-        return ocp.SaveArgs()
-    chunk_bytes = HEAD_CHUNK_BYTES if value.ndim > 2 else CHUNK_BYTES
-    return ocp.SaveArgs(chunk_byte_size=max(row_bytes, chunk_bytes), shard_axes=(0,))
+def chunk_rows(value: np.ndarray) -> int:
+    """Rows of a chunk: one head, or a divisor of the rows that makes about `CHUNK_BYTES`."""
+    rows = len(value)
+    if value.ndim > 2:
+        return 1
+    target = CHUNK_BYTES * rows / value.nbytes
+    divisors = [size for size in range(1, rows + 1) if rows % size == 0]
+    return min(divisors, key=lambda size: abs(math.log(size / target)))
 
 
-def _record(folder: Path, name: str, value: np.ndarray) -> dict[str, Any]:
-    nodes = {"driver": "ocdbt", "base": f"file://{folder.resolve()}/"}
-    store: Any = ts.open({"driver": "zarr", "kvstore": nodes, "path": name}).result()
-    chunk = store.chunk_layout.read_chunk.shape
-    block = chunk[0] if chunk[1:] == value.shape[1:] else len(value)
+def _record(value: np.ndarray, block: int) -> dict[str, Any]:
     starts = range(0, len(value), block)
     checksums = [block_checksum(value[start : start + block]) for start in starts]
     return {"dtype": value.dtype.name, "block": block, "crc32": checksums}

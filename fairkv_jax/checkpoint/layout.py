@@ -17,6 +17,7 @@ axes, grouped by KV head, and the model width last everywhere (letters as in `sh
 import math
 from collections.abc import Callable
 from functools import cache
+from threading import Lock
 
 import numpy as np
 
@@ -88,7 +89,7 @@ def head_order(
         return LazyTensor(shape, shape[0], read_rows)
     kind = split_name(name)[0]
     if kind in TRANSPOSED:
-        read_rows = cache(read_rows)
+        read_rows = _once(read_rows)
     # What is stored for each row of the leading axis: rows, or columns where it is transposed.
     each = math.prod(shape[1:] if kind in _BIASES else shape[1:-1])
 
@@ -101,3 +102,14 @@ def head_order(
 
     block = max(1, BLOCK_VALUES // math.prod(shape[1:]))
     return LazyTensor(shape, min(block, shape[0]), read)
+
+
+def _once(read_rows: Callable[[int, int], np.ndarray]) -> Callable[[int, int], np.ndarray]:
+    """The same, but what has been read is kept, also while several threads ask for it."""
+    read_rows, lock = cache(read_rows), Lock()
+
+    def read(start: int, stop: int) -> np.ndarray:
+        with lock:
+            return read_rows(start, stop)
+
+    return read

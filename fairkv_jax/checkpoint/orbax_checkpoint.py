@@ -3,7 +3,7 @@
     checkpoints/NAME/
       model.json             name, configuration, and the checksums of all below; written last
       params/                Orbax's own: an OCDBT store of zarr arrays, one per tensor, in chunks
-                             of rows of the leading axis, mostly one KV head each
+                             of one KV head or of some rows: [rows, D] as [chunks, rows / chunks, D]
       tokenizer.json, tokenizer_config.json, generation_config.json
       profile.json           where the source had one
 
@@ -30,6 +30,7 @@ from fairkv_jax.checkpoint.base import (
     check_tokenizer,
     read_profile,
 )
+from fairkv_jax.checkpoint.buffers import Buffers
 from fairkv_jax.checkpoint.hf_tokenizer import build_tokenizer
 from fairkv_jax.checkpoint.json_file import read_object
 from fairkv_jax.checkpoint.layout import tensor_shapes
@@ -80,6 +81,7 @@ class OrbaxCheckpoint:
                 f"{folder / MODEL_FILE} lists other tensors than its configuration calls for: "
                 "convert the model again"
             )
+        self._buffers = Buffers()
         self._context = ts.Context({"cache_pool#nodes": {"total_bytes_limit": _NODE_CACHE_BYTES}})
 
     @property
@@ -95,12 +97,12 @@ class OrbaxCheckpoint:
             raise CheckpointError(f"{self._folder} has no tensor {name!r}: see names()")
         record, shape = self._records[name], self._shapes[name]
         store = self._guarded(name, lambda: ts.open(self._spec(name), context=self._context))
-        if store.shape != shape or store.dtype.name != record.dtype:
+        if store.shape != stored_shape(shape, record.block) or store.dtype.name != record.dtype:
             raise CheckpointError(
                 f"{self._folder}: tensor {name!r} is {store.dtype.name} {store.shape}, "
                 f"{MODEL_FILE} says {record.dtype} {shape}: the two do not belong together"
             )
-        return LazyTensor(shape, record.block, partial(self._read, name, store))
+        return LazyTensor(shape, record.block, partial(self._read, name, store, record.block))
 
     def tensor(self, name: str) -> np.ndarray:
         return self.lazy(name).whole()
@@ -119,21 +121,22 @@ class OrbaxCheckpoint:
         nodes = {"driver": "ocdbt", "base": base, "cache_pool": "cache_pool#nodes"}
         return {"driver": "zarr", "kvstore": nodes, "path": name, "open": True}
 
-    def _read(self, name: str, store: Any, start: int, stop: int) -> np.ndarray:
-        """Rows [start, stop), with the checksums of the blocks that they make up."""
-        block, checksums = self._records[name].block, self._records[name].crc32
-        if start % block or (stop % block and stop != store.shape[0]):
-            first, last = start // block * block, min(-(-stop // block) * block, store.shape[0])
-            return self._read(name, store, first, last)[start - first : stop - first]
-        rows = self._guarded(name, lambda: store[start:stop].read())
-        for at in range(start, stop, block):
-            rows_of_block = rows[at - start : at - start + block]
-            if block_checksum(rows_of_block) != checksums[at // block]:
+    def _read(self, name: str, store: Any, block: int, start: int, stop: int) -> np.ndarray:
+        """Rows [start, stop), out of whole chunks whose checksums are right."""
+        shape, checksums = self._shapes[name], self._records[name].crc32
+        first, last = start // block, -(-stop // block)
+        chunks = store if block == shape[0] else store[first:last]
+        rows = self._buffers.array(chunks.shape, np.dtype(DTYPES[self._records[name].dtype]))
+        self._guarded(name, lambda: ts.array(rows).write(chunks))
+        rows = rows.reshape(-1, *shape[1:])
+        for chunk in range(first, last):
+            at = (chunk - first) * block
+            if block_checksum(rows[at : at + block]) != checksums[chunk]:
                 raise CheckpointError(
-                    f"{self._folder}: tensor {name!r} is damaged in the rows from {at} on (its "
-                    "checksum differs): copy the checkpoint or convert the model again"
+                    f"{self._folder}: tensor {name!r} is damaged in the rows from {chunk * block} "
+                    "on (its checksum differs): copy the checkpoint or convert the model again"
                 )
-        return rows
+        return rows[start - first * block : stop - first * block]
 
     def _guarded(self, name: str, start: Callable[[], Any]) -> Any:
         """The result of tensorstore's work, its complaints with the tensor's name."""
@@ -156,6 +159,13 @@ class OrbaxCheckpoint:
                     f"{self._folder / name} is damaged (its checksum differs): copy the checkpoint "
                     "or convert the model again"
                 )
+
+
+def stored_shape(shape: tuple[int, ...], block: int) -> tuple[int, ...]:
+    """The shape of an array whose leading axis is that of the chunks, where there are several."""
+    if block in (1, shape[0]):
+        return shape
+    return (shape[0] // block, block, *shape[1:])
 
 
 def block_checksum(rows: np.ndarray) -> int:

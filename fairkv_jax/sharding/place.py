@@ -3,10 +3,13 @@
     checkpoint, a block of rows --> int8 where asked for --> every local shard that holds them
 
 A row of a tensor's leading axis is a KV head, a channel of the MLP, or a token. Every block is
-read once, and only if a device of this process holds one of its rows.
+read once, and only if a device of this process holds one of its rows. Threads share the blocks of
+a tensor out: reading, rounding and copying leave Python to itself.
 """
 
+import os
 from collections.abc import Iterator
+from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +27,8 @@ from fairkv_jax.sharding.mesh import spec
 from fairkv_jax.sharding.quantize import quantize_columns, quantize_rows
 from fairkv_jax.sharding.shards import Shards, in_order, make_shards
 from fairkv_jax.sharding.slots import SlotLayout
+
+NUM_THREADS = min(16, 2 * (os.cpu_count() or 1))
 
 
 def abstract_model(
@@ -70,8 +75,10 @@ def load_model(
             id(param): make_shards(param.get_value(), NamedSharding(mesh, part.get_value()))
             for param, part in zip(_params(shapes), _params(specs), strict=True)
         }
-        for weights in _weights(shapes, checkpoint.config.num_layers):
-            _Loader(checkpoint, layout, shards, bar).load(weights)
+        with ThreadPoolExecutor(NUM_THREADS) as threads:
+            loader = _Loader(checkpoint, layout, shards, threads, bar)
+            for weights in _weights(shapes, checkpoint.config.num_layers):
+                loader.load(weights)
         return jax.tree.map(
             lambda param: param.replace(shards.pop(id(param)).array()), shapes, is_leaf=_is_param
         )
@@ -130,9 +137,15 @@ class _Loader:
     """Fills the shards of one parameter after another."""
 
     def __init__(
-        self, checkpoint: Checkpoint, layout: SlotLayout, shards: dict[int, Shards], bar: tqdm
+        self,
+        checkpoint: Checkpoint,
+        layout: SlotLayout,
+        shards: dict[int, Shards],
+        threads: Executor,
+        bar: tqdm,
     ):
-        self._checkpoint, self._layout, self._shards, self._bar = checkpoint, layout, shards, bar
+        self._checkpoint, self._layout, self._shards = checkpoint, layout, shards
+        self._threads, self._bar = threads, bar
 
     def load(self, weights: _Weights) -> None:
         parts = self._open(weights.param, weights.layer)
@@ -167,7 +180,8 @@ class _Loader:
         """Every block to the shards that hold its rows, in int8 where there are scales."""
         rows = tensor.shape[0]
         num_bytes = 0 if name is None else self._checkpoint.stored(name).num_bytes
-        for start in range(0, rows, tensor.block):
+
+        def copy(start: int) -> int:
             stop = min(start + tensor.block, rows)
             owners = list(target.owners(self._layout, start, stop))
             if owners:
@@ -176,7 +190,10 @@ class _Loader:
                     values, scales = quantize_rows(values)
                     scale_target.fill(owners, scales)
                 target.fill(owners, values)
-            self._bar.update(num_bytes * stop // rows - num_bytes * start // rows)
+            return num_bytes * stop // rows - num_bytes * start // rows
+
+        for copied in self._threads.map(copy, range(0, rows, tensor.block)):
+            self._bar.update(copied)
 
 
 _Owner = tuple[int, slice, slice]
