@@ -17,8 +17,7 @@ from fairkv_jax.serve.access import REQUEST_ID, AccessLog
 from fairkv_jax.serve.async_engine import State
 from fairkv_jax.serve.errors import DOCUMENTED, add_error_handlers, error_response
 from fairkv_jax.serve.history import History
-from fairkv_jax.serve.middleware import ApiKeys, BodyLimit
-from fairkv_jax.serve.options import ServerOptions
+from fairkv_jax.serve.middleware import ApiKeys, BodyLimit, Room
 from fairkv_jax.serve.page import page_routes
 from fairkv_jax.serve.service import Service
 
@@ -49,12 +48,14 @@ def create_app(service: Service) -> FastAPI:
         app.include_router(router)
     app.include_router(page_routes(service, history))
     _add_status_routes(app, service)
-    _add_middleware(app, service.options)
+    _add_middleware(app, service)
     return app
 
 
-def _add_middleware(app: FastAPI, options: ServerOptions) -> None:
+def _add_middleware(app: FastAPI, service: Service) -> None:
     """What comes last here sees a request first."""
+    options = service.options
+    app.add_middleware(Room, engine=service.engine)
     if options.api_keys:
         app.add_middleware(ApiKeys, keys=options.api_keys)
     app.add_middleware(BodyLimit, max_bytes=options.max_request_bytes)

@@ -209,6 +209,27 @@ class AsyncEngine:
         """Requests that run or wait."""
         return len(self._streams)
 
+    @property
+    def _limit(self) -> int:
+        """Most requests that may run or wait."""
+        return self.engine.engine_config.max_num_seqs + self._max_queued
+
+    def check_room(self, count: int = 1) -> None:
+        """Checks whether so many more may be queued.
+
+        Raises:
+            EngineUnavailable: no requests are taken, not yet or no more;
+            QueueFull: so many more would be too many.
+        """
+        limit = self._limit
+        if self.state is State.DRAINING:
+            raise EngineUnavailable(_WHY_NOT[self.state])
+        if self.num_requests + count > limit:
+            raise QueueFull(
+                f"{self.num_requests} requests run or wait, and {count} more would "
+                f"exceed the {limit} that may: try again, or raise --max-num-queued-reqs"
+            )
+
     def submit(self, requests: Sequence[Request]) -> OutputStream:
         """Queue requests whose ids are new, all of them or none.
 
@@ -217,24 +238,18 @@ class AsyncEngine:
             QueueFull: too many are waiting.
         """
         engine = self.engine
-        if self.state is State.DRAINING:
-            raise EngineUnavailable(_WHY_NOT[self.state])
         try:
             for request in requests:
                 engine.validate(request)
         except ValueError as error:
             raise RequestRefused(str(error)) from error
-        limit = engine.engine_config.max_num_seqs + self._max_queued
+        limit = self._limit
         if len(requests) > limit:
             raise RequestRefused(
                 f"{len(requests)} choices at a time are more than the {limit} that may run or "
                 "wait: send fewer prompts, or a smaller n"
             )
-        if self.num_requests + len(requests) > limit:
-            raise QueueFull(
-                f"{self.num_requests} requests run or wait, and {len(requests)} more would "
-                f"exceed the {limit} that may: try again, or raise --max-num-queued-reqs"
-            )
+        self.check_room(len(requests))
         stream = OutputStream(self, requests)
         for request in requests:
             self._streams[request.request_id] = stream

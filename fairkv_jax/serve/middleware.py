@@ -1,4 +1,4 @@
-"""What is checked before a body is read: its length, and the key.
+"""What is checked before a body is read: its length, the key, and whether there is room.
 
 Plain ASGI, as Starlette's BaseHTTPMiddleware hides from handlers that a client hung up.
 """
@@ -10,9 +10,32 @@ from hashlib import sha256
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from fairkv_jax.serve.async_engine import AsyncEngine, EngineUnavailable, QueueFull
 from fairkv_jax.serve.errors import ApiError, error_response
 
 GUARDED_PREFIXES = ("/v1/", "/tokenize", "/detokenize")
+
+GENERATING = ("/v1/completions", "/v1/chat/completions")
+
+
+class Room:
+    """Answers 503 at once where not one request more could be queued.
+
+    A server in that state is asked most often: it should not read, parse and tokenise in vain.
+    """
+
+    def __init__(self, app: ASGIApp, engine: AsyncEngine):
+        self.app = app
+        self.engine = engine
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and scope["method"] == "POST" and scope["path"] in GENERATING:
+            try:
+                self.engine.check_room()
+            except (EngineUnavailable, QueueFull) as error:
+                await error_response(503, str(error))(scope, receive, send)
+                return
+        await self.app(scope, receive, send)
 
 
 class BodyLimit:

@@ -1,5 +1,6 @@
 """`python -m fairkv_jax.serve` as users start it, with a tiny model and the real engine."""
 
+import asyncio
 import json
 import re
 import signal
@@ -11,6 +12,7 @@ import httpx
 import pytest
 from openai import OpenAI
 
+from benchmarks.soak import is_sound, soak
 from tests.serve.live import PATIENCE_S, Process, eventually, posted
 
 START_S = 400.0
@@ -203,6 +205,14 @@ def test_wrong_options_end_in_a_sentence(checkpoint: Path, flags: list[str], sen
         assert len(last) == 1, process.log
         assert sentence in last[0]
         assert "Traceback" not in process.log
+
+
+def test_requests_of_every_kind_leave_nothing_behind(client: httpx.Client):
+    """Mixed at random, a fifth of them given up: all others succeed, and all pages are free."""
+    options = {"num_requests": 150, "cancelled": 0.2, "max_concurrency": 8, "output_len": 12}
+    result = asyncio.run(soak(str(client.base_url).rstrip("/"), None, {**options, "seed": 0}))
+    assert is_sound(result), result
+    assert result["statuses"]["200"] > 80
 
 
 def test_nothing_is_compiled_once_it_is_ready(process: Process, client: httpx.Client):
