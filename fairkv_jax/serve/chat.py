@@ -15,7 +15,7 @@ from fairkv_jax.serve.logprobs import chat_logprobs, prompt_logprobs
 from fairkv_jax.serve.protocol import ChatBody
 from fairkv_jax.serve.service import StrictRoute, service_of
 from fairkv_jax.serve.streaming import EventStream, collect
-from fairkv_jax.serve.usage import usage
+from fairkv_jax.serve.usage import chunk_usage, usage
 
 router = APIRouter(route_class=StrictRoute)
 
@@ -28,7 +28,7 @@ async def create_chat_completion(body: ChatBody, request: Request) -> Response:
     prompt = await render_chat(service.engine.engine, body.messages, body.add_generation_prompt)
     await compile_grammar(service.engine.engine, body)
     answer_id = f"chatcmpl-{uuid4().hex}"
-    requests = fan_out(answer_id, [prompt], body.sampling_params(), body.n or 1)
+    requests = fan_out(answer_id, [prompt], body)
     head = {"id": answer_id, "created": int(time.time()), "model": service.model_name}
     outputs = service.submit(request, requests, body.n or 1)
     if body.stream:
@@ -61,10 +61,10 @@ def _logprobs(output: RequestOutput, start: int, body: ChatBody) -> dict[str, An
 async def _chunks(
     head: dict[str, Any], body: ChatBody, outputs: OutputStream
 ) -> AsyncGenerator[dict[str, Any], None]:
-    head = {**head, **({"usage": None} if body.include_usage else {})}
     for place in range(body.n or 1):
         opening = {"role": "assistant", "content": ""}
-        yield {**head, "choices": [_delta(place, opening, None, None)]}
+        no_usage = chunk_usage(body.stream_options, None)
+        yield {**head, "choices": [_delta(place, opening, None, None)], **no_usage}
     sent: dict[int, tuple[int, int]] = {}
     latest: dict[int, RequestOutput] = {}
     async for place, output in outputs:
@@ -76,7 +76,7 @@ async def _chunks(
         # Text may be held back while tokens advance: nothing is sent then, unless asked for.
         if text or output.finished or (logprobs and logprobs["content"]):
             choice = _delta(place, {"content": text} if text else {}, logprobs, done.finish_reason)
-            yield {**head, "choices": [choice]}
+            yield {**head, "choices": [choice], **chunk_usage(body.stream_options, output)}
             sent[place] = len(done.text), len(done.token_ids)
     if body.include_usage:
         finished = [latest[place] for place in sorted(latest)]

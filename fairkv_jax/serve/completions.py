@@ -15,7 +15,7 @@ from fairkv_jax.serve.logprobs import completion_logprobs, prompt_logprobs
 from fairkv_jax.serve.protocol import CompletionBody
 from fairkv_jax.serve.service import StrictRoute, service_of
 from fairkv_jax.serve.streaming import EventStream, collect
-from fairkv_jax.serve.usage import usage
+from fairkv_jax.serve.usage import chunk_usage, usage
 from fairkv_jax.tokenizer import Tokenizer
 
 router = APIRouter(route_class=StrictRoute)
@@ -30,7 +30,7 @@ async def create_completion(body: CompletionBody, request: Request) -> Response:
     prompts = await encode_prompts(engine, body.prompts, with_text=bool(body.echo))
     await compile_grammar(engine, body)
     answer_id = f"cmpl-{uuid4().hex}"
-    requests = fan_out(answer_id, prompts, body.sampling_params(), body.n or 1)
+    requests = fan_out(answer_id, prompts, body)
     head = {
         "id": answer_id,
         "object": "text_completion",
@@ -53,12 +53,12 @@ async def _chunks(
 ) -> AsyncGenerator[dict[str, Any], None]:
     choices: dict[int, _Choice] = {}
     latest: dict[int, RequestOutput] = {}
-    null_usage = {"usage": None} if body.include_usage else {}
     async for place, output in outputs:
         latest[place] = output
         choice = choices.setdefault(place, _Choice(place, body, tokenizer))
         if choice.has_news(output):
-            yield {**head, "choices": [choice.advance(output)], **null_usage}
+            usage_so_far = chunk_usage(body.stream_options, output)
+            yield {**head, "choices": [choice.advance(output)], **usage_so_far}
     if body.include_usage:
         finished = [latest[place] for place in sorted(latest)]
         yield {**head, "choices": [], "usage": usage(finished, body.n or 1)}

@@ -5,7 +5,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from fairkv_jax.engine.request import Request
-from fairkv_jax.sampling_params import SamplingParams
 from fairkv_jax.serve.async_engine import Engine
 from fairkv_jax.serve.errors import ApiError
 from fairkv_jax.serve.protocol import GenerationBody, Message
@@ -84,21 +83,27 @@ async def compile_grammar(engine: Engine, body: GenerationBody) -> None:
         raise ApiError(400, f"{field}: {error}", field) from error
 
 
-def fan_out(
-    answer_id: str, prompts: Sequence[Prompt], params: SamplingParams, choices: int
-) -> list[Request]:
+def fan_out(answer_id: str, prompts: Sequence[Prompt], body: GenerationBody) -> list[Request]:
     """One request per prompt and choice, choices of one prompt side by side.
 
     Given a seed, the choices of a prompt have consecutive ones, so that they differ and all of
     them can be had again.
     """
+    params = body.sampling_params()
     requests = []
     for place, prompt in enumerate(prompts):
-        for choice in range(choices):
+        for choice in range(body.n or 1):
             seeded = params
             if params.seed is not None and choice:
                 seeded = replace(params, seed=(params.seed + choice) % 2**64)
             requests.append(
-                Request(f"{answer_id}-{place}-{choice}", prompt.token_ids, seeded, prompt.text)
+                Request(
+                    f"{answer_id}-{place}-{choice}",
+                    prompt.token_ids,
+                    seeded,
+                    prompt.text,
+                    kv_policy=body.kv_policy,
+                    kv_budget=body.kv_budget,
+                )
             )
     return requests

@@ -37,6 +37,8 @@ class NotServed(ValueError):
 
 class StreamOptions(Body):
     include_usage: bool | None = None
+    continuous_usage_stats: bool | None = None
+    """With it, every chunk tells the tokens of its choice so far; vLLM's extension."""
 
 
 class JsonSchema(Body):
@@ -132,6 +134,10 @@ class GenerationBody(Body):
     guided_regex: str | None = None
     guided_choice: list[str] | None = None
     guided_grammar: str | None = None
+
+    kv_budget: int | None = Field(None, ge=1)
+    """Kept tokens a head on average, up to the server's own."""
+    kv_policy: str | None = None
 
     guided_whitespace_pattern: str | None = None
     allowed_token_ids: list[int] | None = None

@@ -4,6 +4,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from fairkv_jax.engine.request import RequestOutput
+from fairkv_jax.serve.protocol import StreamOptions
 
 
 def usage(outputs: Iterable[RequestOutput], choices: int) -> dict[str, Any]:
@@ -23,3 +24,13 @@ def usage(outputs: Iterable[RequestOutput], choices: int) -> dict[str, Any]:
         "total_tokens": prompt + completion,
         "kept_prompt_tokens": round(kept, 2),
     }
+
+
+def chunk_usage(options: StreamOptions | None, output: RequestOutput | None) -> dict[str, Any]:
+    """What a chunk says of it beside its choice: nothing unless asked for, and null until the end,
+    unless it is wanted all the time."""
+    if not options or not options.include_usage:
+        return {}
+    if not options.continuous_usage_stats or output is None:
+        return {"usage": None}
+    return {"usage": usage([output], 1)}

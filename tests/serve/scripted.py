@@ -57,6 +57,7 @@ class ScriptedEngine:
         limit = self.engine_config.max_model_len
         if not 0 < length < limit:
             raise ValueError(f"a prompt of {length} tokens: 1 to {limit - 1} fit the context")
+        self._kept(request)
 
     def add_request(self, request: Request) -> None:
         self.validate(request)
@@ -122,9 +123,13 @@ class ScriptedEngine:
             outputs=[completion],
             finished=reason is not None,
             prompt_logprobs=None if of_prompt is None else [None, *of_prompt[1:]],
-            kv_lengths=np.full(shape, self.kv_config.kept_tokens(len(request.prompt_token_ids))),
+            kv_lengths=np.full(shape, self._kept(request)),
             metrics=replace(times),
         )
+
+    def _kept(self, request: Request) -> int:
+        wanted = self.kv_config.of_request(request.kv_policy, request.kv_budget)
+        return wanted.kept_tokens(len(request.prompt_token_ids))
 
     def _text(self, request: Request, token_ids: list[int]) -> tuple[str, str | None, str | None]:
         """Text, finish reason and stop reason; what may become a stop string is held back."""

@@ -99,6 +99,29 @@ def test_usage_counts_each_prompt_once(client: httpx.Client):
     }
 
 
+@pytest.mark.parametrize("chat", [False, True])
+def test_requests_may_keep_less_and_are_told_how_much(client: httpx.Client, chat: bool):
+    def kept(**more: Any) -> float:
+        prompt = {"messages": TURN * 30} if chat else {"prompt": [8] * 100}
+        body = {**prompt, "max_tokens": 1, **more}
+        return client.post(CHAT if chat else COMPLETIONS, json=body).json()["usage"][
+            "kept_prompt_tokens"
+        ]
+
+    assert (kept(), kept(kv_budget=20), kept(kv_budget=64)) == (64, 20, 64)
+    assert kept(kv_policy="streaming_llm", kv_budget=30) == 30
+
+
+def test_usage_so_far_comes_with_every_chunk_where_asked_for(client: httpx.Client):
+    options = {"include_usage": True, "continuous_usage_stats": True}
+    for path, prompt in ((COMPLETIONS, {"prompt": [5, 6, 7]}), (CHAT, {"messages": TURN})):
+        chunks = events(client, path, {**prompt, "max_tokens": 6, "stream_options": options})
+        counts = [c["usage"]["completion_tokens"] for c in chunks if c["usage"]]
+        assert counts == sorted(counts)
+        assert counts[0] == 1
+        assert counts[-1] == 6
+
+
 def test_usage_is_streamed_only_when_asked_for(client: httpx.Client):
     chunks = events(client, COMPLETIONS, {"prompt": "x", "max_tokens": 3})
     assert all("usage" not in chunk for chunk in chunks)

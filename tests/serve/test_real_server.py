@@ -100,6 +100,10 @@ def test_a_long_prompt_is_compressed_to_its_budget(client: httpx.Client):
     usage = client.post("/v1/completions", json=body).json()["usage"]
     assert usage["prompt_tokens"] == 80
     assert usage["kept_prompt_tokens"] == pytest.approx(40, abs=1)
+    usage = client.post("/v1/completions", json={**body, "kv_budget": 36}).json()["usage"]
+    assert usage["kept_prompt_tokens"] == pytest.approx(36, abs=1)
+    more = client.post("/v1/completions", json={**body, "kv_budget": 41})
+    assert "kv_budget 41 is beyond the 40" in more.json()["error"]["message"]
 
 
 def test_chat_and_stop(client: httpx.Client):
