@@ -266,6 +266,10 @@ class Engine:
         self.cache, sampled = program(self.model, self.cache, rows, new_pages, np.int32(num_steps))
         return sampled
 
+    def on_all_devices(self, arrays: Any) -> Any:
+        """A pytree of arrays, copied to every device: what several steps read, they find there."""
+        return jax.device_put(arrays, NamedSharding(self.mesh, PartitionSpec()))
+
     @property
     def is_lost(self) -> bool:
         """Whether a step failed after it had taken the cache: nothing of it is left."""

@@ -8,7 +8,6 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from fairkv_jax.checkpoint import Checkpoint
@@ -402,14 +401,14 @@ class LLMEngine:
         for row, sequence in running.items():
             positions[row] = sequence.position
             place[row] = sequence.num_cached + 1
-        if self._sampling is None:
+        sampling = self._sampling
+        if sampling is None:
             options = [
                 (running[row].params, running[row].seed) if row in running else _IDLE_ROW
                 for row in range(batch)
             ]
-            self._sampling = self._stack(options)
-        inputs = map(jnp.asarray, (positions, place))
-        return Rows(*inputs, sampling=self._sampling, allowed=self._allowed(batch))
+            sampling = self._sampling = self.engine.on_all_devices(self._stack(options))
+        return Rows(positions, place, sampling, self._allowed(batch))
 
     def _stack(self, options: list[tuple[SamplingParams, int]]) -> SamplingState:
         vocab_size = self.model_config.vocab_size
@@ -419,7 +418,7 @@ class LLMEngine:
         """The masks of a batch's guided rows, if there are any."""
         shape = (batch, mask_words(self.model_config.vocab_size))
         if batch not in self._unguided:
-            self._unguided[batch] = jnp.asarray(np.zeros(shape, np.uint32))
+            self._unguided[batch] = self.engine.on_all_devices(np.zeros(shape, np.uint32))
         matchers = {row: each.matcher for row, each in self.scheduler.running.items()}
         if not any(matchers.values()):
             return self._unguided[batch]
@@ -427,7 +426,7 @@ class LLMEngine:
         for row, matcher in matchers.items():
             if matcher is not None:
                 allowed[row] = matcher.allowed()
-        return jnp.asarray(allowed)
+        return self.engine.on_all_devices(allowed)
 
     def _leave(self, row: int) -> Sequence:
         """Takes a sequence off its row and frees its pages."""
