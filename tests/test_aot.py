@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
+from fairkv_jax.aot.kernels import POOL_BYTES, lower_kernels
 from fairkv_jax.aot.report import (
     Kernel,
     Report,
@@ -18,7 +19,6 @@ from fairkv_jax.aot.report import (
 from fairkv_jax.aot.steps import Setup, config_of, device_bytes, lower_decode_step, lower_prefill
 from fairkv_jax.aot.targets import missing_parts, targets
 from fairkv_jax.config import KVConfig
-from fairkv_jax.pallas.ragged_decode import Device, append_and_decode
 from fairkv_jax.plan import SHAPES, make_plan
 from fairkv_jax.profile import synthetic_profile
 
@@ -96,33 +96,27 @@ def test_copies_are_found_by_their_size() -> None:
 
 
 @needs_compiler
-@pytest.mark.parametrize("name", ["a100", "h200"])
 @pytest.mark.parametrize(
-    ("group", "width", "dtype"),
-    [(8, 128, "bfloat16"), (3, 64, "float32"), (16, 96, "float16"), (4, 256, "float32")],
+    ("backend", "name", "group", "width", "dtype"),
+    [
+        ("triton", "a100", 8, 128, "bfloat16"),
+        ("triton", "a100", 4, 256, "float32"),
+        ("triton", "h200", 16, 96, "float16"),
+        ("triton", "h200", 16, 256, "float32"),
+        ("mosaic", "h200", 8, 128, "bfloat16"),
+        ("mosaic", "h200", 16, 256, "float16"),
+    ],
 )
 @pytest.mark.slow
-def test_kernels_compile_without_spills(name: str, group: int, width: int, dtype: str) -> None:
+def test_kernels_compile_without_spills(
+    backend: str, name: str, group: int, width: int, dtype: str
+) -> None:
     target = targets()[name]
-    mesh = target.mesh(1)
-    placed = NamedSharding(mesh, PartitionSpec())
-    shapes = [(8, 2, group, width), (8, 2, width), (8, 2, width), (512, 16, width)]
-    arrays = [jax.ShapeDtypeStruct(shape, dtype, sharding=placed) for shape in shapes]
-    table = jax.ShapeDtypeStruct((8, 2, 64), jnp.int32, sharding=placed)
-    lengths = jax.ShapeDtypeStruct((8, 2), jnp.int32, sharding=placed)
-    device = Device("gpu", mesh.devices.flat[0].device_kind)
-
-    def step(q, k, v, k_pages, v_pages, table, lengths):
-        pool = (k_pages, v_pages)
-        return append_and_decode(q, k, v, pool, table, lengths, backend="triton", device=device)
-
-    jitted = jax.jit(step, donate_argnums=(3, 4))
-    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-        lowered = jitted.lower(*arrays, arrays[-1], table, lengths)
+    lowered = lower_kernels(backend, target, group, width, dtype)
     compiled = compile_and_report(lowered, target.architecture)
-    assert len(compiled.own_kernels) == 2
+    assert len(compiled.own_kernels) == {"triton": 2, "mosaic": 3}[backend]
     assert not compiled.spilling
-    assert not compiled.copies_of(512 * 16 * width)
+    assert not compiled.copies_of(POOL_BYTES // 16)
 
 
 CUBLAS_BYTES = 32 << 20

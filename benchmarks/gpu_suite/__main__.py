@@ -2,32 +2,46 @@
 
     python -m benchmarks.gpu_suite --output benchmarks/results
 
-Writes <output>/<device>/gpu_suite.json and .md after every part, so that a run that is cut short
-keeps what it measured. Ends with 1 where a backend computes wrong numbers or a part fails, and
-with 2 where there is no GPU. `--interpret` runs tiny sizes on CPU: it tests the suite's own logic,
-and its times mean nothing.
+Writes <output>/<device>/gpu_suite.json and .md after every figure, so that a run that is cut short
+keeps what it measured; a part that takes longer than its share of the time ends with what it has.
+Ends with 1 where a backend computes wrong numbers or a part fails, and with 2 where there is no
+GPU. `--parts tune` searches tiles and writes tiles.json, a candidate for the kernels' devices/.
+`--interpret` runs tiny sizes on CPU: it tests the suite's own logic, and its times mean nothing.
 """
 
 import json
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
 from absl import app, flags
 
-from benchmarks.gpu_suite import bandwidth, demo, numerics, parallel
-from benchmarks.gpu_suite.inputs import FULL, TINY
+from benchmarks.gpu_suite import bandwidth, demo, numerics, parallel, tune
+from benchmarks.gpu_suite.inputs import FULL, TINY, Sizes
+from benchmarks.gpu_suite.programs import said
 from benchmarks.gpu_suite.report import markdown
 from fairkv_jax.command_line import with_underscores
 from fairkv_jax.pallas.ragged_decode import Device, device_of
 
+Part = Callable[[Sizes, Device], Iterator[dict[str, Any]]]
+PARTS: dict[str, tuple[Part, int]] = {
+    "numerics": (numerics.measure, 60),
+    "bandwidth": (bandwidth.measure, 150),
+    "parallel": (parallel.measure, 170),
+    "demo": (demo.measure, 60),
+    "tune": (tune.measure, 240),
+}
+"""Each with the seconds after which it begins nothing new; tuning is a run of its own."""
+
 _OUTPUT = flags.DEFINE_string("output", None, "Folder of the results.", required=True)
 _INTERPRET = flags.DEFINE_bool("interpret", False, "Tiny sizes on CPU: tests the suite alone.")
-_PARTS = flags.DEFINE_list("parts", ["numerics", "bandwidth", "parallel", "demo"], "What is run.")
+_PARTS = flags.DEFINE_multi_enum(
+    "parts", ["numerics", "bandwidth", "parallel", "demo"], list(PARTS), "What is run."
+)
 
 
 def main(_argv: list[str]) -> None:
@@ -36,26 +50,37 @@ def main(_argv: list[str]) -> None:
         print("no GPU: JAX sees only CPUs here, and nothing was measured", file=sys.stderr)
         sys.exit(2)
     sizes = TINY if _INTERPRET.value else FULL
-    parts: dict[str, Callable[[], Any]] = {
-        "numerics": lambda: numerics.measure(sizes, device),
-        "bandwidth": lambda: bandwidth.measure(sizes, device),
-        "parallel": lambda: parallel.measure(sizes, device),
-        "demo": lambda: demo.measure(sizes),
-    }
     folder = Path(_OUTPUT.value) / device.kind.lower().replace(" ", "-")
     folder.mkdir(parents=True, exist_ok=True)
     results: dict[str, Any] = {"about": about(device, sizes.interpret)}
     for part in _PARTS.value:
-        start = time.perf_counter()
-        try:
-            results[part] = parts[part]()
-        except Exception as error:  # what the other parts measured is worth keeping
-            results[part] = {"failed": f"{type(error).__name__}: {error}"}
-        results["about"][f"{part}_seconds"] = round(time.perf_counter() - start, 1)
-        (folder / "gpu_suite.json").write_text(json.dumps(results, indent=1) + "\n")
-        (folder / "gpu_suite.md").write_text(markdown(results))
+        for _ in run(part, sizes, device, results):
+            (folder / "gpu_suite.json").write_text(json.dumps(results, indent=1) + "\n")
+            (folder / "gpu_suite.md").write_text(markdown(results))
+    if "tune" in _PARTS.value:
+        versions = f"jax {jax.__version__}, {results['about']['commit']}"
+        tiles = tune.best_tiles(results["tune"], device, versions)
+        (folder / "tiles.json").write_text(json.dumps(tiles, indent=1) + "\n")
     print(markdown(results))
     sys.exit(0 if passed(results) else 1)
+
+
+def run(part: str, sizes: Sizes, device: Device, results: dict[str, Any]) -> Iterator[None]:
+    """Puts a part's records into the results; yields whenever there is something to write."""
+    measure, seconds = PARTS[part]
+    start = time.perf_counter()
+    results[part] = []
+    try:
+        for record in measure(sizes, device):
+            results[part].append(record)
+            yield
+            if time.perf_counter() - start > seconds:
+                results["about"][f"{part}_ended"] = f"after {seconds} s, before all was measured"
+                break
+    except Exception as error:  # what the other parts measure is worth keeping
+        results[part].append({"failed": said(error)})
+    results["about"][f"{part}_seconds"] = round(time.perf_counter() - start, 1)
+    yield
 
 
 def about(device: Device, interpret: bool) -> dict[str, Any]:
@@ -72,14 +97,19 @@ def about(device: Device, interpret: bool) -> dict[str, Any]:
 
 
 def passed(results: dict[str, Any]) -> bool:
-    """Whether every part ran, and every backend that ran gave the right numbers."""
-    failed = [part for part in results.values() if isinstance(part, dict) and "failed" in part]
-    wrong = [
+    """Whether every part ran, and every backend that ran gave the right numbers.
+
+    A peer, or a tile that was tried, may fail.
+    """
+    failed = [
         record
-        for record in results.get("numerics", [])
-        if isinstance(record, dict) and not record.get("passed", "skipped" in record)
+        for part in ("numerics", "parallel", "demo")
+        for record in results.get(part, [])
+        if "failed" in record
     ]
-    return not failed and not wrong
+    wrong = [record for record in results.get("numerics", []) if not record.get("passed", True)]
+    empty = [part for part in PARTS if part in results and not results[part]]
+    return not failed and not wrong and not empty
 
 
 if __name__ == "__main__":

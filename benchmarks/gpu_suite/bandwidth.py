@@ -4,94 +4,58 @@ Layers of one pool are walked in one program, as a decode step walks them: launc
 one by one from the host, and no layer finds its keys in the cache of the last repeat.
 """
 
-import time
 import warnings
-from collections.abc import Callable
-from statistics import median
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.stages import Lowered
 
-from benchmarks.gpu_suite.inputs import Sizes, drawn_lengths, ragged_cache
+from benchmarks.gpu_suite.inputs import CacheShape, Sizes, drawn, drawn_lengths, page_table
+from benchmarks.gpu_suite.programs import compile_all, said, seconds_of
 from fairkv_jax.pallas.ragged_decode import BACKENDS, Device, ragged_decode
 
 KV_HEADS, GROUP, DTYPE = 8, 4, "bfloat16"
-QUEUED = 4
 LENGTHS = {"uniform": 0.0, "imbalanced": 0.6}
 
+Attend = Callable[..., jax.Array]
 
-def measure(sizes: Sizes, device: Device) -> dict[str, Any]:
-    """The copy's bytes per second, and one record a (batch, width, lengths, implementation)."""
+
+def measure(sizes: Sizes, device: Device) -> Iterator[dict[str, Any]]:
+    """The copy first; then one record a (width, batch, lengths, implementation)."""
     copy = copy_bandwidth(sizes)
-    records = []
+    yield {"implementation": "copy", "bytes_per_second": copy, "of_copy": 1.0}
     for width in sizes.widths:
         for batch in sizes.batches:
-            for name, imbalance in LENGTHS.items():
-                lengths = drawn_lengths(
-                    1, sizes.layers, batch, KV_HEADS, sizes.mean_tokens, imbalance
-                )
-                for record in _compare(sizes, device, lengths, width):
-                    record |= {"batch": batch, "width": width, "lengths": name}
-                    if "bytes_per_second" in record:
-                        record["of_copy"] = record["bytes_per_second"] / copy
-                    records.append(record)
-    return {"copy_bytes_per_second": copy, "records": records}
+            for record in _compare(sizes, device, width, batch):
+                if "bytes_per_second" in record:
+                    record["of_copy"] = record["bytes_per_second"] / copy
+                yield {"width": width, "batch": batch} | record
 
 
 def copy_bandwidth(sizes: Sizes) -> float:
     """Bytes read and written per second by a large copy."""
-    size = 1 << (20 if sizes.interpret else 30)
-    x = jax.random.normal(jax.random.key(0), (size,), "bfloat16")
+    x = drawn(0, (1 << (20 if sizes.interpret else 30),), DTYPE)
     seconds = seconds_of(jax.jit(lambda x: -x), (x,), sizes.repeats)
     return 2 * x.nbytes / seconds
 
 
-def seconds_of(call: Callable[..., Any], args: tuple[Any, ...], repeats: int) -> float:
-    """Median seconds of a compiled call that has run once before.
-
-    Calls are queued a few at a time, so that the host's part of one hides behind another.
-    """
-    jax.block_until_ready(call(*args))
-    times = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        for _ in range(QUEUED):
-            out = call(*args)
-        jax.block_until_ready(out)
-        times.append((time.perf_counter() - start) / QUEUED)
-    return median(times)
+def lengths_of(sizes: Sizes, batch: int) -> dict[str, np.ndarray]:
+    """[L, B, K] by name, all of the same mean."""
+    shape = (sizes.layers, batch, KV_HEADS, sizes.mean_tokens)
+    return {name: drawn_lengths(1, *shape, imbalance) for name, imbalance in LENGTHS.items()}
 
 
-def _compare(sizes: Sizes, device: Device, lengths: np.ndarray, width: int) -> list[dict[str, Any]]:
-    k_pages, v_pages, table = ragged_cache(2, lengths, width, DTYPE)
-    q = jax.random.normal(jax.random.key(3), (*lengths.shape[1:], GROUP, width), DTYPE)
-    must_read = int(lengths.sum()) * 2 * width * k_pages.dtype.itemsize
-    implementations: dict[str, Callable[..., jax.Array]] = {
-        name: _ours(name, device) for name in BACKENDS[1:]
-    }
-    if not sizes.interpret:
-        implementations |= {"pallas paged_attention": _paged_peer(table)}
-        implementations |= {"cudnn, padded": _padded_peer("cudnn", int(lengths.max()))}
-        implementations |= {"dense, padded": _padded_peer("xla", int(lengths.max()))}
-    records = []
-    for name, attend in implementations.items():
-        record: dict[str, Any] = {"implementation": name}
-        records.append(record)
-        try:
-            walk = _walk(attend)
-            args = (q, k_pages, v_pages, table, jnp.asarray(lengths))
-            seconds = seconds_of(walk, args, sizes.repeats)
-        except Exception as error:  # a peer that cannot run here must not end the suite
-            record["failed"] = f"{type(error).__name__}: {str(error)[:200]}"
-            continue
-        record["layer_us"] = 1e6 * seconds / len(lengths)
-        record["bytes_per_second"] = must_read / seconds
-    return records
+def queries(batch: int, width: int) -> jax.Array:
+    return drawn(3, (batch, KV_HEADS, GROUP, width), DTYPE)
 
 
-def _walk(attend: Callable[..., jax.Array]) -> Any:
+def lower_walk(attend: Attend, lengths: np.ndarray, width: int, cache: CacheShape) -> Lowered:
+    """All layers of `lengths` in one program: (q, k_pages, v_pages, table, lengths) -> out."""
+
     def step(q: Any, k_pages: Any, v_pages: Any, table: Any, lengths: Any) -> jax.Array:
         def layer(q: jax.Array, inputs: Any) -> tuple[jax.Array, None]:
             out = attend(q, k_pages, v_pages, *inputs)
@@ -100,64 +64,106 @@ def _walk(attend: Callable[..., jax.Array]) -> Any:
 
         return jax.lax.scan(layer, q, (table, lengths))[0]
 
-    return jax.jit(step)
+    q = jax.ShapeDtypeStruct((*lengths.shape[1:], GROUP, width), DTYPE)
+    pages = cache.pages(width, DTYPE)
+    shape = jax.ShapeDtypeStruct(lengths.shape, jnp.int32)
+    return jax.jit(step).lower(q, pages, pages, cache.table(lengths), shape)
 
 
-def _ours(name: str, device: Device) -> Callable[..., jax.Array]:
-    return lambda *args: ragged_decode(*args, backend=name, device=device)
+def _compare(sizes: Sizes, device: Device, width: int, batch: int) -> Iterator[dict[str, Any]]:
+    cases = lengths_of(sizes, batch)
+    cache = CacheShape.of(*cases.values())
+    programs: dict[tuple[str, str], Callable[[], Lowered]] = {}
+    for case, lengths in cases.items():
+        for name, attend in _padded_peers(sizes, lengths).items():
+            programs[name, case] = partial(lower_walk, attend, lengths, width, cache)
+    lengths = cases["uniform"]
+    for name, attend in (_ours(device) | _paged_peers(sizes)).items():
+        programs[name, ""] = partial(lower_walk, attend, lengths, width, cache)
+    compiled = compile_all(programs)
+    k_pages, v_pages = (drawn(seed, cache.pages(width, DTYPE).shape, DTYPE) for seed in (4, 5))
+    for case, lengths in cases.items():
+        arrays = k_pages, v_pages, page_table(2, lengths, cache), jnp.asarray(lengths)
+        must_read = int(lengths.sum()) * 2 * width * k_pages.dtype.itemsize
+        for (name, only), program in compiled.items():
+            if only not in ("", case):
+                continue
+            record: dict[str, Any] = {"lengths": case, "implementation": name}
+            try:
+                if isinstance(program, Exception):
+                    raise program
+                seconds = seconds_of(program, (queries(batch, width), *arrays), sizes.repeats)
+            except Exception as error:  # a peer that cannot run here must not end the suite
+                yield record | {"failed": said(error)}
+                continue
+            record["layer_us"] = 1e6 * seconds / len(lengths)
+            yield record | {"bytes_per_second": must_read / seconds}
 
 
-def _paged_peer(table: jax.Array) -> Callable[..., jax.Array]:
+def _ours(device: Device) -> dict[str, Attend]:
+    return {
+        name: partial(ragged_decode, backend=name, device=device) for name in reversed(BACKENDS[1:])
+    }
+
+
+def _paged_peers(sizes: Sizes) -> dict[str, Attend]:
+    return {} if sizes.interpret else {"pallas paged_attention": _paged_attention}
+
+
+def _padded_peers(sizes: Sizes, lengths: np.ndarray) -> dict[str, Attend]:
+    if sizes.interpret:
+        return {}
+    longest = int(lengths.max())
+    return {
+        f"{name}, padded": partial(_padded_attention, implementation, longest)
+        for name, implementation in (("cudnn", "cudnn"), ("dense", "xla"))
+    }
+
+
+def _paged_attention(q: Any, k_pages: Any, v_pages: Any, table: Any, lengths: Any) -> jax.Array:
     """JAX's own paged kernel, with (row, KV head) flattened into its batch."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)
         from jax.experimental.pallas.ops.gpu.paged_attention import paged_attention
     splits, block = 4, 4
+    batch, slots, group, width = q.shape
     padding = -table.shape[-1] % (splits * block)
-
-    def attend(q: Any, k_pages: Any, v_pages: Any, table: Any, lengths: Any) -> jax.Array:
-        batch, slots, group, width = q.shape
-        pages = jnp.pad(table.reshape(batch * slots, -1), ((0, 0), (0, padding)))
-        flat = (q * width**-0.5).reshape(batch * slots, group, width)
-        out = paged_attention(
-            flat.astype(q.dtype),
-            k_pages[None],
-            v_pages[None],
-            pages,
-            lengths.reshape(-1),
-            k_splits=splits,
-            pages_per_compute_block=block,
-        )
-        return out.reshape(q.shape)
-
-    return attend
+    pages = jnp.pad(table.reshape(batch * slots, -1), ((0, 0), (0, padding)))
+    flat = (q * width**-0.5).reshape(batch * slots, group, width)
+    out = paged_attention(
+        flat.astype(q.dtype),
+        k_pages[None],
+        v_pages[None],
+        pages,
+        lengths.reshape(-1),
+        k_splits=splits,
+        pages_per_compute_block=block,
+    )
+    return out.reshape(q.shape)
 
 
-def _padded_peer(implementation: str, longest: int) -> Callable[..., jax.Array]:
+def _padded_attention(
+    implementation: Any, longest: int, q: Any, k_pages: Any, v_pages: Any, table: Any, lengths: Any
+) -> jax.Array:
     """Attention over contiguous keys, every (row, KV head) padded to the longest.
 
     The keys are views of the same pool, so that the bytes come from memory as ours do.
     """
-
-    def attend(q: Any, k_pages: Any, v_pages: Any, table: Any, lengths: Any) -> jax.Array:
-        batch, slots, group, width = q.shape
-        pairs = batch * slots
-        size = pairs * longest
-        options: Any = {"implementation": implementation}
-        k, v = (
-            jnp.resize(x, (size, width)).reshape(pairs, longest, 1, width)
-            if x.size < size * width
-            else x.reshape(-1, width)[:size].reshape(pairs, longest, 1, width)
-            for x in (k_pages, v_pages)
-        )
-        out = jax.nn.dot_product_attention(
-            q.reshape(pairs, 1, group, width),
-            k,
-            v,
-            key_value_seq_lengths=lengths.reshape(-1),
-            query_seq_lengths=jnp.ones(pairs, jnp.int32),
-            **options,
-        )
-        return out.reshape(q.shape)
-
-    return attend
+    batch, slots, group, width = q.shape
+    pairs = batch * slots
+    size = pairs * longest
+    k, v = (
+        jnp.resize(x, (size, width)).reshape(pairs, longest, 1, width)
+        if x.size < size * width
+        else x.reshape(-1, width)[:size].reshape(pairs, longest, 1, width)
+        for x in (k_pages, v_pages)
+    )
+    out = jax.nn.dot_product_attention(
+        q.reshape(pairs, 1, group, width),
+        k,
+        v,
+        key_value_seq_lengths=lengths.reshape(-1),
+        query_seq_lengths=jnp.ones(pairs, jnp.int32),
+        implementation=implementation,
+    )
+    return out.reshape(q.shape)

@@ -1,7 +1,6 @@
 """Random ragged caches for the measurements, with the lengths that real profiles give."""
 
 from dataclasses import dataclass
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -26,19 +25,22 @@ class Sizes:
     """None: all that the model has."""
     emulated_batch: int
     repeats: int
+    tiles: int
+    """Most candidates of a backend and head width, where tiles are searched."""
 
 
 FULL = Sizes(
     interpret=False,
     layers=32,
-    batches=(8, 64),
-    widths=(64, 128, 256),
+    batches=(64, 8),
+    widths=(128, 64, 256),
     mean_tokens=1024,
     models=("llama-3-8b", "llama-3.3-70b", "mistral-small-24b"),
     devices=(4, 8),
     emulated_layers=None,
     emulated_batch=64,
     repeats=10,
+    tiles=12,
 )
 TINY = Sizes(
     interpret=True,
@@ -51,26 +53,43 @@ TINY = Sizes(
     emulated_layers=2,
     emulated_batch=3,
     repeats=1,
+    tiles=2,
 )
 
 
-def ragged_cache(
-    seed: int, lengths: np.ndarray, width: int, dtype: str, *, room: int = 0
-) -> tuple[Any, Any, jax.Array]:
-    """Keys and values for `lengths` [L, B, C], and their random page table [L, B, C, pages].
+@dataclass(frozen=True)
+class CacheShape:
+    """Of the pool and the page table of several `lengths` [L, B, C], so that programs fit all."""
 
-    `room` tokens more fit behind every length.
-    """
+    num_pages: int
+    max_pages: int
+
+    @classmethod
+    def of(cls, *lengths: np.ndarray, room: int = 0) -> "CacheShape":
+        """`room` tokens more fit behind every length."""
+        pages = [-(-(each + room) // PAGE) for each in lengths]
+        return cls(max(int(p.sum()) for p in pages), max(int(p.max()) for p in pages))
+
+    def pages(self, width: int, dtype: str) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct((self.num_pages, PAGE, width), dtype)
+
+    def table(self, lengths: np.ndarray) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct((*lengths.shape, self.max_pages), jnp.int32)
+
+
+def page_table(seed: int, lengths: np.ndarray, shape: CacheShape, *, room: int = 0) -> jax.Array:
+    """[L, B, C, max_pages]: random pages for every length, none of them shared."""
     pages = -(-(lengths + room) // PAGE)
-    rng = np.random.default_rng(seed)
-    table = np.zeros((*lengths.shape, int(pages.max())), np.int32)
+    table = np.zeros(shape.table(lengths).shape, np.int32)
     used = np.arange(table.shape[-1]) < pages[..., None]
-    table[used] = rng.permutation(int(pages.sum()))
-    shape = (int(pages.sum()), PAGE, width)
-    # Made on the device: random numbers by the gigabyte would take the host minutes.
-    draw = jax.jit(lambda key: jax.random.normal(key, shape, dtype))
-    keys = jax.random.split(jax.random.key(seed))
-    return draw(keys[0]), draw(keys[1]), jnp.asarray(table)
+    table[used] = np.random.default_rng(seed).permutation(shape.num_pages)[: int(pages.sum())]
+    return jnp.asarray(table)
+
+
+def drawn(seed: int, shape: tuple[int, ...], dtype: str, scale: float = 1.0) -> jax.Array:
+    """Normal numbers, made on the device: by the gigabyte they would take the host minutes."""
+    key = jax.random.key(seed, impl="rbg")
+    return jax.jit(lambda key: scale * jax.random.normal(key, shape, dtype))(key)
 
 
 def drawn_lengths(

@@ -2,13 +2,18 @@
 
     python -m fairkv_jax.aot --model llama-3.3-70b --target h200 --devices 8 --batch 64 \\
         --kv-budget 1024 --head-plan fair_copying
+    python -m fairkv_jax.aot --kernels --target h100 --attention-backend mosaic
 
-Ends with 1 where a step does not fit, copies the KV pool or spills registers, and with 2 where the
-compiler's parts are missing.
+The second compiles the kernels of decode attention alone, for every shape that they are meant for.
+Ends with 1 where a step does not fit, copies the KV pool, spills registers or takes longer than
+--timeout-s to compile, and with 2 where the compiler's parts are missing.
 """
 
+import faulthandler
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 # Before JAX starts: its CUDA plugin, which compiles, would look for a driver.
@@ -16,6 +21,7 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 from absl import app, flags
 
+from fairkv_jax.aot.kernels import compile_all
 from fairkv_jax.aot.report import Report, compile_and_report
 from fairkv_jax.aot.steps import (
     Setup,
@@ -47,6 +53,8 @@ _PAGE = flags.DEFINE_integer("page_size", 16, "Tokens a page.")
 _PLAN = flags.DEFINE_string("head_plan", "fair_copying", "A strategy, or the path of a plan.")
 _PROFILE = flags.DEFINE_string("profile", None, "Path of a head profile; default: a synthetic one.")
 _IMBALANCE = flags.DEFINE_float("imbalance", 0.6, "Std / mean of the synthetic profile's heads.")
+_KERNELS = flags.DEFINE_bool("kernels", False, "Compile the decode kernels alone, of all shapes.")
+_TIMEOUT = flags.DEFINE_integer("timeout_s", 900, "Longest time to compile one step.")
 _BACKEND = flags.DEFINE_enum("attention_backend", AUTO, BACKENDS, "Of decode attention.")
 
 
@@ -58,6 +66,8 @@ def main(argv: list[str]) -> None:
         print(f"cannot compile for GPUs on this machine: {missing}", file=sys.stderr)
         sys.exit(2)
     target = targets()[_TARGET.value]
+    if _KERNELS.value:
+        sys.exit(print_kernels(target))
     setup = make_setup(target)
     mesh = target.mesh(_DEVICES.value)
     pool = setup.pool_elements
@@ -68,7 +78,8 @@ def main(argv: list[str]) -> None:
         steps["prefill"] = lower_prefill(setup, mesh, _PROMPT.value, kv_config)
     ok = True
     for name, lowered in steps.items():
-        report = compile_and_report(lowered, target.architecture)
+        with timeout(_TIMEOUT.value):
+            report = compile_and_report(lowered, target.architecture)
         # The pool lies on the device during a prefill too.
         beside = 4 * pool if name == "prefill" else 0
         total = report.argument_bytes + report.temporary_bytes + report.new_output_bytes + beside
@@ -77,6 +88,33 @@ def main(argv: list[str]) -> None:
         print(_lines(name, report, copies, total, target))
         ok &= total <= target.memory_bytes and not copies and not report.spilling
     sys.exit(0 if ok else 1)
+
+
+def print_kernels(target: Target) -> int:
+    """A table of registers and spilled bytes; 1 where something spills."""
+    print(f"{target.architecture}, {_BACKEND.value}\n")
+    print("type | width | group | registers, spilled bytes\n--- | --- | --- | ---")
+    spilling = False
+    for dtype, width, group, report in compile_all(_BACKEND.value, target):
+        said = report
+        if isinstance(report, Report):
+            said = "; ".join(f"{k.name} {k.registers}, {k.spill_bytes}" for k in report.own_kernels)
+            spilling |= bool(report.spilling)
+        print(f"{dtype} | {width} | {group} | {said}", flush=True)
+    return int(spilling)
+
+
+@contextmanager
+def timeout(seconds: int) -> Iterator[None]:
+    """Ends the process with the stacks of its threads when the body takes longer.
+
+    XLA's compiler cannot be interrupted from Python, and has once been seen not to come back.
+    """
+    faulthandler.dump_traceback_later(seconds, exit=True)
+    try:
+        yield
+    finally:
+        faulthandler.cancel_dump_traceback_later()
 
 
 def make_setup(target: Target) -> Setup:

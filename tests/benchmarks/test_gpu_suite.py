@@ -1,5 +1,8 @@
 """The GPU suite's own logic, on CPU and at tiny sizes."""
 
+import itertools
+from collections.abc import Iterator
+from dataclasses import asdict
 from typing import Any
 
 import jax
@@ -9,10 +12,11 @@ from absl import flags
 from absl.testing import flagsaver
 
 from benchmarks.gpu_suite import __main__ as suite
-from benchmarks.gpu_suite import bandwidth, numerics, parallel
-from benchmarks.gpu_suite.inputs import PAGE, TINY, drawn_lengths, ragged_cache
+from benchmarks.gpu_suite import bandwidth, numerics, parallel, tune
+from benchmarks.gpu_suite.inputs import PAGE, TINY, CacheShape, drawn_lengths, page_table
 from benchmarks.gpu_suite.report import markdown
 from fairkv_jax.pallas.ragged_decode import Device
+from fairkv_jax.pallas.ragged_decode.tiles import MosaicTile, TritonTile, device_tiles
 from fairkv_jax.plan import SHAPES, CostModel, make_plan
 from fairkv_jax.profile import synthetic_profile
 
@@ -42,10 +46,11 @@ def test_lengths_have_the_mean_and_the_imbalance() -> None:
 
 def test_no_two_lengths_share_a_page() -> None:
     lengths = drawn_lengths(0, 2, 3, 2, 40, 0.6)
-    k_pages, _, table = ragged_cache(0, lengths, 64, "bfloat16", room=1)
+    shape = CacheShape.of(lengths, lengths // 2, room=1)
+    table = page_table(0, lengths, shape, room=1)
     pages = -(-(lengths + 1) // PAGE)
     used = np.asarray(table)[np.arange(table.shape[-1]) < pages[..., None]]
-    assert sorted(used) == list(range(len(k_pages)))
+    assert sorted(used) == list(range(shape.num_pages))
 
 
 @pytest.mark.parametrize("strategy", parallel.STRATEGIES)
@@ -66,20 +71,22 @@ def test_the_prediction_is_the_planners() -> None:
 
 
 def test_every_backend_passes_and_a_wrong_one_would_not() -> None:
-    records = numerics.measure(TINY, CPU)
-    assert {record["backend"] for record in records} >= {"reference", "triton"}
+    records = list(numerics.measure(TINY, CPU))
+    assert {record["backend"] for record in records} == {"reference", "triton", "mosaic"}
     about = {"device": "cpu"}
     assert suite.passed({"about": about, "numerics": records})
     wrong = {**records[0], "error": 1.0, "passed": False}
     assert not suite.passed({"about": about, "numerics": [*records, wrong]})
-    assert not suite.passed({"about": about, "numerics": records, "demo": {"failed": "why"}})
+    assert not suite.passed({"about": about, "numerics": records, "demo": [{"failed": "why"}]})
     assert "| 64 |" in markdown({"about": about, "numerics": records})
 
 
 def test_bandwidth_counts_the_bytes_of_the_tokens() -> None:
-    result = bandwidth.measure(TINY, CPU)
-    assert all("failed" not in record for record in result["records"])
-    for record in result["records"]:
+    copy, *records = bandwidth.measure(TINY, CPU)
+    assert copy["implementation"] == "copy"
+    timed = [record for record in records if "failed" not in record]
+    assert {record["implementation"] for record in timed} >= {"reference", "triton"}
+    for record in timed:
         # Keys and values of 2 rows x 8 heads x 40 tokens of width 64, two bytes each.
         read = record["bytes_per_second"] * record["layer_us"] * 1e-6
         assert read == pytest.approx(2 * 8 * 40 * 2 * 64 * 2, rel=0.1)
@@ -87,9 +94,49 @@ def test_bandwidth_counts_the_bytes_of_the_tokens() -> None:
 
 @pytest.mark.slow
 def test_strategies_are_compared_with_static() -> None:
-    records = parallel.measure(TINY, CPU)
+    records = list(parallel.measure(TINY, CPU))
     assert {record["strategy"] for record in records} == set(parallel.STRATEGIES)
     for record in records:
         if record["strategy"] == "static":
             assert record["tokens_per_second_over_static"] == 1
         assert record["predicted_tokens_per_second_over_static"] >= 0.999
+
+
+def test_a_part_that_breaks_off_keeps_what_it_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    def breaks(*_: Any) -> Iterator[dict[str, Any]]:
+        yield {"figure": 1}
+        raise RuntimeError("out of memory\nand more")
+
+    def lasts(*_: Any) -> Iterator[dict[str, Any]]:
+        yield from ({"figure": number} for number in itertools.count())
+
+    monkeypatch.setitem(suite.PARTS, "demo", (breaks, 60))
+    monkeypatch.setitem(suite.PARTS, "parallel", (lasts, 0))
+    results: dict[str, Any] = {"about": {}}
+    assert list(suite.run("demo", TINY, CPU, results))
+    assert results["demo"] == [{"figure": 1}, {"failed": "RuntimeError: out of memory and more"}]
+    assert not suite.passed(results)
+    assert list(suite.run("parallel", TINY, CPU, results))
+    assert results["parallel"] == [{"figure": 0}]
+    assert "parallel_ended" in results["about"]
+
+
+def test_the_fastest_tiles_are_kept() -> None:
+    present = device_tiles("NVIDIA H200")
+    tile = TritonTile(block_tokens=64, num_stages=3, programs=1056, min_blocks=2, num_warps=4)
+    others = tune.candidates(tile)
+    assert tile == others[0]
+    assert len(others) == len(set(others)) == 11
+    slow, fast = asdict(others[1]), asdict(others[2])
+    mosaic = asdict(MosaicTile(64, 4, 1056, 2))
+    records = [
+        {"backend": "triton", "width": 128, "layer_us": 7.0} | fast,
+        {"backend": "triton", "width": 128, "layer_us": 9.0} | slow,
+        {"backend": "mosaic", "width": 128, "layer_us": 6.0} | mosaic,
+        {"backend": "mosaic", "width": 128, "failed": "too large"} | mosaic,
+    ]
+    file = tune.best_tiles(records, Device("gpu", "NVIDIA H200"), "a test")
+    assert file["match"] == "H200"
+    assert file["order"] == ["mosaic", "triton", "reference"]
+    assert file["tiles"]["triton"]["2"]["128"] == fast
+    assert file["tiles"]["triton"]["2"]["64"] == present.tiles["triton"]["2"]["64"]

@@ -54,6 +54,15 @@ def test_a_forced_backend_says_what_it_cannot_take() -> None:
         ops.ragged_decode(*case.arrays, backend="triton", device=CPU)
 
 
+def test_shapes_that_do_not_fit_are_refused() -> None:
+    q, k_pages, v_pages, page_table, lengths = Case.random(3).arrays
+    for table, counts in ((page_table, lengths.T), (page_table[:-1], lengths)):
+        with pytest.raises(ValueError, match=r"shapes do not fit.*lengths \[B,C\]"):
+            ops.ragged_decode(q, k_pages, v_pages, table, counts, device=CPU)
+    with pytest.raises(ValueError, match="shapes do not fit"):
+        ops.ragged_decode(q[..., :32], k_pages, v_pages, page_table, lengths, device=CPU)
+
+
 def test_an_unknown_backend_is_named() -> None:
     with pytest.raises(ValueError, match=r"attention_backend must be one of auto, .*'cuda'"):
         ops.check_backend("cuda")

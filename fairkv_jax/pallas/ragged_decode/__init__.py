@@ -20,18 +20,18 @@ import jax
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
+from fairkv_jax.pallas.ragged_decode.reference import Pool
 from fairkv_jax.pallas.ragged_decode.registry import IMPLEMENTATIONS, Implementation
 from fairkv_jax.pallas.ragged_decode.tiles import Device, device_tiles
 
 AUTO = "auto"
 BACKENDS = (AUTO, *IMPLEMENTATIONS)
 
-Pool = tuple[Float[Array, "pages page_size H"], Float[Array, "pages page_size H"]]
-
 __all__ = [
     "AUTO",
     "BACKENDS",
     "Device",
+    "Pool",
     "append_and_decode",
     "check_backend",
     "device_of",
@@ -56,9 +56,10 @@ def ragged_decode(
         device: what the call will run on; None: JAX's default device.
 
     Raises:
-        ValueError: no such backend.
+        ValueError: no such backend, or shapes that do not fit each other.
         NotImplementedError: the forced backend cannot take this input.
     """
+    _check_shapes(q, (k_pages, v_pages), page_table, lengths)
     device = device or device_of()
     return _first(
         backend, device, lambda i: i.decode(q, k_pages, v_pages, page_table, lengths, device)
@@ -80,6 +81,7 @@ def append_and_decode(
 
     The page table has a page for the new token already. Arguments and errors as `ragged_decode`.
     """
+    _check_shapes(q, pool, page_table, lengths)
     device = device or device_of()
     return _first(
         backend, device, lambda i: i.append_and_decode(q, k, v, pool, page_table, lengths, device)
@@ -96,6 +98,18 @@ def check_backend(backend: str) -> None:
     """Raises ValueError when there is no such backend."""
     if backend not in BACKENDS:
         raise ValueError(f"attention_backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
+
+
+def _check_shapes(q: Any, pool: Pool, page_table: Any, lengths: Any) -> None:
+    """A kernel would read whatever lies there."""
+    k_pages, v_pages = pool
+    owners = q.shape[:2] == page_table.shape[:2] == lengths.shape
+    if not owners or k_pages.shape != v_pages.shape or k_pages.shape[-1] != q.shape[-1]:
+        raise ValueError(
+            f"shapes do not fit: q [B,C,G,H] {q.shape}, pages [pages,page_size,H] "
+            f"{k_pages.shape} and {v_pages.shape}, page_table [B,C,max_pages] "
+            f"{page_table.shape}, lengths [B,C] {lengths.shape}"
+        )
 
 
 def _first(backend: str, device: Device, call: Callable[[Implementation], Any]) -> Any:

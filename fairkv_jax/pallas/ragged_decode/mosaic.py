@@ -27,7 +27,13 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Int
 
 from fairkv_jax.pallas.ragged_decode.merge import NEVER, merge_pieces
-from fairkv_jax.pallas.ragged_decode.mosaic_pipeline import INTERPRETER, Buffers, Shapes, Work
+from fairkv_jax.pallas.ragged_decode.mosaic_pipeline import (
+    INTERPRETER,
+    TILE_COLUMNS,
+    Buffers,
+    Shapes,
+    Work,
+)
 from fairkv_jax.pallas.ragged_decode.pieces import Sizes, list_pieces
 from fairkv_jax.pallas.ragged_decode.reference import Pool, append
 from fairkv_jax.pallas.ragged_decode.tiles import MosaicTile
@@ -159,9 +165,11 @@ def _tile(i: Array, state: tuple[Array, Array, Array], *, work: Work) -> Any:
     @pl.when(first + sizes.tile.block_tokens > work.length)
     def clear_tail() -> None:
         # Weights there are 0, but what lies in a page behind the length may be no number.
-        values = plgpu.layout_cast(smem.v[stage], plgpu.Layout.WGMMA)
-        is_token = first + _row_of(values.shape) < work.length
-        smem.v[stage] = jnp.where(is_token, values, jnp.zeros_like(values))
+        for column in range(0, sizes.width, TILE_COLUMNS):  # by parts, to take few registers
+            part = smem.v.at[stage, :, pl.ds(column, TILE_COLUMNS)]
+            values = plgpu.layout_cast(part[...], plgpu.Layout.WGMMA)
+            is_token = first + _row_of(values.shape) < work.length
+            part[...] = jnp.where(is_token, values, jnp.zeros_like(values))
 
     plgpu.commit_smem()
     values = _product(smem.v.at[stage].transpose((1, 0)), smem.weights.transpose((1, 0)))

@@ -17,6 +17,8 @@ _DTYPES = ("bfloat16", "float16")
 _ROWS = 64  # of wgmma
 _COLUMNS = 8  # wgmma takes a multiple of it
 _SWIZZLE = 128  # bytes; TMA and wgmma agree on where a tile's rows lie in shared memory
+TILE_COLUMNS = 64
+"""Of 16 bits: the width of a swizzled tile."""
 _SHARED_BYTES = 227 * 1024  # of a program on Hopper
 
 
@@ -37,6 +39,8 @@ class Shapes:
             raise NotImplementedError(f"queries and pages of {dtype}, not one of {_DTYPES}")
         if sizes.width % _ROWS:
             raise NotImplementedError(f"head width {sizes.width}, not a multiple of {_ROWS}")
+        if block % _ROWS:
+            raise NotImplementedError(f"blocks of {block} tokens, not a multiple of {_ROWS}")
         if sizes.page_size % 8 or (block % sizes.page_size and sizes.page_size % block):
             raise NotImplementedError(
                 f"pages of {sizes.page_size} tokens: they must be a multiple of 8, and divide a "
