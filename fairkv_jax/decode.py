@@ -5,7 +5,6 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Int, UInt32
 
@@ -27,9 +26,9 @@ MAX_STEPS = 8
 class Rows:
     """What the host says of the batch's rows before a step."""
 
-    positions: Int[Array | np.ndarray, "B"]
+    positions: Int[Array, "B"]
     """Of every row's last token, whose key and value the step appends."""
-    place: Int[Array | np.ndarray, "B"]
+    place: Int[Array, "B"]
     """Generated tokens so far: the place in the output of the one that comes."""
     sampling: SamplingState
     allowed: UInt32[Array, "B W"]
