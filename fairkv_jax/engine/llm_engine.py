@@ -408,8 +408,8 @@ class LLMEngine:
                 for row in range(batch)
             ]
             sampling = self._sampling = self.engine.on_all_devices(self._stack(options))
-        inputs = self.engine.on_all_devices((positions, place))
-        return Rows(*inputs, sampling, self._allowed(batch))
+        positions, place = self.engine.on_all_devices((positions, place))
+        return Rows(positions, place, sampling, self._allowed(batch))
 
     def _stack(self, options: list[tuple[SamplingParams, int]]) -> SamplingState:
         vocab_size = self.model_config.vocab_size
