@@ -47,7 +47,7 @@ class Tokenizer:
         """Writes tokenizer.json and the two small files of a published folder that go with it."""
         options = self._template_tokens | {"chat_template": self._chat_template}
         ends = {"eos_token_id": sorted(self.eos_token_ids)}
-        (folder / "tokenizer.json").write_text(self._backend.to_str(), encoding="utf-8")
+        (folder / "tokenizer.json").write_text(self.to_json(), encoding="utf-8")
         (folder / "tokenizer_config.json").write_text(json.dumps(options), encoding="utf-8")
         (folder / "generation_config.json").write_text(json.dumps(ends), encoding="utf-8")
 
@@ -88,9 +88,11 @@ class Tokenizer:
         """All of it but the chat template, as a tokenizer.json says it."""
         return self._backend.to_str()
 
-    def detokenizer(self, skip_special_tokens: bool = True) -> "Detokenizer":
-        """A fresh incremental decoder for one output."""
-        return Detokenizer(self._backend, skip_special_tokens)
+    def detokenizer(
+        self, skip_special_tokens: bool = True, context: Sequence[int] = ()
+    ) -> "Detokenizer":
+        """A fresh incremental decoder for one output; `context` are ids that stand before it."""
+        return Detokenizer(self._backend, skip_special_tokens, context)
 
     def apply_chat_template(
         self, messages: Sequence[Message], add_generation_prompt: bool = True, **kwargs: Any
@@ -119,15 +121,24 @@ class Detokenizer:
 
     The text of all pushes and the flush together is what `decode` makes of all ids: a
     character that is split over tokens is held back until it is whole. Decoders that look back, as
-    SentencePiece's do at bytes that are no UTF-8, may differ there.
+    SentencePiece's do at bytes that are no UTF-8, may differ there. Those also strip the space
+    before the first word of a text: with the prompt's last token as `context`, the output's first
+    word is not the first.
     """
 
-    def __init__(self, backend: Backend, skip_special_tokens: bool = True) -> None:
+    def __init__(
+        self, backend: Backend, skip_special_tokens: bool = True, context: Sequence[int] = ()
+    ) -> None:
         self._backend = backend
         self._skip_special_tokens = skip_special_tokens
-        self._stream = DecodeStream(skip_special_tokens=skip_special_tokens)
-        self._emitted: list[int] = []  # the ids of the last text that left: context of the next
-        self._held: list[int] = []  # the ids since then
+        self._held: list[int] = []  # the ids since the last text that left
+        self._start(context)
+
+    def _start(self, context: Sequence[int]) -> None:
+        """A stream after these ids, or after none if they end within a character."""
+        broken = self._decode(list(context)).endswith("\ufffd")
+        self._emitted = [] if broken else list(context)  # the ids of the last text that left
+        self._stream = DecodeStream(self._emitted, skip_special_tokens=self._skip_special_tokens)
 
     def push(self, token_id: int) -> str:
         """The text that this token completes, "" where it completes none."""
@@ -140,8 +151,7 @@ class Detokenizer:
             if "Invalid prefix" not in str(error):
                 raise
             text = self.flush()
-            self._stream = DecodeStream(skip_special_tokens=self._skip_special_tokens)
-            self._emitted = []
+            self._start([token_id])
             return text
         if text is None:
             return ""

@@ -3,6 +3,8 @@
 import random
 
 import pytest
+from tokenizers import Tokenizer as Backend
+from tokenizers import decoders, models
 
 from fairkv_jax.checkpoint import fetch_demo, open_checkpoint
 from fairkv_jax.checkpoint.gguf_file import GGUFFile
@@ -135,6 +137,34 @@ def test_pieces_of_random_ids_add_up(tiny):
             stream = tiny.detokenizer(skip_special_tokens=skip)
             text = "".join(map(stream.push, ids)) + stream.flush()
             assert text == tiny.decode(ids, skip_special_tokens=skip), ids
+
+
+@pytest.fixture(scope="module")
+def sentencepiece() -> Tokenizer:
+    """A vocabulary as Llama 2's: words begin with ▁, which the decoder strips from the first."""
+    texts = ["<unk>", "<s>", "▁Paris", "▁is", ".", "▁", "<0xE6>", "<0xBC>", "<0xA2>"]
+    vocabulary = {text: index for index, text in enumerate(texts)}
+    backend = Backend(models.BPE(vocabulary, [], byte_fallback=True, unk_token="<unk>"))
+    backend.add_special_tokens(["<s>"])
+    steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    backend.decoder = decoders.Sequence([*steps, decoders.Strip(" ", 1, 0)])
+    return Tokenizer(backend, eos_token_ids=[])
+
+
+@pytest.mark.parametrize(
+    ("context", "first"),
+    [
+        ([], "Paris"),
+        ([1], "Paris"),  # a special token has no text: the word begins the text
+        ([3], " Paris"),
+        ([5], " Paris"),
+        ([6, 7], "Paris"),  # within a character, which the output cannot complete
+    ],
+)
+def test_the_first_space_stays_after_a_prompt(sentencepiece, context, first):
+    stream = sentencepiece.detokenizer(context=context)
+    pieces = [stream.push(token_id) for token_id in (2, 3, 6, 7, 8, 4)]
+    assert pieces == [first, " is", "", "", "漢", "."]
 
 
 def test_template_options(tiny):

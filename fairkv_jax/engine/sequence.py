@@ -46,7 +46,9 @@ class Sequence:
         self._stop_reason: int | str | None = None
         self._tokenizer = tokenizer
         self._max_tokens = max_tokens
-        self._detokenizer = tokenizer.detokenizer(self.params.skip_special_tokens)
+        self._detokenizer = tokenizer.detokenizer(
+            self.params.skip_special_tokens, context=request.prompt_token_ids[-1:]
+        )
         self._text = ""
         self._logprobs: list[dict[int, Logprob]] | None = (
             None if self.params.logprobs is None else []
