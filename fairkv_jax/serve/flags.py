@@ -30,7 +30,7 @@ class _Flag(NamedTuple):
 
 _ENGINE_FLAGS = {
     "model": (
-        _Flag("model", str, None, "checkpoint, a file or a folder (default: the demo checkpoint)"),
+        _Flag("model", str, None, "a folder, a file or OWNER/MODEL of the Hub (default: the demo)"),
         _Flag("dtype", str, "auto", "of weights and cache; auto: float32 on CPU, else bfloat16"),
         _Flag("quantization", QUANTIZATIONS, None, "of the weights; left out: as --dtype says"),
         _Flag(
@@ -49,10 +49,13 @@ _ENGINE_FLAGS = {
         _Flag("kv_cache_memory_bytes", int, None, "instead of it, of the KV cache on all devices"),
         _Flag("page_size", int, EngineConfig.page_size, "tokens per page of it"),
         _Flag(
+            "prefill_block", int, None, "prompt tokens between decode steps (default: by device)"
+        ),
+        _Flag(
             "attention_backend",
             str,
             EngineConfig.attention_backend,
-            "of decoding: reference, triton or auto, by device",
+            "of decoding: reference, triton, mosaic; auto: by device",
         ),
     ),
     "compression of the KV cache": (
