@@ -14,13 +14,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 from jax.stages import Compiled
-from tqdm import tqdm
 
 from fairkv_jax.cache import KVCache, PageBook
 from fairkv_jax.checkpoint import Checkpoint
 from fairkv_jax.compress import Policy, make_policy
 from fairkv_jax.config import REQUEST_POLICIES, EngineConfig, KVConfig
 from fairkv_jax.decode import Rows, decode_step, idle_rows
+from fairkv_jax.engine.compiling import CompilingBar
 from fairkv_jax.engine.device_errors import (
     POOL_DOES_NOT_FIT,
     STEP_DOES_NOT_FIT,
@@ -300,23 +300,21 @@ class Engine:
         needed = [*product(by_prefill, prefills), *product(["decode"], batches)]
         if all(key in self._programs for key in needed):
             return
-        total = (2 + len(by_prefill)) * len(prefills) + len(batches)
-        with tqdm(total=total, desc="compiling", disable=not self._progress) as bar:
+        total = (2 + len(by_prefill)) * len(prefills) + len(batches) + 2
+        with CompilingBar(total, show=self._progress) as compiled:
             for bucket in prefills:
-                state = self._start_program(bucket).out_info
-                bar.update()
-                self._advance_program(bucket, state)
-                bar.update()
-                self._insert_program(state.prefix)
-                bar.update()
+                prompt = f"prompts of {bucket}"
+                state = compiled(prompt, self._start_program, bucket).out_info
+                compiled(prompt, self._advance_program, bucket, state)
+                compiled(prompt, self._insert_program, state.prefix)
                 if prompt_logprobs:
-                    self._score_program(bucket, state)
-                    bar.update()
-            self._release_program()
-            self._sample_program(idle_rows(1, self.model_config.vocab_size).sampling)
+                    compiled(prompt, self._score_program, bucket, state)
+            compiled("a row", self._release_program)
+            first = idle_rows(1, self.model_config.vocab_size).sampling
+            compiled("a row", self._sample_program, first)
             for batch in batches:
-                self._decode_program(idle_rows(batch, self.model_config.vocab_size))
-                bar.update()
+                rows = idle_rows(batch, self.model_config.vocab_size)
+                compiled(f"{batch} rows", self._decode_program, rows)
 
     @property
     def _heads(self) -> tuple[int, int]:

@@ -14,6 +14,7 @@ from fairkv_jax.checkpoint import Checkpoint
 from fairkv_jax.compress import make_policy
 from fairkv_jax.config import EngineConfig, KVConfig
 from fairkv_jax.decode import Rows
+from fairkv_jax.engine.compiling import Compilations
 from fairkv_jax.engine.device_errors import STEP_DOES_NOT_FIT, readable
 from fairkv_jax.engine.engine import Engine, Prefill
 from fairkv_jax.engine.guided import Grammars
@@ -83,6 +84,7 @@ class LLMEngine:
         self._grammars = Grammars(self.tokenizer, self.model_config.vocab_size)
         self._arrivals = itertools.count()
         self._num_preemptions = 0
+        self._compilations = Compilations()
         self._seeds = np.random.default_rng(engine_config.seed)
         self._sampling: SamplingState | None = None
         """The rows' options on the devices; None when the rows have changed."""
@@ -115,7 +117,7 @@ class LLMEngine:
             used_pages=tuple(book.used_pages.tolist()),
             pages_per_device=book.pages_per_device,
             kv_tokens=tuple(book.load.sum(0).tolist()),
-            compilations=self.engine.num_programs,
+            compilations=self._compilations.count,
         )
 
     def has_unfinished_requests(self) -> bool:

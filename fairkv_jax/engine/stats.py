@@ -16,7 +16,7 @@ class EngineStats:
     kv_tokens: tuple[int, ...]
     """Cached tokens, summed over layers and heads."""
     compilations: int
-    """Programs compiled since the start."""
+    """Programs that JAX has compiled, or read from its cache, since the start."""
 
 
 @dataclass
