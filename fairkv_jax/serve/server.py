@@ -115,8 +115,9 @@ class _Server(uvicorn.Server):
         if self._deadline is not None:
             left = self._deadline - time.monotonic()
             self.config.timeout_graceful_shutdown = max(1, round(left))
-            if left <= 0 or not self._engine.num_requests:
-                self.should_exit = True
+            if left <= 0:
+                self._engine.stop()  # which tells who still waits
+            self.should_exit = left <= 0 or not self._engine.num_requests
         return await super().on_tick(counter)
 
     def exit_after(self, seconds: float) -> None:

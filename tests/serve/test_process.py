@@ -85,7 +85,10 @@ def test_what_takes_longer_than_the_time_out_is_cut(process: Process):
     assert process.status() == 0
     assert 4 < time.monotonic() - began < 30
     asking.join(PATIENCE_S)
-    assert asking.failed or (asking.response is not None and asking.response.status_code >= 500)
+    assert asking.response is not None
+    assert asking.response.status_code == 503
+    assert "shutting down" in asking.response.json()["error"]["message"]
+    assert "Traceback" not in process.log
 
 
 def test_a_second_signal_aborts(process: Process):
