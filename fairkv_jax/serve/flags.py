@@ -48,9 +48,7 @@ _ENGINE_FLAGS = {
         _Flag("gpu_memory_utilization", float, 0.9, "part of a GPU for weights and KV cache"),
         _Flag("kv_cache_memory_bytes", int, None, "instead of it, of the KV cache on all devices"),
         _Flag("page_size", int, EngineConfig.page_size, "tokens per page of it"),
-        _Flag(
-            "prefill_block", int, None, "prompt tokens between decode steps (default: by device)"
-        ),
+        _Flag("prefill_block", int, None, "prompt tokens between two steps (default: by device)"),
         _Flag(
             "attention_backend",
             str,
