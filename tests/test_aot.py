@@ -24,6 +24,11 @@ from fairkv_jax.profile import synthetic_profile
 
 needs_compiler = pytest.mark.skipif(missing_parts() is not None, reason=missing_parts() or "")
 
+KERNELS = {
+    ("a100", "auto"): {"append_and_decode", "merge_pieces"},
+    ("h200", "auto"): {"append_and_decode", "merge_pieces"},
+    ("h200", "mosaic"): {"list_pieces", "ragged_decode_mosaic_gpu_kernel", "merge_pieces"},
+}
 ASSEMBLER = """\
 ptxas info    : Compiling entry function 'append_and_decode' for 'sm_90a'
 ptxas info    : Function properties for append_and_decode
@@ -125,14 +130,15 @@ CUBLAS_BYTES = 32 << 20
 
 @needs_compiler
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["a100", "h200"])
-def test_the_decode_step_runs_the_kernel_and_copies_no_pool(name: str) -> None:
+@pytest.mark.parametrize(("name", "backend"), KERNELS)
+def test_the_decode_step_runs_the_kernels_and_copies_no_pool(name: str, backend: str) -> None:
     setup = setup_of("smollm2-135m", num_devices=2, batch=8)
+    setup = dataclasses.replace(setup, attention_backend=backend)
     target = targets()[name]
     mesh = target.mesh(2)
     layers = setup.config.num_layers
     compiled = compile_and_report(lower_decode_step(setup, mesh), target.architecture)
-    assert {kernel.name for kernel in compiled.own_kernels} == {"append_and_decode", "merge_pieces"}
+    assert {kernel.name for kernel in compiled.own_kernels} == KERNELS[name, backend]
     assert not compiled.spilling
     assert not compiled.copies_of(setup.pool_elements // 4)
     # A layer's MLP weights are read where they lie.

@@ -29,9 +29,9 @@ from fairkv_jax.pallas.ragged_decode import Device, device_of
 
 Part = Callable[[Sizes, Device], Iterator[dict[str, Any]]]
 PARTS: dict[str, tuple[Part, int]] = {
-    "numerics": (numerics.measure, 60),
-    "bandwidth": (bandwidth.measure, 150),
-    "parallel": (parallel.measure, 170),
+    "numerics": (numerics.measure, 50),
+    "bandwidth": (bandwidth.measure, 130),
+    "parallel": (parallel.measure, 150),
     "demo": (demo.measure, 60),
     "tune": (tune.measure, 240),
 }

@@ -1,4 +1,4 @@
-"""Tiles tried on this GPU: the present one, and each of its figures halved and doubled.
+"""Tiles tried on this GPU: the present one, and those that differ from it in one figure.
 
 The best of every backend and head width are written as a file that can take its place among
 `fairkv_jax/pallas/ragged_decode/devices/`.
@@ -60,10 +60,11 @@ def measure(sizes: Sizes, device: Device) -> Iterator[dict[str, Any]]:
 
 
 def candidates(tile: Tile) -> list[Tile]:
-    """The tile, and those that differ from it in one figure."""
+    """The tile, one stage fewer and more, and every other figure halved and doubled."""
     found = [tile]
     for field, value in asdict(tile).items():
-        for other in (value // 2, value * 2):
+        stages = field == "num_stages"
+        for other in (value - 1, value + 1) if stages else (value // 2, value * 2):
             if other >= 1:
                 found.append(replace(tile, **{field: other}))
     return found
