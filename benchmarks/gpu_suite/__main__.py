@@ -4,9 +4,10 @@
 
 Writes <output>/<device>/gpu_suite.json and .md after every figure, so that a run that is cut short
 keeps what it measured; a part that takes longer than its share of the time ends with what it has.
-Ends with 1 where a backend computes wrong numbers or a part fails, and with 2 where there is no
-GPU. `--parts tune` searches tiles and writes tiles.json, a candidate for the kernels' devices/.
-`--interpret` runs tiny sizes on CPU: it tests the suite's own logic, and its times mean nothing.
+"checks" holds the figures against what is asked of them. Ends with 1 where a backend computes wrong
+numbers or a part fails, and with 2 where there is no GPU. `--parts tune` searches tiles and writes
+tiles.json, a candidate for the kernels' devices/. `--interpret` runs tiny sizes on CPU: it tests
+the suite's own logic, and its times mean nothing.
 """
 
 import json
@@ -21,6 +22,7 @@ import jax
 from absl import app, flags
 
 from benchmarks.gpu_suite import bandwidth, demo, numerics, parallel, tune
+from benchmarks.gpu_suite.checks import checks
 from benchmarks.gpu_suite.inputs import FULL, TINY, Sizes
 from benchmarks.gpu_suite.programs import said
 from benchmarks.gpu_suite.report import markdown
@@ -52,9 +54,10 @@ def main(_argv: list[str]) -> None:
     sizes = TINY if _INTERPRET.value else FULL
     folder = Path(_OUTPUT.value) / device.kind.lower().replace(" ", "-")
     folder.mkdir(parents=True, exist_ok=True)
-    results: dict[str, Any] = {"about": about(device, sizes.interpret)}
+    results: dict[str, Any] = {"about": about(device, sizes.interpret), "checks": []}
     for part in _PARTS.value:
         for _ in run(part, sizes, device, results):
+            results["checks"] = checks(results)
             (folder / "gpu_suite.json").write_text(json.dumps(results, indent=1) + "\n")
             (folder / "gpu_suite.md").write_text(markdown(results))
     if "tune" in _PARTS.value:

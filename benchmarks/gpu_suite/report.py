@@ -11,7 +11,7 @@ def markdown(results: dict[str, Any]) -> str:
     lines = [f"# {about['device']}", ""]
     lines += [f"- {key}: {value}" for key, value in about.items()]
     for part, records in results.items():
-        if part != "about":
+        if part != "about" and records:
             lines += ["", f"## {part}", ""]
             lines += [_NOTES[part], ""] if part in _NOTES else []
             lines += _table(records)

@@ -13,6 +13,7 @@ from absl.testing import flagsaver
 
 from benchmarks.gpu_suite import __main__ as suite
 from benchmarks.gpu_suite import bandwidth, numerics, parallel, tune
+from benchmarks.gpu_suite.checks import checks
 from benchmarks.gpu_suite.inputs import PAGE, TINY, CacheShape, drawn_lengths, page_table
 from benchmarks.gpu_suite.report import markdown
 from fairkv_jax.pallas.ragged_decode import Device
@@ -119,6 +120,43 @@ def test_a_part_that_breaks_off_keeps_what_it_measured(monkeypatch: pytest.Monke
     assert list(suite.run("parallel", TINY, CPU, results))
     assert results["parallel"] == [{"figure": 0}]
     assert "parallel_ended" in results["about"]
+
+
+def test_figures_are_held_against_the_limits() -> None:
+    def record(name: str, lengths: str, speed: float, batch: int = 64) -> dict[str, Any]:
+        common = {"width": 128, "batch": batch, "implementation": name, "lengths": lengths}
+        return common | {"bytes_per_second": speed, "of_copy": speed / 10}
+
+    bandwidth_records = [
+        record("triton", "imbalanced", 8.5),
+        record("triton", "uniform", 9.0),
+        record("triton", "imbalanced", 1.0, batch=8),
+        record("mosaic", "imbalanced", 7.0),
+        record("mosaic", "uniform", 9.0),
+        record("reference", "imbalanced", 0.5),
+        record("some peer", "imbalanced", 6.0),
+        record("some peer", "uniform", 9.5),
+        record("another", "imbalanced", 3.0),
+        {"width": 128, "batch": 64, "implementation": "broken", "failed": "why"},
+    ]
+    plans = [
+        {"strategy": "fair_copying", "tokens_per_second_over_static": measured}
+        | {"predicted_tokens_per_second_over_static": predicted}
+        for measured, predicted in ((1.3, 1.4), (1.2, 1.2))
+    ]
+    found = checks({"bandwidth": bandwidth_records, "parallel": plans})
+    values = {check["check"]: (round(check["value"], 3), check["holds"]) for check in found}
+    assert values == {
+        "triton of the copy": (0.85, True),
+        "triton over the peers": (1.417, True),
+        "triton for imbalance": (1.059, True),
+        "mosaic of the copy": (0.7, False),
+        "mosaic over the peers": (1.167, False),
+        "mosaic for imbalance": (1.286, False),
+        "fair_copying over static": (1.2, True),
+        "that, of the predicted": (0.929, False),
+    }
+    assert checks({}) == []
 
 
 def test_the_fastest_tiles_are_kept() -> None:

@@ -1,7 +1,8 @@
 """The Mosaic GPU kernel, interpreted on CPU, against float64 NumPy.
 
 JAX's interpreter simulates the TMA copies, the barriers and wgmma, at seconds a call: few cases,
-each with all lengths at the edges. What it cannot show is the time, and how registers are laid out.
+each with all lengths at the edges. What it cannot show is the time, how registers are laid out, and
+a wait that is missing: its copies have landed when they start.
 """
 
 from functools import partial
