@@ -44,12 +44,15 @@ def body(chance: np.random.Generator, ids: range, longest: int, most_tokens: int
     def some(part: float, value: Any) -> Any:
         return value if chance.random() < part else None
 
+    stream = bool(chance.random() < 0.5)
+    max_tokens = int(chance.integers(1, most_tokens, endpoint=True))
     length = int(chance.integers(1, max(2, longest - most_tokens)) ** chance.choice([0.5, 1.0]))
     fields = {
         "prompt": random_prompt(chance, ids, max(1, length)),
-        "max_tokens": int(chance.integers(1, most_tokens, endpoint=True)),
+        "max_tokens": max_tokens,
+        "min_tokens": some(0.2, int(chance.integers(0, max_tokens, endpoint=True))),
         "n": some(0.2, int(chance.integers(1, 4))),
-        "stream": bool(chance.random() < 0.5),
+        "stream": stream,
         "ignore_eos": some(0.5, True),
         "temperature": some(0.7, float(chance.uniform(0, 2))),
         "top_p": some(0.3, float(chance.uniform(0.1, 1))),
@@ -57,11 +60,14 @@ def body(chance: np.random.Generator, ids: range, longest: int, most_tokens: int
         "min_p": some(0.2, float(chance.uniform(0, 0.5))),
         "seed": some(0.3, int(chance.integers(2**31))),
         "logprobs": some(0.3, int(chance.integers(0, 6))),
+        "prompt_logprobs": None if stream else some(0.1, int(chance.integers(0, 6))),
+        "echo": some(0.1, True),
         "stop": some(0.3, ["e", "the"]),
         "presence_penalty": some(0.2, float(chance.uniform(-2, 2))),
         "frequency_penalty": some(0.2, float(chance.uniform(-2, 2))),
         "repetition_penalty": some(0.2, float(chance.uniform(0.5, 2))),
         "logit_bias": some(0.2, {str(ids.start): 5.0}),
+        "guided_regex": some(0.1, "[a-z ]{1,40}"),
     }
     return {name: value for name, value in fields.items() if value is not None}
 

@@ -39,6 +39,7 @@ class Tokenizer:
         self._chat_template = chat_template
         self._template_tokens = dict(template_tokens or {})
         self._template: jinja2.Template | None = None
+        self._token_texts: dict[int, str] = {}
         self.eos_token_ids = frozenset(eos_token_ids)
         """The ids that end a turn or a text."""
         self.vocab_size = backend.get_vocab_size(with_added_tokens=True)
@@ -82,7 +83,9 @@ class Tokenizer:
 
     def token_text(self, token_id: int) -> str:
         """The text of one token by itself, special tokens included."""
-        return self.decode([token_id], skip_special_tokens=False)
+        if token_id not in self._token_texts:
+            self._token_texts[token_id] = self.decode([token_id], skip_special_tokens=False)
+        return self._token_texts[token_id]
 
     def to_json(self) -> str:
         """All of it but the chat template, as a tokenizer.json says it."""

@@ -82,6 +82,33 @@ def test_stop_and_extensions(sdk: OpenAI):
     assert ask(extra_body={"top_k": 5, "min_p": 0.1, "ignore_eos": True}) == text
 
 
+def test_options_and_formats_of_the_clients_own(sdk: OpenAI):
+    schema = {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}
+    chat = sdk.chat.completions.create(
+        model="scripted",
+        messages=[{"role": "user", "content": "hi"}],
+        presence_penalty=0.5,
+        frequency_penalty=-0.5,
+        logit_bias={"50": -100},
+        response_format={
+            "type": "json_schema",
+            "json_schema": {"name": "a", "schema": schema, "strict": True},
+        },
+        extra_body={"repetition_penalty": 1.1, "min_tokens": 2},
+    )
+    assert chat.choices[0].message.content
+    echoed = sdk.completions.create(
+        model="scripted", prompt=[5, 6, 7], max_tokens=0, echo=True, logprobs=1
+    )
+    logprobs = echoed.choices[0].logprobs
+    assert logprobs is not None
+    assert logprobs.token_logprobs == [None, -1.0, -1.0]
+    assert "".join(logprobs.tokens or ()) == echoed.choices[0].text
+    with pytest.raises(openai.BadRequestError, match="unclosed") as bad:
+        sdk.completions.create(model="scripted", prompt="x", extra_body={"guided_regex": "(["})
+    assert bad.value.param == "guided_regex"
+
+
 def test_errors_are_the_clients_exceptions(sdk: OpenAI, scripted: ScriptedEngine):
     with pytest.raises(openai.BadRequestError, match="temperature must be") as bad:
         sdk.completions.create(model="scripted", prompt="x", temperature=-1)
