@@ -11,10 +11,13 @@ import numpy as np
 from jaxtyping import UInt32
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer, grammar_from
 
+from fairkv_jax.sampling import mask_words
 from fairkv_jax.sampling_params import StructuredOutputsParams
 from fairkv_jax.tokenizer import Tokenizer
 
 _MAX_COMPILED = 64
+_MAX_LEXER_STATES = 50_000
+"""Of one grammar, at one or two KB each."""
 _MAX_FAULT_CHARACTERS = 200
 
 
@@ -36,19 +39,24 @@ class Grammars:
             ValueError: the schema or grammar has a fault, which the message names, is too large,
                 or nothing matches it.
         """
-        return Matcher(self._compiled(params).deep_copy(), -(-self._vocab_size // 32))
+        return Matcher(self._compiled(params), mask_words(self._vocab_size)).copy()
 
     def _compile(self, params: StructuredOutputsParams) -> LLMatcher:
-        limits = LLParserLimits(verbose_errors=False)
+        limits = LLParserLimits(verbose_errors=False, max_lexer_states=_MAX_LEXER_STATES)
         try:
             grammar = _grammar(params)
             matcher = LLMatcher(self._vocabulary, grammar, limits=limits, log_level=0)
         except ValueError as error:
             raise ValueError(_fault(str(error))) from error
-        if not matcher.is_error():
-            matcher.compute_bitmask()  # some faults show only here, and it is the slowest one
-        if matcher.is_error():
-            raise ValueError(_fault(matcher.get_error()))
+        # Some faults show only at the first tokens, whose masks take the longest.
+        trial = Matcher(matcher, mask_words(self._vocab_size))
+        first = _lowest(trial.allowed())
+        if not trial.has_failed:
+            trial = trial.copy()
+            trial.accept(first)
+            trial.allowed()
+        if trial.has_failed:
+            raise ValueError(_fault(trial.error))
         return matcher
 
     @cached_property
@@ -63,6 +71,10 @@ class Matcher:
     def __init__(self, matcher: LLMatcher, num_words: int):
         self._matcher = matcher
         self._num_words = num_words
+
+    def copy(self) -> "Matcher":
+        """One that stands where this one stands, and goes its own way."""
+        return Matcher(self._matcher.deep_copy(), self._num_words)
 
     def allowed(self) -> UInt32[np.ndarray, "W"]:
         """The tokens that may come next, a bit each, as `sample` takes them."""
@@ -81,6 +93,16 @@ class Matcher:
     def has_failed(self) -> bool:
         """Whether the grammar took more work than is granted, or a token that it forbids."""
         return self._matcher.is_error()
+
+    @property
+    def error(self) -> str:
+        """What llguidance says of the failure."""
+        return self._matcher.get_error()
+
+
+def _lowest(mask: UInt32[np.ndarray, "W"]) -> int:
+    """The lowest token of a mask; some token is always allowed, an end if nothing else."""
+    return int(np.flatnonzero(np.unpackbits(mask.view(np.uint8), bitorder="little"))[0])
 
 
 def _grammar(params: StructuredOutputsParams) -> str:

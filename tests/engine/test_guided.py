@@ -150,6 +150,7 @@ def test_a_forbidden_token_is_a_failure_and_stays_one(grammars: Grammars, tokeni
         ({"grammar": "root ::= nothing"}, "'nothing' not found"),
         ({"grammar": 'start: ' + '(' * 100_000}, "too deeply nested"),
         ({"grammar": ""}, "root"),
+        ({"regex": "((((a{100}){100}){100}){100}){100}"}, "too many expressions"),
     ],
 )  # fmt: skip
 def test_faults_are_named_in_a_line(grammars: Grammars, params: dict, fault: str):
