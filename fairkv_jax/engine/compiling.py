@@ -37,7 +37,9 @@ class CompilingBar:
 
     def __init__(self, total: int, *, show: bool):
         self._bar = tqdm(total=total, desc="compiling", disable=not show)
+        self._compilations = Compilations()
         self._hits = 0
+        self._cached = 0
 
     def __enter__(self) -> "CompilingBar":
         jax.monitoring.register_event_listener(self._listen)
@@ -54,11 +56,18 @@ class CompilingBar:
 
     def __call__(self, shape: str, make: Callable[..., Compiled], *args: object) -> Compiled:
         """Makes a program, or finds it made; `shape` says which."""
-        self._bar.set_postfix_str(f"{shape}; {self._hits} from the cache")
+        compiled, hits = self._compilations.count, self._hits
+        self._say(shape)
         program = make(*args)
-        self._bar.set_postfix_str(f"{shape}; {self._hits} from the cache", refresh=False)
+        # What prepares a program compiles too: it is the cache's where all of that was.
+        hits = self._hits - hits
+        self._cached += 0 < hits == self._compilations.count - compiled
         self._bar.update()
+        self._say(shape)
         return program
+
+    def _say(self, shape: str) -> None:
+        self._bar.set_postfix_str(f"{shape}; {self._cached} from the cache")
 
     def _listen(self, event: str, **details: object) -> None:
         if event == _CACHE_HIT:

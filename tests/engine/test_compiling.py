@@ -1,5 +1,10 @@
 """Counts of what JAX compiles."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -27,3 +32,27 @@ def test_the_bar_says_how_many_and_which(capsys: pytest.CaptureFixture[str]):
     shown = capsys.readouterr().err
     assert "2/2" in shown
     assert "3 rows; 0 from the cache" in shown
+
+
+BAR = """
+import jax, jax.numpy as jnp
+from fairkv_jax.engine.compiling import CompilingBar
+
+with CompilingBar(2, show=True) as compiled:
+    for size in (2, 3):
+        # What prepares it compiles as well.
+        compiled("x", lambda: jax.jit(lambda x: x + 1).lower(jnp.zeros(size) * 2).compile())
+"""
+
+
+def test_what_the_cache_has_had_is_said(tmp_path: Path):
+    environment = {
+        **os.environ,
+        "JAX_COMPILATION_CACHE_DIR": str(tmp_path),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+    }
+    for found in (0, 2):
+        command = [sys.executable, "-c", BAR]
+        done = subprocess.run(command, env=environment, check=True, capture_output=True, text=True)
+        assert done.stderr.rstrip().endswith(f"x; {found} from the cache]"), done.stderr
