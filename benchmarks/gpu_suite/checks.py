@@ -15,7 +15,7 @@ def checks(results: dict[str, Any]) -> list[dict[str, Any]]:
     found = [*_of_bandwidth(results.get("bandwidth", [])), *_of_plans(results.get("parallel", []))]
     for record in found:
         least, most = record.get("at_least", -inf), record.get("at_most", inf)
-        record["holds"] = least <= record["value"] <= most
+        record["holds"] = bool(least <= record["value"] <= most)  # NumPy's is no JSON
     return found
 
 

@@ -1,6 +1,7 @@
 """The GPU suite's own logic, on CPU and at tiny sizes."""
 
 import itertools
+import json
 from collections.abc import Iterator
 from dataclasses import asdict
 from typing import Any
@@ -96,6 +97,7 @@ def test_bandwidth_counts_the_bytes_of_the_tokens() -> None:
 @pytest.mark.slow
 def test_strategies_are_compared_with_static() -> None:
     records = list(parallel.measure(TINY, CPU))
+    assert len(json.loads(json.dumps(checks({"parallel": records})))) == 2
     assert {record["strategy"] for record in records} == set(parallel.STRATEGIES)
     for record in records:
         if record["strategy"] == "static":
