@@ -10,7 +10,7 @@ import httpx
 from tests.serve.live import ROOT, eventually, running
 from tests.serve.scripted import ScriptedEngine
 
-CASES = 8
+CASES = 4
 """Drawn for each of the operations, beside those at the limits of every field."""
 
 
