@@ -62,7 +62,11 @@ class Grammars:
     @cached_property
     def _vocabulary(self) -> LLTokenizer:
         ends = sorted(self._tokenizer.eos_token_ids)
-        return LLTokenizer(self._tokenizer.to_json(), n_vocab=self._vocab_size, eos_token=ends)
+        tokenizer = self._tokenizer.to_json()
+        try:
+            return LLTokenizer(tokenizer, n_vocab=self._vocab_size, eos_token=ends)
+        except ValueError as error:
+            raise ValueError(f"outputs of this model cannot be constrained: {error}") from error
 
 
 class Matcher:

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from tokenizers import Tokenizer as Backend
+from tokenizers import decoders, models
 
 from fairkv_jax.checkpoint import open_checkpoint
 from fairkv_jax.checkpoint.fetch import DEMO_MODEL
@@ -158,6 +160,20 @@ def test_faults_are_named_in_a_line(grammars: Grammars, params: dict, fault: str
         grammars.matcher(StructuredOutputsParams(**params))
     assert len(str(error.value)) <= 200
     assert "\n" not in str(error.value)
+
+
+def test_a_tokenizer_that_no_grammar_can_be_laid_over_is_named():
+    """Without bytes behind its tokens, and without a token that ends."""
+    for model, decoder, ends in (
+        (models.WordPiece({"a": 0, "[UNK]": 1}, unk_token="[UNK]"), None, [1]),
+        (models.BPE({"a": 0, "b": 1}, []), decoders.ByteLevel(), []),
+    ):
+        backend = Backend(model)
+        if decoder is not None:
+            backend.decoder = decoder  # type: ignore[assignment]
+        grammars = Grammars(Tokenizer(backend, eos_token_ids=ends), 2)
+        with pytest.raises(ValueError, match="outputs of this model cannot be constrained"):
+            grammars.matcher(StructuredOutputsParams(regex="a"))
 
 
 def test_threads_compile_and_match_side_by_side(grammars: Grammars, tokenizer: Tokenizer):
