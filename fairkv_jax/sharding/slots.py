@@ -58,10 +58,3 @@ class SlotLayout:
         """[L, K]: the first slot that holds the head, whose scores speak for all its replicas."""
         is_head = self.slot_head[:, None] == np.arange(self.num_heads)[:, None]
         return np.argmax(is_head, axis=-1).astype(np.int32)
-
-    def to_slots(self, by_head: np.ndarray, layer: int) -> np.ndarray:
-        """Reorders an array [K, ...] to slots [P*C, ...]; empty slots are zero."""
-        heads = self.slot_head[layer]
-        by_slot = by_head[np.maximum(heads, 0)]
-        by_slot[heads == EMPTY] = 0
-        return by_slot

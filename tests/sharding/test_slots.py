@@ -44,15 +44,6 @@ def test_layouts_hold_what_the_plan_says(strategy: str, num_devices: int):
             assert layout.first_slot[layer, head] == np.flatnonzero(heads == head)[0]
 
 
-def test_to_slots_repeats_copies_and_zeroes_empty_slots():
-    layout = SlotLayout.from_plan(tiny_plan("fair_copying", 8))
-    by_head = np.arange(1.0, 7.0).reshape(3, 2)
-    by_slot = layout.to_slots(by_head, 1)
-    for slot, head in enumerate(layout.slot_head[1]):
-        np.testing.assert_array_equal(by_slot[slot], 0 if head == EMPTY else by_head[head])
-    np.testing.assert_array_equal(by_head, np.arange(1.0, 7.0).reshape(3, 2))
-
-
 @pytest.mark.parametrize(
     ("strategy", "num_devices"), [("static", 2), ("fair_copying", 3), ("fair_copying", 8)]
 )
