@@ -146,8 +146,9 @@ def table(results: dict[str, Any]) -> str:
         "# Loading a checkpoint",
         "",
         f"`python -m benchmarks.load`: {gigabytes:.2f} GB of random bfloat16 weights, "
-        f"{results['flags']['devices']} CPU devices, {results['cpus']} cores, "
-        f"median of {results['flags']['repeats']}. Speed beside reading the same files into memory "
+        f"{results['flags']['devices']} CPU devices, {results['cpus']} cores at a load average of "
+        f"{results['load_average']:.1f} before it, median of {results['flags']['repeats']}. "
+        "Speed beside reading the same files into memory "
         "with one thread.",
         "",
         "| files | format | read, GB/s | load, GB/s | load beside read |",
@@ -182,6 +183,7 @@ def run(folder: Path) -> dict[str, Any]:
     return {
         "flags": {name: flags.FLAGS[name].value for name in ("gigabytes", "devices", "repeats")},
         "cpus": os.cpu_count(),
+        "load_average": os.getloadavg()[0],
         "bytes": sum(sizes),
         "largest_tensor": max(sizes),
         "memory": {name: memory(path) for name, path in folders.items()},
