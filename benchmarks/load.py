@@ -9,7 +9,6 @@ the files in the system's page cache and once with them dropped from it.
 
 import json
 import os
-import resource
 import shutil
 import subprocess
 import sys
@@ -134,7 +133,9 @@ def measure_memory(path: Path) -> dict[str, int]:
     pages = int(Path("/proc/self/statm").read_text().split()[1])
     before = pages * os.sysconf("SC_PAGE_SIZE")
     model = load()
-    peak = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    # Not `ru_maxrss`, which a process inherits from the one that starts it.
+    status = Path("/proc/self/status").read_text()
+    peak = 1024 * int(status.partition("VmHWM:")[2].split()[0])
     held = sum(leaf.nbytes for leaf in jax.tree.leaves(model))
     return {"held_by_devices": held, "peak_beyond_it": peak - before - held}
 
