@@ -446,7 +446,8 @@ class Engine:
             compiling = readable(f"compiling {key[0]} of {key[1]}", STEP_DOES_NOT_FIT)
             with jax.default_matmul_precision(precision), compiling:
                 lowered = step.lower(*args, **static)
-                self._programs[key] = lowered.compile(compiler_options=compiler_options(self.mesh))
+                options = compiler_options(self.mesh, int8=self.config.quantization == "int8")
+                self._programs[key] = lowered.compile(compiler_options=options)
         return self._programs[key]
 
     @property

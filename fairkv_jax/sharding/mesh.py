@@ -20,9 +20,14 @@ GPU_COMPILER_OPTIONS: dict[str, str | bool] = {"xla_gpu_enable_triton_gemm": Fal
 copied out of it first, which would triple what a decode step reads and writes."""
 
 
-def compiler_options(mesh: Mesh) -> dict[str, str | bool]:
-    """What XLA is to do otherwise than by default on such devices."""
-    return GPU_COMPILER_OPTIONS if mesh.devices.flat[0].platform == "gpu" else {}
+def compiler_options(mesh: Mesh, *, int8: bool) -> dict[str, str | bool]:
+    """What XLA is to do otherwise than by default on such devices.
+
+    Weights in int8 stay with its own products, which widen them on the way: copying their bytes is
+    less than writing and reading them widened, as cuBLAS would need them.
+    """
+    is_gpu = mesh.devices.flat[0].platform == "gpu"
+    return GPU_COMPILER_OPTIONS if is_gpu and not int8 else {}
 
 
 def make_mesh(num_devices: int) -> Mesh:
