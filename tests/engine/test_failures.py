@@ -41,7 +41,7 @@ def test_requests_survive_a_step_that_loses_the_cache(
 
     monkeypatch.setattr(Engine, failing, fail)
     with pytest.raises(RuntimeError, match="out of memory"):
-        engine.step()
+        run(engine)
     finished = run(engine)
     assert {name: out.outputs[0].token_ids for name, out in finished.items()} == expected
     check_idle(engine)

@@ -12,7 +12,7 @@ import httpx
 import pytest
 from openai import OpenAI
 
-from benchmarks.soak import is_sound, soak
+from benchmarks.mixed_requests import is_sound, soak
 from tests.serve.live import PATIENCE_S, Process, eventually, posted
 
 START_S = 400.0
