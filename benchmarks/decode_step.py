@@ -184,7 +184,11 @@ def main(argv: list[str]) -> None:
     import jax
 
     results: dict[str, Any] = {
-        "flags": {f.name: f.value for f in flags.FLAGS.get_key_flags_for_module(sys.argv[0])},
+        "flags": {
+            f.name: f.value
+            for f in flags.FLAGS.get_key_flags_for_module(sys.argv[0])
+            if f.name != _OUTPUT.name
+        },
         "jax": jax.__version__,
         "device": jax.devices()[0].device_kind,
         "memory": {},

@@ -270,19 +270,10 @@ class Engine:
         """A pytree of arrays, copied to every device: what several steps read, they find there."""
         return jax.device_put(arrays, NamedSharding(self.mesh, PartitionSpec()))
 
-    @property
-    def is_lost(self) -> bool:
-        """Whether a step failed after it had taken the cache: nothing of it is left."""
-        if any(array.is_deleted() for array in jax.tree.leaves(self.cache)):
-            return True
-        try:
-            jax.block_until_ready(self.cache)
-        except jax.errors.JaxRuntimeError:
-            return True
-        return False
-
     def reset(self) -> None:
         """Starts over with an empty cache; nobody owns a row any more."""
+        for array in jax.tree.leaves(self.cache):
+            array.delete()  # there is no room for two
         self.book = self._make_book()
         self.cache = self._empty_cache()
 

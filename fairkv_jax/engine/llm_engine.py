@@ -202,8 +202,7 @@ class LLMEngine:
             with readable("running a step", STEP_DOES_NOT_FIT):
                 return [sequence.output() for sequence in self._step()]
         except BaseException:
-            if self.engine.is_lost:
-                self._start_over()
+            self._start_over()
             raise
 
     def _step(self) -> dict[Sequence, None]:
@@ -388,9 +387,15 @@ class LLMEngine:
             self._pacer.decoded(dispatch.num_steps, seconds)
 
     def _start_over(self) -> None:
-        """Puts all that ran before the others that wait, and takes a fresh cache."""
+        """Puts all that ran before the others that wait, and takes a fresh cache.
+
+        What a failed step had taken, or not handed out, is not to be told: nothing of it is used.
+        """
         while self.scheduler.running:
             self.scheduler.wait_first(self.scheduler.stop(self.scheduler.newest()))
+        if self.scheduler.waiting:
+            self.scheduler.waiting[0].prefill = None
+        self._prefill_work = 0.0
         self._in_flight.clear()
         self._sampling = None
         self.engine.reset()

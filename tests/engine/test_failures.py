@@ -10,7 +10,8 @@ from fairkv_jax import LLM, SamplingParams
 from fairkv_jax.compress import POLICIES
 from fairkv_jax.config import POLICY_NAMES
 from fairkv_jax.engine.device_errors import DeviceError, readable
-from fairkv_jax.engine.engine import Engine
+from fairkv_jax.engine.engine import Engine, Prefill
+from fairkv_jax.engine.llm_engine import LLMEngine
 from tests.engine.drive import check_idle, greedy, random_prompt, request, run
 
 ROWS = {"max_num_seqs": 3, "max_model_len": 256, "progress": False}
@@ -45,6 +46,48 @@ def test_requests_survive_a_step_that_loses_the_cache(
     finished = run(engine)
     assert {name: out.outputs[0].token_ids for name, out in finished.items()} == expected
     check_idle(engine)
+
+
+def test_requests_survive_a_failing_prefill(llm: LLM, monkeypatch: pytest.MonkeyPatch):
+    """The step had taken its state, and with it what the layers before had kept."""
+    requests = [request(str(i), random_prompt(40 + i), greedy(12)) for i in range(3)]
+    expected = {name: out.outputs[0].token_ids for name, out in run(llm.engine, requests).items()}
+    original = Engine.advance_prefill
+
+    def fail(self: Engine, prefill: Prefill, units: int) -> None:
+        jax.tree.map(lambda array: array.delete(), prefill.state)
+        monkeypatch.setattr(Engine, "advance_prefill", original)
+        raise RuntimeError("out of memory")
+
+    for each in requests:
+        llm.engine.add_request(each)
+    llm.engine.step()
+    monkeypatch.setattr(Engine, "advance_prefill", fail)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        run(llm.engine)
+    finished = run(llm.engine)
+    assert {name: out.outputs[0].token_ids for name, out in finished.items()} == expected
+    check_idle(llm.engine)
+
+
+def test_an_interrupt_loses_no_token(llm: LLM, monkeypatch: pytest.MonkeyPatch):
+    """Ctrl-C, when tokens have been read and not handed out."""
+    requests = [request(str(i), random_prompt(40 + i), greedy(12)) for i in range(2)]
+    expected = {name: out.outputs[0].token_ids for name, out in run(llm.engine, requests).items()}
+    original = LLMEngine._note_pace
+
+    def interrupt(self: LLMEngine, dispatch: object) -> None:
+        monkeypatch.setattr(LLMEngine, "_note_pace", original)
+        raise KeyboardInterrupt
+
+    for each in requests:
+        llm.engine.add_request(each)
+    monkeypatch.setattr(LLMEngine, "_note_pace", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        run(llm.engine)
+    finished = run(llm.engine)
+    assert {name: out.outputs[0].token_ids for name, out in finished.items()} == expected
+    check_idle(llm.engine)
 
 
 def test_running_out_of_memory_is_a_sentence():

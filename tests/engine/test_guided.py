@@ -170,7 +170,7 @@ def test_a_tokenizer_that_no_grammar_can_be_laid_over_is_named():
     ):
         backend = Backend(model)
         if decoder is not None:
-            backend.decoder = decoder  # type: ignore[assignment]
+            backend.decoder = decoder  # type: ignore[assignment]  # its stubs know the getter only
         grammars = Grammars(Tokenizer(backend, eos_token_ids=ends), 2)
         with pytest.raises(ValueError, match="outputs of this model cannot be constrained"):
             grammars.matcher(StructuredOutputsParams(regex="a"))
