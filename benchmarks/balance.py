@@ -92,13 +92,13 @@ def compare(profile: Profile, devices: int) -> list[Row]:
             utilization=equal[name].utilization,
             step_ratio=base.tokens_per_second / equal[name].tokens_per_second,
             attention_ratio=equal[name].step_seconds / base.step_seconds,
-            copies=equal[name].n_copies,
+            copies=equal[name].num_extra_replicas,
             slots=equal[name].slots,
             memory_batch=filled[name].cost.batch,
             memory_tokens_per_second=filled[name].tokens_per_second,
             memory_batch_ratio=filled[name].cost.batch / full.cost.batch,
             memory_speed_ratio=filled[name].tokens_per_second / full.tokens_per_second,
-            memory_copies=filled[name].n_copies,
+            memory_copies=filled[name].num_extra_replicas,
             memory_slots=filled[name].slots,
         )
         for name in COMPARED

@@ -62,14 +62,14 @@ def fill(engine: Any, prompts: list[list[int]]) -> Callable[[], Any]:
     """Inserts a prompt in every row; the call that then generates a token for all of them."""
     import jax.numpy as jnp
 
-    from fairkv_jax.decode import idle_rows
+    from fairkv_jax.decode import idle_inputs
 
     prefixes = [engine.prefill(prompt) for prompt in prompts]
     for row in range(_BATCH.value):
         prefix = prefixes[row % len(prefixes)]
         prompt = prompts[row % len(prefixes)]
         engine.insert(prefix, row, engine.place(prefix), [*prompt, 1])
-    idle = idle_rows(_BATCH.value, engine.model_config.vocab_size)
+    idle = idle_inputs(_BATCH.value, engine.model_config.vocab_size)
     positions = jnp.full(_BATCH.value, len(prompts[0]), jnp.int32)
     inputs = replace(idle, positions=positions)
     return lambda: engine.generate(inputs).tokens

@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Int
 
 from fairkv_jax.models import Llama
 from fairkv_jax.shapes import TENSOR_AXIS
-from fairkv_jax.sharding.place import partition_specs
+from fairkv_jax.sharding.load_weights import partition_specs
 
 _BY_SLOT = PartitionSpec(None, TENSOR_AXIS)
 _WHOLE = PartitionSpec()

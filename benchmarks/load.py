@@ -78,8 +78,8 @@ def loader(path: Path) -> Callable[[], Any]:
     """A call that loads a checkpoint onto all CPU devices."""
     from fairkv_jax.checkpoint import open_checkpoint
     from fairkv_jax.plan import Profile, make_plan
+    from fairkv_jax.sharding.load_weights import load_model
     from fairkv_jax.sharding.mesh import make_mesh
-    from fairkv_jax.sharding.place import load_model
     from fairkv_jax.sharding.slots import SlotLayout
 
     config = open_checkpoint(path).config

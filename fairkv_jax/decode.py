@@ -12,10 +12,10 @@ from fairkv_jax.attention import append_and_attend
 from fairkv_jax.cache import KVCache
 from fairkv_jax.models.llama import Attend, Llama
 from fairkv_jax.pallas.ragged_decode import AUTO, device_of
-from fairkv_jax.sampling import Sampled, SamplingState, Seen, mask_words, sample
+from fairkv_jax.sampling import Sampled, SamplingState, TokenHistory, mask_words, sample
 from fairkv_jax.sampling_params import SamplingParams
 from fairkv_jax.shapes import TENSOR_AXIS
-from fairkv_jax.sharding.place import partition_specs
+from fairkv_jax.sharding.load_weights import partition_specs
 
 MAX_STEPS = 8
 """Decode steps of one dispatch, at most."""
@@ -23,7 +23,7 @@ MAX_STEPS = 8
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class Rows:
+class DecodeInputs:
     """What the host says of the batch's rows before a step."""
 
     positions: Int[Array, "B"]
@@ -35,19 +35,19 @@ class Rows:
     """Of guided rows, which take one step at a time: the tokens that may come, see `sample`."""
 
 
-def idle_rows(batch: int, vocab_size: int) -> Rows:
+def idle_inputs(batch: int, vocab_size: int) -> DecodeInputs:
     """Rows in which nobody sits: greedy, from token 0."""
     sampling = SamplingState.stack([(SamplingParams(temperature=0), 0)] * batch, vocab_size)
     zeros = jnp.zeros(batch, jnp.int32)
     allowed = jnp.zeros((batch, mask_words(vocab_size)), jnp.uint32)
-    return Rows(zeros, zeros, sampling, allowed)
+    return DecodeInputs(zeros, zeros, sampling, allowed)
 
 
 @partial(jax.jit, static_argnames=("mesh", "attention_backend"), donate_argnums=1)
 def decode_step(
     model: Llama,
     cache: KVCache,
-    rows: Rows,
+    rows: DecodeInputs,
     new_pages: Int[Array, "L B PC"],
     num_steps: Int[Array, ""],
     *,
@@ -76,7 +76,7 @@ def decode_step(
 def _decode_local(
     model: Llama,
     cache: KVCache,
-    rows: Rows,
+    rows: DecodeInputs,
     new_pages: Int[Array, "L b C"],
     num_steps: Int[Array, ""],
     *,
@@ -107,7 +107,7 @@ def _decode_local(
 
 
 def _one_step(
-    model: Llama, cache: KVCache, rows: Rows, step: Int[Array, ""], attend: Attend
+    model: Llama, cache: KVCache, rows: DecodeInputs, step: Int[Array, ""], attend: Attend
 ) -> tuple[KVCache, Sampled]:
     """The `step`-th token after those that the host knows of."""
     row = jnp.arange(len(rows.positions))
@@ -120,7 +120,7 @@ def _one_step(
         (cache.k_pages, cache.v_pages),
         (cache.page_table[:, : len(row)], lengths),
     )
-    seen = Seen(cache.token_ids, position + 1)
+    seen = TokenHistory(cache.token_ids, position + 1)
     sampled = sample(model.logits(x), rows.sampling, rows.place + step, seen, rows.allowed)
     # A row that is replayed knows its next token; nobody reads what comes after the last one.
     is_new = position + 1 >= cache.num_known[: len(row)]

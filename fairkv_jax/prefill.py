@@ -32,7 +32,7 @@ from fairkv_jax.models import Llama
 from fairkv_jax.models.llama import round_up
 from fairkv_jax.sampling import Sampled, ranked_logprobs
 from fairkv_jax.shapes import TENSOR_AXIS
-from fairkv_jax.sharding.place import partition_specs
+from fairkv_jax.sharding.load_weights import partition_specs
 from fairkv_jax.sharding.slots import SlotLayout
 
 _BY_DEVICE = PartitionSpec(None, TENSOR_AXIS)
@@ -40,7 +40,7 @@ _BY_DEVICE = PartitionSpec(None, TENSOR_AXIS)
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class Prefix:
+class CompressedPrefix:
     """The compressed cache of one prompt, ready to be inserted into a row.
 
     R is the most tokens that a device packs a layer; `positions` counts from the prompt's start.
@@ -56,7 +56,7 @@ class Prefix:
     """Of the token that follows the prompt, float32."""
 
     @classmethod
-    def partition(cls) -> "Prefix":
+    def partition(cls) -> "CompressedPrefix":
         """How each array is split over the mesh."""
         whole: Any = PartitionSpec()
         split: Any = _BY_DEVICE
@@ -65,7 +65,7 @@ class Prefix:
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class PrefillState:
+class PrefillCarry:
     """A prompt on its way through the layers; donated to every part of the prefill."""
 
     hidden: Float[Array, "T D"]
@@ -75,14 +75,14 @@ class PrefillState:
     """Of the present layer, as far as its blocks are done."""
     window: Float[Array, "PC G w H"]
     """Queries of the prompt's last w tokens in the present layer: they score its keys."""
-    prefix: Prefix
+    prefix: CompressedPrefix
 
     @classmethod
-    def partition(cls) -> "PrefillState":
+    def partition(cls) -> "PrefillCarry":
         """How each array is split over the mesh."""
         whole: Any = PartitionSpec()
         split: Any = PartitionSpec(TENSOR_AXIS)
-        return cls(whole, split, split, split, Prefix.partition())
+        return cls(whole, split, split, split, CompressedPrefix.partition())
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,7 @@ class KeptTokens:
     """For each layer and head its kept positions, ascending."""
 
 
-def kept_tokens(prefix: Prefix, layout: SlotLayout, *, positions: bool) -> KeptTokens:
+def kept_tokens(prefix: CompressedPrefix, layout: SlotLayout, *, positions: bool) -> KeptTokens:
     """Reads back what a prefix kept; its positions only where they are asked for."""
     lengths = np.asarray(prefix.head_lengths)
     if not positions:
@@ -117,14 +117,14 @@ def kept_tokens(prefix: Prefix, layout: SlotLayout, *, positions: bool) -> KeptT
 @partial(jax.jit, static_argnames=("mesh", "block", "window", "packed_size"))
 def start_prefill(
     model: Llama, tokens: Int[Array, "T"], *, mesh: Mesh, block: int, window: int, packed_size: int
-) -> PrefillState:
+) -> PrefillCarry:
     """The state of a prompt that has passed no layer.
 
     `window` is the policies' window, and `packed_size` bounds what they keep of a layer over all
     heads.
     """
 
-    def local(model: Llama, tokens: Array) -> PrefillState:
+    def local(model: Llama, tokens: Array) -> PrefillCarry:
         config, dtype = model.config, model.dtype
         num_tokens = _padded(tokens.shape[0], block)
         slots = model.layers.attention.out[...].shape[1]
@@ -134,12 +134,12 @@ def start_prefill(
         size = min(packed_size, slots * num_tokens)
         packed = jnp.zeros((config.num_layers, size, config.head_dim), dtype)
         integers = partial(jnp.zeros, dtype=jnp.int32)
-        return PrefillState(
+        return PrefillCarry(
             model.embedded(jnp.pad(tokens, (0, num_tokens - tokens.shape[0]))),
             keys,
             keys,
             jnp.zeros(queries, dtype),
-            Prefix(
+            CompressedPrefix(
                 packed,
                 packed,
                 integers(packed.shape[:2]),
@@ -153,7 +153,7 @@ def start_prefill(
         local,
         mesh=mesh,
         in_specs=(partition_specs(model), PartitionSpec()),
-        out_specs=PrefillState.partition(),
+        out_specs=PrefillCarry.partition(),
         check_vma=False,
     )
     return run(model, tokens)
@@ -162,26 +162,28 @@ def start_prefill(
 @partial(jax.jit, static_argnames=("mesh", "policies", "block"), donate_argnums=1)
 def advance_prefill(
     model: Llama,
-    state: PrefillState,
+    state: PrefillCarry,
     length: Int[Array, ""],
     budgets: Int[Array, "L K"],
     policy: Int[Array, ""],
     units: tuple[Int[Array, ""], Int[Array, ""]],
-    slot_head: Int[Array, "L PC"],
+    head_of_slot: Int[Array, "L PC"],
     first_slot: Int[Array, "L K"],
     *,
     mesh: Mesh,
     policies: tuple[Policy, ...],
     block: int,
-) -> PrefillState:
+) -> PrefillCarry:
     """Runs the units from the first to before the second of `units`, at least one.
 
     A unit is a block of `block` tokens in one layer; `num_units` tells how many there are. The
     prompt has `length` tokens, and `policies[policy]` keeps `budgets` of them.
     """
 
-    def local(model: Llama, state: PrefillState, slot_head: Array, *whole: Array) -> PrefillState:
-        return _advance_local(model, state, slot_head, *whole, policies=policies, block=block)
+    def local(
+        model: Llama, state: PrefillCarry, head_of_slot: Array, *whole: Array
+    ) -> PrefillCarry:
+        return _advance_local(model, state, head_of_slot, *whole, policies=policies, block=block)
 
     whole = PartitionSpec()
     run = jax.shard_map(
@@ -189,14 +191,14 @@ def advance_prefill(
         mesh=mesh,
         in_specs=(
             partition_specs(model),
-            PrefillState.partition(),
+            PrefillCarry.partition(),
             _BY_DEVICE,
             *(whole,) * 6,
         ),
-        out_specs=PrefillState.partition(),
+        out_specs=PrefillCarry.partition(),
         check_vma=False,
     )
-    return run(model, state, slot_head, first_slot, length, budgets, policy, *units)
+    return run(model, state, head_of_slot, first_slot, length, budgets, policy, *units)
 
 
 @partial(jax.jit, static_argnames=("mesh", "block"))
@@ -246,8 +248,8 @@ def _padded(num_tokens: int, block: int) -> int:
 
 def _advance_local(
     model: Llama,
-    state: PrefillState,
-    slot_head: Int[Array, "L C"],
+    state: PrefillCarry,
+    head_of_slot: Int[Array, "L C"],
     first_slot: Int[Array, "L K"],
     length: Int[Array, ""],
     budgets: Int[Array, "L K"],
@@ -257,19 +259,19 @@ def _advance_local(
     *,
     policies: tuple[Policy, ...],
     block: int,
-) -> PrefillState:
+) -> PrefillCarry:
     """The part of one device, inside `shard_map`."""
-    num_layers, slots = slot_head.shape
+    num_layers, slots = head_of_slot.shape
     num_blocks = (length + block - 1) // block
     first, last = start // num_blocks, (stop - 1) // num_blocks
     slot = jax.lax.axis_index(TENSOR_AXIS) * slots + jnp.arange(slots)
     # The prompt belongs to no replica yet: the first one speaks for the head.
-    speaks = jnp.take_along_axis(first_slot, jnp.maximum(slot_head, 0), 1) == slot
+    speaks = jnp.take_along_axis(first_slot, jnp.maximum(head_of_slot, 0), 1) == slot
 
-    def run_layer(index: Array, state: PrefillState) -> PrefillState:
+    def run_layer(index: Array, state: PrefillCarry) -> PrefillCarry:
         layer = model.layer(index)
 
-        def run_block(i: Array, state: PrefillState) -> PrefillState:
+        def run_block(i: Array, state: PrefillCarry) -> PrefillCarry:
             at = i * block
 
             def attend(q: Array, k: Array, v: Array, cache: None, _: None) -> tuple[Any, None, Any]:
@@ -284,7 +286,7 @@ def _advance_local(
             angles = model.angles(at + jnp.arange(block))
             x, _, (k, v, window) = layer(x, angles, attend, None, None)
             hidden = jax.lax.dynamic_update_slice_in_dim(state.hidden, x, at, 0)
-            return PrefillState(hidden, k, v, window, state.prefix)
+            return PrefillCarry(hidden, k, v, window, state.prefix)
 
         begin = jnp.where(index == first, start % num_blocks, 0)
         end = jnp.where(index == last, (stop - 1) % num_blocks + 1, num_blocks)
@@ -296,7 +298,7 @@ def _advance_local(
                 for choice in policies
             ]
             keep = jax.lax.switch(policy, choices)
-            packed = _pack(state.k, state.v, keep, slot_head[index], state.prefix.k.shape[1])
+            packed = _pack(state.k, state.v, keep, head_of_slot[index], state.prefix.k.shape[1])
             return *packed, jnp.sum(keep, 1)
 
         # Of a layer that is not done nothing is kept yet: what is written here is overwritten.
@@ -309,7 +311,7 @@ def _advance_local(
             jax.lax.dynamic_update_index_in_dim(pack, new, index, 0)
             for pack, new in zip(packs, kept, strict=True)
         )
-        prefix = Prefix(k, v, positions, slot_lengths, head_lengths, prefix.logits)
+        prefix = CompressedPrefix(k, v, positions, slot_lengths, head_lengths, prefix.logits)
         return replace(state, prefix=prefix)
 
     state = jax.lax.fori_loop(first, last + 1, run_layer, state)
@@ -334,7 +336,7 @@ def _add_to_window(
 
 
 def _keep(
-    state: PrefillState,
+    state: PrefillCarry,
     policy: Policy,
     first_slot: Int[Array, "K"],
     length: Int[Array, ""],
@@ -350,12 +352,12 @@ def _pack(
     k: Float[Array, "C T H"],
     v: Float[Array, "C T H"],
     keep: Bool[Array, "K T"],
-    slot_head: Int[Array, "C"],
+    head_of_slot: Int[Array, "C"],
     size: int,
 ) -> tuple[Array, Array, Array, Array]:
     """The kept keys, values and positions of this device's slots, one after another."""
     num_tokens = k.shape[1]
-    kept = keep[slot_head] & (slot_head >= 0)[:, None]
+    kept = keep[head_of_slot] & (head_of_slot >= 0)[:, None]
     index = jnp.nonzero(kept.reshape(-1), size=size, fill_value=0)[0]
     slot, position = index // num_tokens, index % num_tokens
     return k[slot, position], v[slot, position], position, jnp.sum(kept, 1)
@@ -364,7 +366,7 @@ def _pack(
 @partial(jax.jit, static_argnames="mesh", donate_argnums=0)
 def insert(
     cache: KVCache,
-    prefix: Prefix,
+    prefix: CompressedPrefix,
     row: Int[Array, ""],
     page_table: Int[Array, "L PC max_pages"],
     lengths: Int[Array, "L PC"],
@@ -382,7 +384,7 @@ def insert(
         mesh=mesh,
         in_specs=(
             KVCache.partition(),
-            Prefix.partition(),
+            CompressedPrefix.partition(),
             _BY_DEVICE,
             _BY_DEVICE,
             *(PartitionSpec(),) * 3,
@@ -395,7 +397,7 @@ def insert(
 
 def _insert_local(
     cache: KVCache,
-    prefix: Prefix,
+    prefix: CompressedPrefix,
     page_table: Array,
     lengths: Array,
     row: Array,

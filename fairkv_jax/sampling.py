@@ -103,7 +103,7 @@ class Sampled:
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class Seen:
+class TokenHistory:
     """The tokens of every row so far, prompt and output."""
 
     tokens: Int[Array, "rows S"]
@@ -115,7 +115,7 @@ def sample(
     logits: Float[Array, "B V"],
     state: SamplingState,
     place: Int[Array, "B"],
-    seen: Seen,
+    seen: TokenHistory,
     allowed: UInt32[Array, "B W"],
 ) -> Sampled:
     """Chooses a token per row: greedy where the temperature is 0, else by the Gumbel-max rule.
@@ -149,14 +149,17 @@ def mask_words(vocab_size: int) -> int:
 
 @jax.jit
 def sample_first(
-    logits: Float[Array, "V"], state: SamplingState, seen: Seen, allowed: UInt32[Array, "1 W"]
+    logits: Float[Array, "V"],
+    state: SamplingState,
+    seen: TokenHistory,
+    allowed: UInt32[Array, "1 W"],
 ) -> Sampled:
     """The first token of a row, from the logits of its prefill."""
     return sample(logits[None], state, jnp.zeros(1, jnp.int32), seen, allowed)
 
 
 def _adjust(
-    logits: Array, state: SamplingState, place: Array, seen: Seen, allowed: Array
+    logits: Array, state: SamplingState, place: Array, seen: TokenHistory, allowed: Array
 ) -> Float[Array, "B V"]:
     """The logits as each row's options change them; steps that no row wants cost nothing."""
     is_early = place < state.min_tokens
@@ -193,7 +196,7 @@ def _postpone_end(logits: Array, is_early: Array, end_tokens: Array) -> Array:
 
 
 def _penalise(
-    logits: Array, state: SamplingState, place: Array, seen: Seen, is_penalised: Array
+    logits: Array, state: SamplingState, place: Array, seen: TokenHistory, is_penalised: Array
 ) -> Array:
     """Repetition, frequency and presence penalties, as in vLLM.
 

@@ -70,7 +70,9 @@ def head_plan(strategy: str, num_devices: int) -> Plan:
 def test_the_plans_copy_heads():
     """Otherwise the tests below would not show that replicas share rows."""
     for strategy in STRATEGIES:
-        copies = [head_plan(strategy, num_devices).n_copies for num_devices in (1, 2, 3, 4, 8)]
+        copies = [
+            head_plan(strategy, num_devices).num_extra_replicas for num_devices in (1, 2, 3, 4, 8)
+        ]
         assert [n > 0 for n in copies] == [strategy in STRATEGIES[2:] and n > 0 for n in range(5)]
 
 
@@ -134,7 +136,7 @@ def test_balanced_plans_spread_the_rows_of_a_copied_head(tiny_checkpoint: Path, 
     plan = head_plan("fair_copying", num_devices)
     llm = LLM(model=tiny_checkpoint, tensor_parallel_size=num_devices, head_plan=plan, **ROWS)
     requests = [request(str(i), random_prompt(100, i), greedy(40)) for i in range(2)]
-    served = np.zeros(llm.engine.engine.layout.slot_head.shape, bool)
+    served = np.zeros(llm.engine.engine.layout.head_of_slot.shape, bool)
 
     def look(engine: LLMEngine) -> None:
         served[:] |= (engine.engine.book.lengths > 0).any(1)
@@ -143,7 +145,7 @@ def test_balanced_plans_spread_the_rows_of_a_copied_head(tiny_checkpoint: Path, 
     replicas = llm.engine.engine.layout.replicas.sum(2)
     assert replicas.max() > 1
     twice = replicas[:, :, None] == 2
-    slots = llm.engine.engine.layout.head_slot
+    slots = llm.engine.engine.layout.slot_of_head
     for layer, head, device in np.argwhere(twice & (slots >= 0)):
         assert served[layer, slots[layer, head, device]]
 

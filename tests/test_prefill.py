@@ -23,7 +23,7 @@ def engine(tiny_checkpoint: Path) -> Engine:
     profile = Profile(model="", policy="ada_snapkv", budget=50, tokens=tokens)
     return Engine(
         open_checkpoint(tiny_checkpoint),
-        make_plan(profile, 2, "fair_copying", max_copies=1),
+        make_plan(profile, 2, "fair_copying", max_extra_replicas=1),
         EngineConfig(tensor_parallel_size=2, max_model_len=256, max_num_seqs=2),
         KVConfig("ada_snapkv", budget=50, window=16),
         progress=False,
@@ -43,7 +43,7 @@ def test_every_replica_packs_its_head(engine: Engine, dense: Forward):
     kept = kept_tokens(prefix, layout, positions=True)
     assert kept.positions is not None
     packed = np.asarray(prefix.k).reshape(2, 2, -1, 16)
-    for layer, heads in enumerate(layout.slot_head.reshape(2, 2, -1)):
+    for layer, heads in enumerate(layout.head_of_slot.reshape(2, 2, -1)):
         for device, slots in enumerate(heads):
             at = 0
             for head in slots[slots >= 0]:
@@ -65,7 +65,10 @@ def test_inserted_keys_lie_in_the_owners_pages(engine: Engine, dense: Forward):
     pages = np.asarray(cache.k_pages).reshape(2, book.pages_per_device, book.page_size, 16)
     written = np.zeros(pages.shape[:3], bool)
     for layer, slot in np.argwhere(placement.lengths > 0):
-        head, device = engine.layout.slot_head[layer, slot], slot // engine.layout.slots_per_device
+        head, device = (
+            engine.layout.head_of_slot[layer, slot],
+            slot // engine.layout.slots_per_device,
+        )
         positions = kept.positions[layer][head]
         token = np.arange(int(placement.lengths[layer, slot]))
         where = book.page_table[layer, 1, slot][token // book.page_size], token % book.page_size

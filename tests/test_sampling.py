@@ -9,7 +9,7 @@ import pytest
 from scipy.stats import chisquare
 
 from fairkv_jax import sampling
-from fairkv_jax.sampling import SamplingState, Seen
+from fairkv_jax.sampling import SamplingState, TokenHistory
 from fairkv_jax.sampling_params import (
     MAX_LOGIT_BIAS,
     MAX_LOGPROBS,
@@ -28,12 +28,12 @@ def sample(
     logits: np.ndarray,
     state: SamplingState,
     place: np.ndarray,
-    seen: Seen | None = None,
+    seen: TokenHistory | None = None,
     allowed: np.ndarray | None = None,
 ) -> Any:
     """Without a word on history or grammar: only options that do not read them."""
     batch = len(logits)
-    seen = Seen(np.zeros((batch, 1), np.int32), place) if seen is None else seen  # pyright: ignore[reportArgumentType]
+    seen = TokenHistory(np.zeros((batch, 1), np.int32), place) if seen is None else seen  # pyright: ignore[reportArgumentType]
     allowed = (
         np.zeros((batch, -(-logits.shape[1] // 32)), np.uint32) if allowed is None else allowed
     )
@@ -281,9 +281,9 @@ def test_penalties_biases_bans_and_masks(history: int):
         output = tokens[row, length[row] - 4 : length[row]].tolist()
         allowed = set(np.flatnonzero(bits[row]).tolist())
         wanted.append(adjusted(logits[row], params[row], prompt, output, ENDS, allowed))
-    got = jax.jit(sampling._adjust)(logits, state, place, Seen(tokens, length), words)  # pyright: ignore[reportArgumentType]
+    got = jax.jit(sampling._adjust)(logits, state, place, TokenHistory(tokens, length), words)  # pyright: ignore[reportArgumentType]
     np.testing.assert_allclose(np.asarray(got), wanted, rtol=1e-5, atol=1e-5)
-    drawn = sample(logits, state, place, Seen(tokens, length), words).tokens  # pyright: ignore[reportArgumentType]
+    drawn = sample(logits, state, place, TokenHistory(tokens, length), words).tokens  # pyright: ignore[reportArgumentType]
     assert np.isfinite(np.take_along_axis(np.array(wanted), np.asarray(drawn)[:, None], 1)).all()
 
 
@@ -313,7 +313,7 @@ def test_what_ends_is_drawn_where_nothing_else_is_allowed():
 def test_extreme_penalties_give_a_token_that_has_not_been_seen_or_only_those(penalty: float):
     logits = np.linspace(-6, -3, VOCAB, dtype=np.float32)[None]
     params = SamplingParams(repetition_penalty=penalty, temperature=0.1)
-    seen = Seen(np.arange(VOCAB // 2, VOCAB)[None], np.full(1, VOCAB // 2))  # pyright: ignore[reportArgumentType]
+    seen = TokenHistory(np.arange(VOCAB // 2, VOCAB)[None], np.full(1, VOCAB // 2))  # pyright: ignore[reportArgumentType]
     drawn = int(sample(logits, states([params]), np.zeros(1, np.int32), seen).tokens[0])
     assert (drawn >= VOCAB // 2) == (penalty < 1)
 

@@ -106,20 +106,20 @@ def _running(program: Any) -> Any:
 
 def _fitting(plan: Plan, cost: CostModel, memory: float) -> int:
     """Rows whose KV fits beside the plan's weights."""
-    weights = cost.rest_bytes + plan.n_layers * plan.slots * cost.head_bytes
+    weights = cost.rest_bytes + plan.num_layers * plan.slots * cost.head_bytes
     return max(1, int((memory - weights) / (plan.fullest_tokens * cost.token_bytes)))
 
 
 def _record(
     shape: ModelShape, plan: Plan, batch: int, attention: float, rest: float
 ) -> dict[str, Any]:
-    ring = 2 * (plan.n_devices - 1) / plan.n_devices
+    ring = 2 * (plan.num_devices - 1) / plan.num_devices
     one = ALL_REDUCE_LATENCY + ring * batch * shape.hidden_size * 2 / LINK_BYTES_PER_SECOND
     reduces = 2 * shape.num_layers * one
     return {
         "batch": batch,
         "slots": plan.slots,
-        "copies": plan.n_copies,
+        "copies": plan.num_extra_replicas,
         "attention_ms": 1e3 * attention,
         "rest_ms": 1e3 * rest,
         "all_reduce_estimate_ms": 1e3 * reduces,
@@ -131,7 +131,7 @@ def _record(
 def _predicted(plan: Plan, profile: Profile, cost: CostModel) -> float:
     """Seconds of a step as the planner's cost model has it, at the batch of `cost`."""
     load = np.einsum("lk,lkp->lp", profile.array, plan.shares()).max(1).sum()
-    attention = plan.n_layers * plan.slots * cost.a_seconds
+    attention = plan.num_layers * plan.slots * cost.a_seconds
     return attention + cost.batch * load * cost.b_seconds_per_token + cost.rest_seconds
 
 
@@ -144,16 +144,16 @@ def fullest_lengths(profile: Profile, plan: Plan, batch: int) -> np.ndarray:
 def owned_lengths(profile: Profile, plan: Plan, batch: int) -> np.ndarray:
     """[L, B, P, C] tokens that each slot owns of each row, dealt by the engine's router."""
     rng = np.random.default_rng(7)
-    copies, slot_heads = plan.copies(), plan.slot_heads()
-    load = np.zeros((plan.n_layers, plan.n_devices))
-    owned = np.zeros((plan.n_layers, batch, *slot_heads.shape[1:]), np.int32)
-    layer, device, slot = np.nonzero(slot_heads >= 0)
-    head = slot_heads[layer, device, slot]
+    copies, head_of_slot = plan.copies(), plan.head_of_slot()
+    load = np.zeros((plan.num_layers, plan.num_devices))
+    owned = np.zeros((plan.num_layers, batch, *head_of_slot.shape[1:]), np.int32)
+    layer, device, slot = np.nonzero(head_of_slot >= 0)
+    head = head_of_slot[layer, device, slot]
     for row in range(batch):
         lengths = profile.array * rng.lognormal(0, 0.1, profile.array.shape)
         lengths = np.maximum(1, lengths.round()).astype(np.int32)
         owner = route(copies, lengths, load)
-        np.add.at(load, (np.arange(plan.n_layers)[:, None], owner), lengths)
+        np.add.at(load, (np.arange(plan.num_layers)[:, None], owner), lengths)
         mine = owner[layer, head] == device
         owned[layer, row, device, slot] = np.where(mine, lengths[layer, head], 0)
     return owned

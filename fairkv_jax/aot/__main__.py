@@ -147,9 +147,9 @@ def make_setup(target: Target) -> Setup:
 def _header(setup: Setup, target: Target, weights: int) -> str:
     plan = setup.plan
     return (
-        f"{_MODEL.value} on {plan.n_devices} x {target.name}, batch {setup.batch}, "
-        f"{plan.strategy}: {plan.slots} slots a layer and device, {plan.n_copies} copies, "
-        f"utilisation {plan.utilization:.3f}\n"
+        f"{_MODEL.value} on {plan.num_devices} x {target.name}, batch {setup.batch}, "
+        f"{plan.strategy}: {plan.slots} slots a layer and device, "
+        f"{plan.num_extra_replicas} extra replicas, utilisation {plan.utilization:.3f}\n"
         f"  weights          {_gib(weights)}  a device\n"
         f"  KV pool          {_gib(4 * setup.pool_elements)}  in {setup.pages_per_device} pages of "
         f"{setup.page_size} tokens, for {_BUDGET.value} + {setup.new_tokens} tokens a head"

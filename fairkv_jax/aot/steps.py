@@ -15,12 +15,12 @@ from jax.stages import Lowered
 from fairkv_jax.cache import KVCache
 from fairkv_jax.compress import make_policy
 from fairkv_jax.config import KVConfig, ModelConfig
-from fairkv_jax.decode import decode_step, idle_rows
+from fairkv_jax.decode import decode_step, idle_inputs
 from fairkv_jax.models import Llama
 from fairkv_jax.plan import ModelShape, Plan, Profile
-from fairkv_jax.prefill import PrefillState, advance_prefill, start_prefill
+from fairkv_jax.prefill import PrefillCarry, advance_prefill, start_prefill
 from fairkv_jax.shapes import TENSOR_AXIS
-from fairkv_jax.sharding.place import partition_specs
+from fairkv_jax.sharding.load_weights import partition_specs
 from fairkv_jax.sharding.slots import SlotLayout
 
 _BY_SLOT = PartitionSpec(None, None, TENSOR_AXIS)
@@ -74,9 +74,9 @@ def config_of(shape: ModelShape, *, tie_word_embeddings: bool = False) -> ModelC
 
 def lower_decode_step(setup: Setup, mesh: Mesh) -> Lowered:
     """The decode step of the whole batch."""
-    layers, slots = setup.layout.slot_head.shape
+    layers, slots = setup.layout.head_of_slot.shape
     new_pages = _array(mesh, (layers, setup.batch, slots), "int32", _BY_SLOT)
-    rows = jax.eval_shape(lambda: idle_rows(setup.batch, setup.config.vocab_size))
+    rows = jax.eval_shape(lambda: idle_inputs(setup.batch, setup.config.vocab_size))
     rows = jax.tree.map(lambda x: _array(mesh, x.shape, x.dtype, _WHOLE), rows)
     steps = _array(mesh, (), "int32", _WHOLE)
     args = (abstract_model(setup, mesh), abstract_cache(setup, mesh), rows, new_pages, steps)
@@ -85,7 +85,7 @@ def lower_decode_step(setup: Setup, mesh: Mesh) -> Lowered:
 
 def lower_prefill(setup: Setup, mesh: Mesh, num_tokens: int, kv_config: KVConfig) -> Lowered:
     """The prefill of a prompt of `num_tokens`, compressed as `kv_config` says."""
-    layers, slots = setup.layout.slot_head.shape
+    layers, slots = setup.layout.head_of_slot.shape
     heads = setup.config.num_kv_heads
     policy = make_policy(kv_config)
     block = min(setup.prefill_block, num_tokens)
@@ -103,7 +103,7 @@ def lower_prefill(setup: Setup, mesh: Mesh, num_tokens: int, kv_config: KVConfig
         _array(mesh, (num_tokens,), "int32", _WHOLE),
     )
     state = jax.tree.map(
-        lambda x, spec: _array(mesh, x.shape, x.dtype, spec), state, PrefillState.partition()
+        lambda x, spec: _array(mesh, x.shape, x.dtype, spec), state, PrefillCarry.partition()
     )
     return _lower(
         advance_prefill,
@@ -134,7 +134,7 @@ def abstract_model(setup: Setup, mesh: Mesh) -> Llama:
 
 def abstract_cache(setup: Setup, mesh: Mesh) -> KVCache:
     """The pool's shapes: as many pages a device as the fullest one needs."""
-    layers, slots = setup.layout.slot_head.shape
+    layers, slots = setup.layout.head_of_slot.shape
     num_pages = setup.layout.num_devices * setup.pages_per_device
     pool = (num_pages, setup.page_size, setup.config.head_dim)
     max_pages = -(-setup.max_model_len // setup.page_size)

@@ -20,9 +20,9 @@ def device_bytes(
     for name, shape in tensor_shapes(config).items():
         kind, _ = split_name(name)
         if kind in ("embed", "unembed"):
-            part, rows = "vocabulary", -(-shape[0] // plan.n_devices)
+            part, rows = "vocabulary", -(-shape[0] // plan.num_devices)
         elif kind in ("gate", "up", "down"):
-            part, rows = "mlp", -(-shape[0] // plan.n_devices)
+            part, rows = "mlp", -(-shape[0] // plan.num_devices)
         elif kind.endswith("norm"):
             part, rows = "norms", shape[0]
         else:

@@ -53,7 +53,7 @@ def build_engine(
     kv_alpha: float = 0.2,
     kv_head_budgets: str | Path | Profile | None = None,
     head_plan: str | Path | Plan = "fair_copying",
-    max_copies: int | None = None,
+    max_extra_replicas: int | None = None,
     page_size: int = 16,
     kv_cache_memory_bytes: int | None = None,
     gpu_memory_utilization: float = 0.9,
@@ -73,7 +73,8 @@ def build_engine(
         kv_head_budgets: for the policy `head_budgets`: a profile, or the path of its JSON file,
             whose tokens are the budgets.
         head_plan: a strategy, a plan, or the path of a plan's JSON file.
-        max_copies: most extra head copies a layer, for `fair_copying`; None: one less than devices.
+        max_extra_replicas: most extra replicas per layer, for `fair_copying`; None: one less than
+            devices.
         kv_cache_memory_bytes: of the KV pool over all devices; None: 1 GiB on CPU, and on GPUs
             what `gpu_memory_utilization` leaves beside the weights.
         prefill_block: prompt tokens that pass a layer at a time; None: 128 on CPU, 1024 on GPUs.
@@ -126,12 +127,14 @@ def build_engine(
         shape, tensor_parallel_size, _hardware(), batch=max_num_seqs, itemsize=itemsize
     )
     profile = _profile(checkpoint, shape, kv_config, engine_config.max_model_len)
-    plan = _plan(head_plan, profile, checkpoint.name, cost, tensor_parallel_size, max_copies)
+    plan = _plan(
+        head_plan, profile, checkpoint.name, cost, tensor_parallel_size, max_extra_replicas
+    )
     if kv_cache_memory_bytes is None:
         weights = device_bytes(config, plan, itemsize, int8=quantization == "int8")
         prefill = _prefill_bytes(shape, kv_config, engine_config.max_model_len, itemsize)
-        taken = plan.n_devices * (sum(weights.values()) + prefill)
-        num_bytes = _kv_bytes(taken, plan.n_devices, gpu_memory_utilization)
+        taken = plan.num_devices * (sum(weights.values()) + prefill)
+        num_bytes = _kv_bytes(taken, plan.num_devices, gpu_memory_utilization)
         engine_config = replace(engine_config, kv_cache_bytes=num_bytes)
     return LLMEngine(checkpoint, plan, engine_config, kv_config, progress=progress)
 
@@ -206,20 +209,22 @@ def _plan(
     name: str,
     cost: CostModel,
     num_devices: int,
-    max_copies: int | None,
+    max_extra_replicas: int | None,
 ) -> Plan:
     """The plan asked for, checked against the model and the number of devices."""
     if isinstance(head_plan, Plan):
         plan = head_plan
     elif head_plan in STRATEGIES:
-        plan = make_plan(profile, num_devices, str(head_plan), max_copies=max_copies, cost=cost)
+        plan = make_plan(
+            profile, num_devices, str(head_plan), max_extra_replicas=max_extra_replicas, cost=cost
+        )
     elif isinstance(head_plan, str | Path) and Path(head_plan).is_file():
         plan = Plan.from_json(Path(head_plan).read_text())
     else:
         raise ValueError(
             f"head_plan {str(head_plan)!r} is neither one of {', '.join(STRATEGIES)} nor a file"
         )
-    has = (len(plan.layers), plan.n_heads, plan.n_devices)
+    has = (len(plan.layers), plan.num_heads, plan.num_devices)
     needs = (profile.num_layers, profile.num_heads, num_devices)
     if has != needs:
         raise ValueError(

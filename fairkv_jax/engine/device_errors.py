@@ -20,7 +20,7 @@ class DeviceError(RuntimeError):
 
 
 @contextmanager
-def readable(doing: str, way_out: str) -> Iterator[None]:
+def translate_xla_errors(doing: str, way_out: str) -> Iterator[None]:
     """Turns XLA's errors while `doing` something into sentences; `way_out` if memory ran out.
 
     Raises:

@@ -19,18 +19,18 @@ from fairkv_jax.cache import KVCache, PageBook
 from fairkv_jax.checkpoint import Checkpoint
 from fairkv_jax.compress import Policy, make_policy
 from fairkv_jax.config import REQUEST_POLICIES, EngineConfig, KVConfig
-from fairkv_jax.decode import Rows, decode_step, idle_rows
+from fairkv_jax.decode import DecodeInputs, decode_step, idle_inputs
 from fairkv_jax.engine.compiling import CompilingBar
 from fairkv_jax.engine.device_errors import (
     POOL_DOES_NOT_FIT,
     STEP_DOES_NOT_FIT,
     WEIGHTS_DO_NOT_FIT,
-    readable,
+    translate_xla_errors,
 )
 from fairkv_jax.plan import Plan, route
 from fairkv_jax.prefill import (
-    PrefillState,
-    Prefix,
+    CompressedPrefix,
+    PrefillCarry,
     advance_prefill,
     insert,
     num_units,
@@ -38,9 +38,9 @@ from fairkv_jax.prefill import (
     score_prompt,
     start_prefill,
 )
-from fairkv_jax.sampling import Sampled, SamplingState, Seen, mask_words, sample_first
+from fairkv_jax.sampling import Sampled, SamplingState, TokenHistory, mask_words, sample_first
+from fairkv_jax.sharding.load_weights import load_model
 from fairkv_jax.sharding.mesh import compiler_options, make_mesh
-from fairkv_jax.sharding.place import load_model
 from fairkv_jax.sharding.slots import SlotLayout
 
 MIN_PREFILL_BUCKET = 32
@@ -49,7 +49,7 @@ _SCORE_BLOCK = 128
 
 
 @dataclass
-class Prefill:
+class PrefillTask:
     """A prompt on its way through the layers, in units: see `fairkv_jax.prefill`."""
 
     num_tokens: int
@@ -62,7 +62,7 @@ class Prefill:
     layer_units: int
     num_units: int
     """Those of the layers, and the blocks of the prompt whose log-probabilities are wanted."""
-    state: PrefillState
+    state: PrefillCarry
     done: int = 0
     """Units so far."""
     scores: list[Sampled] = field(default_factory=list)
@@ -77,7 +77,7 @@ class Prefill:
         return self.done == self.num_units
 
     @property
-    def prefix(self) -> Prefix:
+    def prefix(self) -> CompressedPrefix:
         """The compressed cache; whole when the prefill is done."""
         return self.state.prefix
 
@@ -114,7 +114,7 @@ class Engine:
         self.mesh = make_mesh(config.tensor_parallel_size)
         self.book = self._make_book()
         int8 = config.quantization == "int8"
-        with readable("loading the weights", WEIGHTS_DO_NOT_FIT):
+        with translate_xla_errors("loading the weights", WEIGHTS_DO_NOT_FIT):
             model = load_model(
                 checkpoint, self.layout, self.mesh, config.dtype, int8=int8, progress=progress
             )
@@ -129,10 +129,10 @@ class Engine:
         kv_config: KVConfig | None = None,
         *,
         wants_logprobs: bool = False,
-    ) -> Prefill:
+    ) -> PrefillTask:
         """Begins a prompt, to be kept as the engine keeps them or in another way that it allows.
 
-        `wants_logprobs`: those of the prompt's own tokens, see `Prefill.scores`.
+        `wants_logprobs`: those of the prompt's own tokens, see `PrefillTask.scores`.
         """
         kv_config = kv_config or self.kv_config
         num_tokens = len(token_ids)
@@ -142,7 +142,7 @@ class Engine:
         budgets = kv_config.budgets(num_tokens, *self._heads)
         layer_units = num_units(self.model_config.num_layers, num_tokens, self._block(bucket))
         blocks = -(-(num_tokens - 1) // _score_block(bucket)) if wants_logprobs else 0
-        return Prefill(
+        return PrefillTask(
             num_tokens,
             padded,
             np.array(budgets, np.int32),
@@ -152,7 +152,7 @@ class Engine:
             self._start_program(bucket)(self.model, padded),
         )
 
-    def advance_prefill(self, prefill: Prefill, units: int) -> None:
+    def advance_prefill(self, prefill: PrefillTask, units: int) -> None:
         """Runs that many units more of a prefill, or all that are left; the pool is not touched."""
         stop = min(prefill.done + units, prefill.num_units)
         of_layers = min(stop, prefill.layer_units)
@@ -165,28 +165,28 @@ class Engine:
                 prefill.budgets,
                 np.int32(prefill.policy),
                 (np.int32(prefill.done), np.int32(of_layers)),
-                self.layout.slot_head,
+                self.layout.head_of_slot,
                 self.layout.first_slot,
             )
         for _ in range(max(prefill.done, of_layers), stop):
             self._score(prefill)
         prefill.done = stop
 
-    def units_of(self, prefill: Prefill, work: float) -> int:
+    def units_of(self, prefill: PrefillTask, work: float) -> int:
         """Units, from where a prefill stands, of that much work in multiply-adds; at least one."""
         return max(1, int(np.searchsorted(np.cumsum(self._work(prefill)), work, side="right")))
 
-    def work_of(self, prefill: Prefill, units: int) -> float:
+    def work_of(self, prefill: PrefillTask, units: int) -> float:
         """Multiply-adds of the next units of a prefill."""
         return float(self._work(prefill)[:units].sum())
 
-    def prefill(self, token_ids: list[int], kv_config: KVConfig | None = None) -> Prefix:
+    def prefill(self, token_ids: list[int], kv_config: KVConfig | None = None) -> CompressedPrefix:
         """Runs a prompt through the model and compresses its cache, all at once."""
         prefill = self.start_prefill(token_ids, kv_config)
         self.advance_prefill(prefill, prefill.num_units)
         return prefill.prefix
 
-    def prompt_scores(self, prefill: Prefill) -> Sampled:
+    def prompt_scores(self, prefill: PrefillTask) -> Sampled:
         """How likely the prompt's tokens but the first were, of a prefill that was asked for it.
 
         On the host; a leading axis of `num_tokens` - 1.
@@ -205,7 +205,7 @@ class Engine:
 
     def sample_first(
         self,
-        prefix: Prefix,
+        prefix: CompressedPrefix,
         sampling: SamplingState,
         token_ids: list[int],
         allowed: np.ndarray | None = None,
@@ -219,26 +219,28 @@ class Engine:
         return self._sample_program(sampling)(
             prefix.logits,
             sampling,
-            Seen(self._padded(token_ids)[None], np.array([len(token_ids)], np.int32)),  # pyright: ignore[reportArgumentType]
+            TokenHistory(self._padded(token_ids)[None], np.array([len(token_ids)], np.int32)),  # pyright: ignore[reportArgumentType]
             allowed[None],
         )
 
-    def place(self, prefix: Prefix, known_tokens: int = 0) -> Placement:
+    def place(self, prefix: CompressedPrefix, known_tokens: int = 0) -> Placement:
         """Routes a prefix's heads to their replicas, by the load of the devices at this moment.
 
         `known_tokens` will be appended to it in any case: it needs pages for them too.
         """
         head_lengths = np.asarray(prefix.head_lengths)
         owner = route(self.layout.replicas, head_lengths, self.book.load)
-        slots = np.take_along_axis(self.layout.head_slot, owner[..., None], -1)[..., 0]
-        lengths = np.zeros(self.layout.slot_head.shape, np.int32)
+        slots = np.take_along_axis(self.layout.slot_of_head, owner[..., None], -1)[..., 0]
+        lengths = np.zeros(self.layout.head_of_slot.shape, np.int32)
         np.put_along_axis(lengths, slots, head_lengths, axis=1)
         grown = lengths + (lengths > 0) * (1 + known_tokens)
         needed = self.book.pages_for(grown) + self.book.growth
         missing = np.maximum(needed - self.book.free_pages, 0)
         return Placement(lengths, missing)
 
-    def insert(self, prefix: Prefix, row: int, placement: Placement, token_ids: list[int]) -> None:
+    def insert(
+        self, prefix: CompressedPrefix, row: int, placement: Placement, token_ids: list[int]
+    ) -> None:
         """Copies a prefix into an empty row, for which the placement has found pages.
 
         `token_ids` are the prompt's and all that has been generated, the first one at least.
@@ -255,7 +257,7 @@ class Engine:
         lengths = self._release_program()(self.cache.lengths, np.int32(row))
         self.cache = replace(self.cache, lengths=lengths)
 
-    def generate(self, rows: Rows, num_steps: int = 1) -> Sampled:
+    def generate(self, rows: DecodeInputs, num_steps: int = 1) -> Sampled:
         """Appends the last tokens of the first rows of the batch and samples their next ones.
 
         So `num_steps` times; what was sampled has a leading axis of steps, see `decode_step`. The
@@ -301,10 +303,10 @@ class Engine:
                 if prompt_logprobs:
                     compiled(prompt, self._score_program, bucket, state)
             compiled("a row", self._release_program)
-            first = idle_rows(1, self.model_config.vocab_size).sampling
+            first = idle_inputs(1, self.model_config.vocab_size).sampling
             compiled("a row", self._sample_program, first)
             for batch in batches:
-                rows = idle_rows(batch, self.model_config.vocab_size)
+                rows = idle_inputs(batch, self.model_config.vocab_size)
                 compiled(f"{batch} rows", self._decode_program, rows)
 
     @property
@@ -313,13 +315,13 @@ class Engine:
         return self.model_config.num_layers, self.model_config.num_kv_heads
 
     def _empty_cache(self) -> KVCache:
-        with readable("making the KV pool", POOL_DOES_NOT_FIT):
+        with translate_xla_errors("making the KV pool", POOL_DOES_NOT_FIT):
             cache = KVCache.empty(
                 self.mesh, self.book, self.model_config.head_dim, self.config.dtype
             )
             return jax.block_until_ready(cache)
 
-    def _work(self, prefill: Prefill) -> np.ndarray:
+    def _work(self, prefill: PrefillTask) -> np.ndarray:
         """Multiply-adds of each unit that is left: of a layer's weights, and of its attention."""
         model, block = self.model_config, self._block(prefill.bucket)
         heads = model.num_heads * model.head_dim
@@ -331,14 +333,14 @@ class Engine:
         scores = np.full(prefill.num_units - prefill.layer_units, float(logits))
         return np.concatenate([block * (weights + 2 * heads * past), scores])[prefill.done :]
 
-    def _score(self, prefill: Prefill) -> None:
+    def _score(self, prefill: PrefillTask) -> None:
         """Runs the next block of a prompt's log-probabilities."""
         start = self._score_start(prefill, len(prefill.scores))
         program = self._score_program(prefill.bucket, prefill.state)
         scores = program(self.model, prefill.state.hidden, prefill.token_ids, np.int32(start))
         prefill.scores.append(scores)
 
-    def _score_start(self, prefill: Prefill, index: int) -> int:
+    def _score_start(self, prefill: PrefillTask, index: int) -> int:
         """Where a block begins; the last one may reach back into the one before it."""
         block = _score_block(prefill.bucket)
         return min(index * block, prefill.state.hidden.shape[0] - block)
@@ -365,7 +367,7 @@ class Engine:
             packed_size=self.kv_config.most_kept_of_a_layer(bucket, *self._heads),
         )
 
-    def _advance_program(self, bucket: int, state: PrefillState) -> Compiled:
+    def _advance_program(self, bucket: int, state: PrefillCarry) -> Compiled:
         number = np.int32(0)
         return self._program(
             ("advance", bucket),
@@ -376,14 +378,14 @@ class Engine:
             jax.ShapeDtypeStruct(self._heads, jnp.int32),
             number,
             (number, number),
-            self.layout.slot_head,
+            self.layout.head_of_slot,
             self.layout.first_slot,
             mesh=self.mesh,
             policies=self.policies,
             block=self._block(bucket),
         )
 
-    def _score_program(self, bucket: int, state: PrefillState) -> Compiled:
+    def _score_program(self, bucket: int, state: PrefillCarry) -> Compiled:
         return self._program(
             ("score", bucket),
             score_prompt,
@@ -395,8 +397,8 @@ class Engine:
             block=_score_block(bucket),
         )
 
-    def _insert_program(self, prefix: Prefix) -> Compiled:
-        layers, slots = self.layout.slot_head.shape
+    def _insert_program(self, prefix: CompressedPrefix) -> Compiled:
+        layers, slots = self.layout.head_of_slot.shape
         table = jax.ShapeDtypeStruct((layers, slots, self.book.max_pages), jnp.int32)
         lengths = jax.ShapeDtypeStruct((layers, slots), jnp.int32)
         token_ids = jax.ShapeDtypeStruct((self.book.max_tokens,), jnp.int32)
@@ -412,12 +414,12 @@ class Engine:
         shape = (self.model_config.vocab_size,)
         logits = jax.ShapeDtypeStruct(shape, jnp.float32, sharding=whole)
         tokens = jax.ShapeDtypeStruct((1, self.book.max_tokens), jnp.int32)
-        seen = Seen(tokens, jax.ShapeDtypeStruct((1,), jnp.int32))  # pyright: ignore[reportArgumentType]
+        seen = TokenHistory(tokens, jax.ShapeDtypeStruct((1,), jnp.int32))  # pyright: ignore[reportArgumentType]
         allowed = jax.ShapeDtypeStruct((1, mask_words(*shape)), jnp.uint32)
         return self._program(("sample", 1), sample_first, logits, sampling, seen, allowed)
 
-    def _decode_program(self, rows: Rows) -> Compiled:
-        layers, slots = self.layout.slot_head.shape
+    def _decode_program(self, rows: DecodeInputs) -> Compiled:
+        layers, slots = self.layout.head_of_slot.shape
         batch = len(rows.positions)
         new_pages = jax.ShapeDtypeStruct((layers, batch, slots), jnp.int32)
         args = (self.model, self.cache, rows, new_pages, np.int32(1))
@@ -434,7 +436,7 @@ class Engine:
         if key not in self._programs:
             # GPUs would round the factors of float32 products to ten bits.
             precision = "highest" if self.config.dtype == "float32" else None
-            compiling = readable(f"compiling {key[0]} of {key[1]}", STEP_DOES_NOT_FIT)
+            compiling = translate_xla_errors(f"compiling {key[0]} of {key[1]}", STEP_DOES_NOT_FIT)
             with jax.default_matmul_precision(precision), compiling:
                 lowered = step.lower(*args, **static)
                 options = compiler_options(self.mesh, int8=self.config.quantization == "int8")

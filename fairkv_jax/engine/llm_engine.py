@@ -13,10 +13,10 @@ import numpy as np
 from fairkv_jax.checkpoint import Checkpoint
 from fairkv_jax.compress import make_policy
 from fairkv_jax.config import EngineConfig, KVConfig
-from fairkv_jax.decode import Rows
+from fairkv_jax.decode import DecodeInputs
 from fairkv_jax.engine.compiling import Compilations
-from fairkv_jax.engine.device_errors import STEP_DOES_NOT_FIT, readable
-from fairkv_jax.engine.engine import Engine, Prefill
+from fairkv_jax.engine.device_errors import STEP_DOES_NOT_FIT, translate_xla_errors
+from fairkv_jax.engine.engine import Engine, PrefillTask
 from fairkv_jax.engine.guided import Grammars
 from fairkv_jax.engine.pacing import Pacer
 from fairkv_jax.engine.request import Logprob, Request, RequestOutput
@@ -24,7 +24,7 @@ from fairkv_jax.engine.scheduler import Scheduler
 from fairkv_jax.engine.sequence import Sequence
 from fairkv_jax.engine.stats import EngineStats
 from fairkv_jax.plan import Plan
-from fairkv_jax.prefill import Prefix, kept_tokens
+from fairkv_jax.prefill import CompressedPrefix, kept_tokens
 from fairkv_jax.sampling import Sampled, SamplingState, mask_words
 from fairkv_jax.sampling_params import (
     MAX_STOP_TOKEN_IDS,
@@ -199,7 +199,7 @@ class LLMEngine:
             DeviceError: the devices failed, or have too little memory.
         """
         try:
-            with readable("running a step", STEP_DOES_NOT_FIT):
+            with translate_xla_errors("running a step", STEP_DOES_NOT_FIT):
                 return [sequence.output() for sequence in self._step()]
         except BaseException:
             self._start_over()
@@ -292,7 +292,7 @@ class LLMEngine:
         sequence.prefill = None
         return advanced
 
-    def _sample_first(self, sequence: Sequence, prefix: Prefix) -> Sampled:
+    def _sample_first(self, sequence: Sequence, prefix: CompressedPrefix) -> Sampled:
         """The first token of an output."""
         allowed = None if sequence.matcher is None else sequence.matcher.allowed()
         prompt = sequence.request.prompt_token_ids
@@ -300,7 +300,7 @@ class LLMEngine:
         return jax.device_get(self.engine.sample_first(prefix, sampling, prompt, allowed))
 
     def _prompt_logprobs(
-        self, sequence: Sequence, prefill: Prefill
+        self, sequence: Sequence, prefill: PrefillTask
     ) -> list[dict[int, Logprob] | None]:
         count = sequence.params.prompt_logprobs or 0
         if prefill.num_tokens == 1:
@@ -308,7 +308,7 @@ class LLMEngine:
         scores = self.engine.prompt_scores(prefill)
         return [None, *(self._ranked(scores, i, count) for i in range(prefill.num_tokens - 1))]
 
-    def _advance(self, prefill: Prefill) -> None:
+    def _advance(self, prefill: PrefillTask) -> None:
         """Runs the next part of a prefill: short beside running requests, longer alone."""
         is_alone = not self.scheduler.running
         units = self.engine.units_of(prefill, self._pacer.prefill_work(is_alone=is_alone))
@@ -400,7 +400,7 @@ class LLMEngine:
         self._sampling = None
         self.engine.reset()
 
-    def _rows(self) -> Rows:
+    def _rows(self) -> DecodeInputs:
         """The batch's next inputs, idle rows included."""
         batch = self.engine.batch_bucket(self.scheduler.num_rows)
         running = self.scheduler.running
@@ -416,7 +416,7 @@ class LLMEngine:
             ]
             sampling = self._sampling = self.engine.on_all_devices(self._stack(options))
         positions, place = self.engine.on_all_devices((positions, place))
-        return Rows(positions, place, sampling, self._allowed(batch))
+        return DecodeInputs(positions, place, sampling, self._allowed(batch))
 
     def _stack(self, options: list[tuple[SamplingParams, int]]) -> SamplingState:
         vocab_size = self.model_config.vocab_size

@@ -4,7 +4,7 @@ import time
 from dataclasses import replace
 
 from fairkv_jax.config import KVConfig
-from fairkv_jax.engine.engine import Prefill
+from fairkv_jax.engine.engine import PrefillTask
 from fairkv_jax.engine.guided import Matcher
 from fairkv_jax.engine.request import CompletionOutput, Logprob, Request, RequestOutput
 from fairkv_jax.engine.stats import RequestMetrics
@@ -35,7 +35,7 @@ class Sequence:
         """Generated so far; they survive a preemption."""
         self.num_cached = 0
         """Generated tokens whose keys and values lie in the cache, or are on their way to it."""
-        self.prefill: Prefill | None = None
+        self.prefill: PrefillTask | None = None
         """Under way, or done while it waits for pages."""
         self.kept: KeptTokens | None = None
         self.matcher = matcher

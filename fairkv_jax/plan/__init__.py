@@ -4,7 +4,7 @@ from fairkv_jax.plan.calibrate import Calibration, Step, calibrate
 from fairkv_jax.plan.cost import HARDWARE, CostModel
 from fairkv_jax.plan.make import ROW_SPLITS, STRATEGIES, default_cost, make_plan
 from fairkv_jax.plan.objective import OBJECTIVES
-from fairkv_jax.plan.plan import Copy, Plan
+from fairkv_jax.plan.plan import Plan, Replica
 from fairkv_jax.plan.profile import Profile
 from fairkv_jax.plan.route import route
 from fairkv_jax.plan.rows import row_counts
@@ -19,11 +19,11 @@ __all__ = [
     "SHAPES",
     "STRATEGIES",
     "Calibration",
-    "Copy",
     "CostModel",
     "ModelShape",
     "Plan",
     "Profile",
+    "Replica",
     "Step",
     "Trace",
     "Workload",

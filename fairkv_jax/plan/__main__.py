@@ -40,7 +40,7 @@ def define_flags() -> flags.FlagValues:
         "row_split", "equal", ROW_SPLITS, "how replicas share rows", flag_values=values
     )
     flags.DEFINE_integer(
-        "max_copies", None, "most copies per layer beyond one per head; default devices - 1",
+        "max_extra_replicas", None, "most replicas per layer beyond one per head; default P - 1",
         flag_values=values,
     )  # fmt: skip
     flags.DEFINE_integer("max_slots", None, "most heads on a device in a layer", flag_values=values)
@@ -107,7 +107,7 @@ def run(values: flags.FlagValues, console: Console) -> None:
             values.devices,
             strategy,
             row_split=row_split,
-            max_copies=values.max_copies,
+            max_extra_replicas=values.max_extra_replicas,
             max_slots=values.max_slots,
             device_bytes=memory,
             objective=values.objective,

@@ -3,7 +3,9 @@
 import numpy as np
 
 
-def lower_bounds(weights: np.ndarray, devices: int, slots: int, max_copies: int) -> np.ndarray:
+def lower_bounds(
+    weights: np.ndarray, devices: int, slots: int, max_extra_replicas: int
+) -> np.ndarray:
     """A bound that holds for equal and for free shares alike.
 
     The fullest device holds at least the mean; at least the largest piece, when the copies go to
@@ -14,14 +16,14 @@ def lower_bounds(weights: np.ndarray, devices: int, slots: int, max_copies: int)
         weights: [L, K] in descending order.
 
     Returns:
-        [max_copies + 1, L]: entry e is for at most e copies.
+        [max_extra_replicas + 1, L]: entry e is for at most e copies.
     """
     num_layers, num_heads = weights.shape
     pieces = np.ones(weights.shape, int)
     rows = np.arange(num_layers)
     mean = weights.sum(1) / devices
     bounds = [np.maximum(mean, _meeting(weights, devices))]
-    for extra in range(1, max_copies + 1):
+    for extra in range(1, max_extra_replicas + 1):
         largest = (weights / pieces).argmax(1)
         if num_heads + extra <= slots * devices:
             pieces[rows, largest] += pieces[rows, largest] < devices

@@ -8,16 +8,16 @@ import numpy as np
 MAX_CHOICES = 13_000
 
 
-def replica_choices(heads: int, devices: int, max_copies: int) -> np.ndarray:
+def replica_choices(heads: int, devices: int, max_extra_replicas: int) -> np.ndarray:
     """Every replica count per head, int [R, K], fewest copies first.
 
-    As many copies as `max_copies` and MAX_CHOICES allow: 8 heads with up to 8 copies are 12,870
-    choices, 64 heads with up to 2 copies are 2,145.
+    As many copies as `max_extra_replicas` and MAX_CHOICES allow: 8 heads with up to 8 copies are
+    12,870 choices, 64 heads with up to 2 copies are 2,145.
     """
-    while comb(heads + max_copies, heads) > MAX_CHOICES:
-        max_copies -= 1
+    while comb(heads + max_extra_replicas, heads) > MAX_CHOICES:
+        max_extra_replicas -= 1
     # Stars and bars: the last bin holds the copies that are not used.
-    bars = np.array(list(combinations(range(heads + max_copies), heads)))
+    bars = np.array(list(combinations(range(heads + max_extra_replicas), heads)))
     copies = np.diff(bars, axis=1, prepend=-1) - 1
     copies = copies[(copies < devices).all(1)]
     return copies[np.argsort(copies.sum(1), kind="stable")] + 1

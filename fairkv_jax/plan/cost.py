@@ -68,13 +68,13 @@ class CostModel:
     def of(
         cls,
         shape: ModelShape,
-        n_devices: int,
+        num_devices: int,
         hardware: str = "H100",
         *,
         batch: int = 16,
         itemsize: int = 2,
     ) -> Self:
-        """The cost of a model on `n_devices` of that hardware, bound by memory reads.
+        """The cost of a model on `num_devices` of that hardware, bound by memory reads.
 
         `itemsize` is the bytes of one weight or cached number. Decoding reads each weight once a
         step, whatever the batch, and each cached token once.
@@ -84,7 +84,7 @@ class CostModel:
         bandwidth = HARDWARE[hardware].bandwidth
         head_bytes = shape.head_params * itemsize
         token_bytes = 2 * shape.head_dim * itemsize
-        rest_bytes = shape.rest_params * itemsize / n_devices
+        rest_bytes = shape.rest_params * itemsize / num_devices
         return cls(
             a_seconds=head_bytes / bandwidth,
             b_seconds_per_token=token_bytes / bandwidth,

@@ -10,7 +10,7 @@ SEARCHED = 4
 
 
 def equal_splits(
-    weights: np.ndarray, start: np.ndarray, devices: int, slots: int, max_copies: int
+    weights: np.ndarray, start: np.ndarray, devices: int, slots: int, max_extra_replicas: int
 ) -> np.ndarray:
     """Adds copies one by one, each time of the head whose copy helps most.
 
@@ -22,7 +22,7 @@ def equal_splits(
         start: bool [L, K, P], a placement without copies that is also considered.
 
     Returns:
-        shares [max_copies + 1, L, K, P]: entry e uses at most e copies in every layer.
+        shares [max_extra_replicas + 1, L, K, P]: entry e uses at most e copies in every layer.
     """
     num_heads = weights.shape[1]
     replicas = np.ones(weights.shape, int)
@@ -31,7 +31,7 @@ def equal_splits(
     shares, peak = _better(shares, peak, start, weights, replicas)
     found = [shares]
     mean = weights.sum(1) / devices
-    for _ in range(min(max_copies, slots * devices - num_heads, num_heads * (devices - 1))):
+    for _ in range(min(max_extra_replicas, slots * devices - num_heads, num_heads * (devices - 1))):
         open_ = np.flatnonzero(peak > mean * (1 + tolerance(num_heads)))
         if not open_.size:
             break
@@ -41,7 +41,7 @@ def equal_splits(
         shares = shares.copy()
         shares[open_], peak[open_] = _better(shares[open_], peak[open_], placed, pieces, counts)
         found.append(shares)
-    while len(found) <= max_copies:
+    while len(found) <= max_extra_replicas:
         found.append(shares)
     return np.stack(found)
 
@@ -56,7 +56,7 @@ def try_choices(
     """Packs every choice of replicas whose bound leaves hope; improves `found` where one is better.
 
     Args:
-        found: shares [max_copies + 1, L, K, P] as `equal_splits` gives them.
+        found: shares [max_extra_replicas + 1, L, K, P] as `equal_splits` gives them.
         choices: int [R, K] replicas per head.
         bounds: [L, R] what each choice cannot beat.
     """

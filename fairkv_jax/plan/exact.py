@@ -1,8 +1,8 @@
 """The layer problem as a mixed-integer program, for HiGHS: it closes what the search left open.
 
 For one layer: choose devices, and replicas or shares, so that the fullest device is least full,
-with at most C heads on a device and at most `max_copies` copies. Work is limited by a count of
-nodes, never by the clock, so that the same input gives the same plan on every machine.
+with at most C heads on a device and at most `max_extra_replicas` copies. Work is limited by a count
+of nodes, never by the clock, so that the same input gives the same plan on every machine.
 """
 
 from dataclasses import dataclass, field
@@ -17,7 +17,7 @@ Values = float | np.ndarray
 
 
 def equal_columns(
-    weights: np.ndarray, start: np.ndarray, slots: int, max_copies: int
+    weights: np.ndarray, start: np.ndarray, slots: int, max_extra_replicas: int
 ) -> np.ndarray:
     """The (head, replicas, device) triples that may beat `start` [K, P], int [n, 3].
 
@@ -26,7 +26,7 @@ def equal_columns(
     """
     num_heads, devices = start.shape
     least = np.maximum(1, np.ceil(weights / (weights @ start).max() * (1 - 1e-9)).astype(int))
-    spare = min(max_copies, slots * devices - num_heads) - int((least - 1).sum())
+    spare = min(max_extra_replicas, slots * devices - num_heads) - int((least - 1).sum())
     columns = [
         (head, count, device)
         for head in range(num_heads)
@@ -37,7 +37,7 @@ def equal_columns(
 
 
 def solve_equal(
-    weights: np.ndarray, start: np.ndarray, floor: float, slots: int, max_copies: int
+    weights: np.ndarray, start: np.ndarray, floor: float, slots: int, max_extra_replicas: int
 ) -> tuple[np.ndarray, float]:
     """Improves the shares `start` [K, P] of equally split heads, or proves that nothing can.
 
@@ -50,7 +50,7 @@ def solve_equal(
     """
     devices = start.shape[1]
     peak = float((weights @ start).max())
-    columns = equal_columns(weights, start, slots, max_copies)
+    columns = equal_columns(weights, start, slots, max_extra_replicas)
     if not len(columns):
         return start, peak
     head, count, device = columns.T
@@ -74,7 +74,7 @@ def solve_equal(
     )
     program.add_loads(device, each, weights[head] / count / peak, devices)
     program.add(device, each, 1.0, high=slots)
-    program.add(np.zeros(m, int), option, choices[:, 1] - 1.0, high=max_copies)
+    program.add(np.zeros(m, int), option, choices[:, 1] - 1.0, high=max_extra_replicas)
     # Devices are alike: let the heaviest head's replicas be on the first ones.
     program.high[each[(head == 0) & (device >= count)]] = 0.0
     values, bound = program.solve()
@@ -87,7 +87,7 @@ def solve_equal(
 
 
 def solve_proportional(
-    weights: np.ndarray, start: np.ndarray, floor: float, slots: int, max_copies: int
+    weights: np.ndarray, start: np.ndarray, floor: float, slots: int, max_extra_replicas: int
 ) -> tuple[np.ndarray, float]:
     """Like `solve_equal`, with free shares."""
     num_heads, devices = start.shape
@@ -109,7 +109,7 @@ def solve_proportional(
     program.add(device, there, 1.0, high=slots)
     program.add_loads(device, share, weights[head] / peak, devices)
     program.add(device, there, 1.0, high=slots)
-    program.add(np.zeros(n, int), there, 1.0, high=num_heads + max_copies)
+    program.add(np.zeros(n, int), there, 1.0, high=num_heads + max_extra_replicas)
     program.low[there[0]] = 1.0
     values, bound = program.solve()
     shares = start

@@ -55,7 +55,7 @@ class Frontier:
 
 def find_frontier(search: Search, objective: Objective, most_slots: int) -> Frontier:
     """Searches slot by slot until more slots cannot pay, then refines what may still improve."""
-    entries = range(search.max_copies + 1)
+    entries = range(search.max_extra_replicas + 1)
     lasting = search.lasting_bounds().sum(1)
     mean = float(search.weights.sum() / search.devices)
     tables: list[Table] = []

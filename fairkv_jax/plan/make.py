@@ -6,7 +6,7 @@ from fairkv_jax.plan.cost import CostModel
 from fairkv_jax.plan.frontier import Candidate, find_frontier, relabel
 from fairkv_jax.plan.labels import balance_labels
 from fairkv_jax.plan.objective import Objective
-from fairkv_jax.plan.plan import Copy, Plan
+from fairkv_jax.plan.plan import Plan, Replica
 from fairkv_jax.plan.profile import Profile
 from fairkv_jax.plan.search import Search
 from fairkv_jax.plan.shape import find_shape
@@ -17,11 +17,11 @@ ROW_SPLITS = ("equal", "proportional")
 
 def make_plan(
     profile: Profile,
-    n_devices: int,
+    num_devices: int,
     strategy: str = "fair_copying",
     *,
     row_split: str = "equal",
-    max_copies: int | None = None,
+    max_extra_replicas: int | None = None,
     max_slots: int | None = None,
     device_bytes: float | None = None,
     objective: str = "latency",
@@ -33,8 +33,8 @@ def make_plan(
     Args:
         strategy: "static" (contiguous blocks), "best_effort" (no copies) or "fair_copying".
         row_split: how replicas share a head's rows: "equal", or "proportional" to what is free.
-        max_copies: most copies per layer beyond one per head; by default P-1, with which free
-            shares can fill every device alike.
+        max_extra_replicas: most copies per layer beyond one per head; by default P-1, with which
+            free shares can fill every device alike.
         max_slots: most heads on a device in any layer.
         device_bytes: most bytes on a device: weights, empty slots and cached tokens.
         objective: "latency", or "throughput" at the batch that `device_bytes` allows.
@@ -45,11 +45,13 @@ def make_plan(
         ValueError: an argument is out of range, or a limit cannot be met; the message says which,
             and the nearest that can.
     """
-    copies = _check(profile, n_devices, strategy, row_split, max_copies, max_slots, effort)
-    cost = default_cost(profile, n_devices) if cost is None else cost
+    copies = _check(
+        profile, num_devices, strategy, row_split, max_extra_replicas, max_slots, effort
+    )
+    cost = default_cost(profile, num_devices) if cost is None else cost
     goal = Objective(cost, profile.num_layers, objective, device_bytes)
     batch, shares, bound, gain = _choose(
-        profile, n_devices, strategy, row_split, copies, max_slots, goal, effort
+        profile, num_devices, strategy, row_split, copies, max_slots, goal, effort
     )
     return _describe(
         profile,
@@ -65,7 +67,7 @@ def make_plan(
 
 def _choose(
     profile: Profile,
-    n_devices: int,
+    num_devices: int,
     strategy: str,
     row_split: str,
     copies: int,
@@ -79,19 +81,19 @@ def _choose(
     """
     order = np.argsort(-profile.array, axis=1, kind="stable")
     weights = np.take_along_axis(profile.array, order, 1)
-    fixed = static_shares(profile.num_layers, profile.num_heads, n_devices)
+    fixed = static_shares(profile.num_layers, profile.num_heads, num_devices)
     fixed = np.take_along_axis(fixed, order[:, :, None], 1)
-    most_copies = profile.num_heads * (n_devices - 1)
+    most_copies = profile.num_heads * (num_devices - 1)
     # One copy more than asked for, to say what it would gain.
     search = Search(
         weights=weights,
         static=fixed > 0,
-        max_copies=min(copies + 1, most_copies) if strategy == "fair_copying" else 0,
+        max_extra_replicas=min(copies + 1, most_copies) if strategy == "fair_copying" else 0,
         row_split=row_split,
         effort=effort,
     )
     frontier = find_frontier(search, goal, max_slots or profile.num_heads)
-    copies = min(copies, search.max_copies)
+    copies = min(copies, search.max_extra_replicas)
     chosen = _judged(weights, fixed, goal)
     if strategy != "static":
         found = _balanced(weights, frontier.best[copies], goal)
@@ -106,26 +108,26 @@ def _choose(
     return batch, shares, bound, max(0.0, float(chosen.token_seconds / more - 1))
 
 
-def default_cost(profile: Profile, n_devices: int) -> CostModel:
+def default_cost(profile: Profile, num_devices: int) -> CostModel:
     """An H100's cost at a batch of 16; of tokens alone where the model's widths are unknown."""
     shape = profile.shape or find_shape(profile.model)
-    return CostModel.tokens_only() if shape is None else CostModel.of(shape, n_devices)
+    return CostModel.tokens_only() if shape is None else CostModel.of(shape, num_devices)
 
 
-def static_shares(num_layers: int, num_heads: int, n_devices: int) -> np.ndarray:
+def static_shares(num_layers: int, num_heads: int, num_devices: int) -> np.ndarray:
     """Contiguous blocks of heads in checkpoint order, shares [L, K, P]: the baseline."""
-    shares = np.zeros((num_layers, num_heads, n_devices))
-    for device, heads in enumerate(np.array_split(np.arange(num_heads), n_devices)):
+    shares = np.zeros((num_layers, num_heads, num_devices))
+    for device, heads in enumerate(np.array_split(np.arange(num_heads), num_devices)):
         shares[:, heads, device] = 1.0
     return shares
 
 
 def _check(
     profile: Profile,
-    n_devices: int,
+    num_devices: int,
     strategy: str,
     row_split: str,
-    max_copies: int | None,
+    max_extra_replicas: int | None,
     max_slots: int | None,
     effort: int,
 ) -> int:
@@ -134,20 +136,24 @@ def _check(
         raise ValueError(f"strategy must be one of {', '.join(STRATEGIES)}, got {strategy!r}")
     if row_split not in ROW_SPLITS:
         raise ValueError(f"row_split must be one of {', '.join(ROW_SPLITS)}, got {row_split!r}")
-    limits = (("n_devices", n_devices, 1), ("max_copies", max_copies, 0), ("effort", effort, 0))
+    limits = (
+        ("num_devices", num_devices, 1),
+        ("max_extra_replicas", max_extra_replicas, 0),
+        ("effort", effort, 0),
+    )
     for name, value, low in (*limits, ("max_slots", max_slots, 1)):
         whole = isinstance(value, int | np.integer) and not isinstance(value, bool)
         if value is not None and (not whole or value < low):
             raise ValueError(f"{name} must be an integer of at least {low}, got {value!r}")
-    least = -(-profile.num_heads // n_devices)
+    least = -(-profile.num_heads // num_devices)
     if max_slots is not None and max_slots < least:
         raise ValueError(
-            f"max_slots {max_slots} cannot hold {profile.num_heads} heads on {n_devices} devices: "
-            f"the least is {least}"
+            f"max_slots {max_slots} cannot hold {profile.num_heads} heads on {num_devices} "
+            f"devices: the least is {least}"
         )
     if strategy != "fair_copying":
         return 0
-    return n_devices - 1 if max_copies is None else int(max_copies)
+    return num_devices - 1 if max_extra_replicas is None else int(max_extra_replicas)
 
 
 def _judged(weights: np.ndarray, shares: np.ndarray, goal: Objective) -> Candidate:
@@ -195,7 +201,7 @@ def _describe(
     busy += batch * profile.array.sum() * cost.b_seconds_per_token
     layers = tuple(
         tuple(
-            Copy(int(head), int(device), float(layer[head, device]))
+            Replica(int(head), int(device), float(layer[head, device]))
             for device, head in np.argwhere(layer.T > 0)
         )
         for layer in shares
@@ -203,8 +209,8 @@ def _describe(
     return Plan(
         strategy=strategy,
         row_split=row_split,
-        n_devices=shares.shape[2],
-        n_heads=profile.num_heads,
+        num_devices=shares.shape[2],
+        num_heads=profile.num_heads,
         layers=layers,
         cost=cost,
         utilization=float(busy / shares.shape[2] / seconds),

@@ -20,7 +20,7 @@ class Objective:
     """
 
     cost: CostModel
-    n_layers: int
+    num_layers: int
     name: str = "latency"
     device_bytes: float | None = None
 
@@ -41,7 +41,7 @@ class Objective:
 
     def weight_bytes(self, slots: int) -> float:
         """Weights on one device with C slots a layer."""
-        return self.cost.rest_bytes + self.n_layers * slots * self.cost.head_bytes
+        return self.cost.rest_bytes + self.num_layers * slots * self.cost.head_bytes
 
     def batch(self, slots: int, fullest_tokens: float) -> int:
         """The batch to run with; 0 where the memory does not allow it.
@@ -61,7 +61,7 @@ class Objective:
 
         `peak_tokens` is the fullest device's share of one row, summed over layers.
         """
-        weights = self.n_layers * slots * self.cost.a_seconds
+        weights = self.num_layers * slots * self.cost.a_seconds
         return weights + batch * peak_tokens * self.cost.b_seconds_per_token
 
     def token_seconds(self, slots: int, peak_tokens: float, fullest_tokens: float) -> float:

@@ -13,7 +13,7 @@ SHARE_TOLERANCE = 1e-6
 
 
 @dataclass(frozen=True)
-class Copy:
+class Replica:
     """One head on one device, serving `share` of the rows."""
 
     head: int
@@ -21,7 +21,7 @@ class Copy:
     share: float
 
 
-Layer = tuple[Copy, ...]
+Layer = tuple[Replica, ...]
 
 
 @dataclass(frozen=True)
@@ -37,8 +37,8 @@ class Plan:
     strategy: str
     row_split: str
     """How the rows of a replicated head are shared: "equal" or "proportional"."""
-    n_devices: int
-    n_heads: int
+    num_devices: int
+    num_heads: int
     layers: tuple[Layer, ...]
     """Per layer its copies, sorted by (device, head)."""
     cost: CostModel
@@ -57,7 +57,7 @@ class Plan:
     def __post_init__(self) -> None:
         object.__setattr__(self, "layers", tuple(_sorted(layer) for layer in self.layers))
         for index, layer in enumerate(self.layers):
-            _check_layer(index, layer, self.n_heads, self.n_devices)
+            _check_layer(index, layer, self.num_heads, self.num_devices)
 
     @property
     def rest_seconds(self) -> float:
@@ -65,7 +65,7 @@ class Plan:
         return self.cost.rest_seconds
 
     @property
-    def n_layers(self) -> int:
+    def num_layers(self) -> int:
         return len(self.layers)
 
     @property
@@ -74,9 +74,9 @@ class Plan:
         return max(int(self.copies().sum(1).max()), 1) if self.layers else 1
 
     @property
-    def n_copies(self) -> int:
+    def num_extra_replicas(self) -> int:
         """Copies beyond one per head, over all layers."""
-        return sum(len(layer) - self.n_heads for layer in self.layers)
+        return sum(len(layer) - self.num_heads for layer in self.layers)
 
     @property
     def gap(self) -> float:
@@ -91,7 +91,7 @@ class Plan:
     @property
     def device_bytes(self) -> float:
         """Weights and cached tokens on the fullest device."""
-        weights = self.cost.rest_bytes + self.n_layers * self.slots * self.cost.head_bytes
+        weights = self.cost.rest_bytes + self.num_layers * self.slots * self.cost.head_bytes
         return weights + self.cost.batch * self.fullest_tokens * self.cost.token_bytes
 
     def copies(self) -> np.ndarray:
@@ -100,17 +100,17 @@ class Plan:
 
     def shares(self) -> np.ndarray:
         """The share of the rows that each device serves of each head, [L, K, P]."""
-        shares = np.zeros((len(self.layers), self.n_heads, self.n_devices))
+        shares = np.zeros((len(self.layers), self.num_heads, self.num_devices))
         for index, layer in enumerate(self.layers):
             for copy in layer:
                 shares[index, copy.head, copy.device] = copy.share
         return shares
 
-    def slot_heads(self) -> np.ndarray:
+    def head_of_slot(self) -> np.ndarray:
         """The head in every slot, int32 [L, P, C]; -1 is empty, heads ascend in a device."""
-        slots = np.full((len(self.layers), self.n_devices, self.slots), -1, np.int32)
+        slots = np.full((len(self.layers), self.num_devices, self.slots), -1, np.int32)
         for index, layer in enumerate(self.layers):
-            filled = [0] * self.n_devices
+            filled = [0] * self.num_devices
             for copy in layer:
                 slots[index, copy.device, filled[copy.device]] = copy.head
                 filled[copy.device] += 1
@@ -122,8 +122,8 @@ class Plan:
             "strategy": self.strategy,
             "row_split": self.row_split,
             "model": self.model,
-            "n_devices": self.n_devices,
-            "n_heads": self.n_heads,
+            "num_devices": self.num_devices,
+            "num_heads": self.num_heads,
             "slots": self.slots,
             "utilization": self.utilization,
             "step_seconds": self.step_seconds,
@@ -152,6 +152,9 @@ class Plan:
             raise ValueError(f"the plan is not JSON: {error}") from None
         if not isinstance(record, dict):
             raise ValueError(f"a plan is a JSON object, got {type(record).__name__}")
+        for old, new in _OLD_NAMES.items():
+            if old in record:
+                record.setdefault(new, record[old])
         for name, kinds in _FIELDS.items():
             value = record.get(name)
             if isinstance(value, bool) or not isinstance(value, kinds):
@@ -164,21 +167,24 @@ class Plan:
         if not layers:
             raise ValueError("the plan has no layers")
         heads = 1 + max((copy.head for layer in layers for copy in layer), default=0)
-        heads = record.get("n_heads", heads)
+        heads = record.get("num_heads", heads)
         if isinstance(heads, bool) or not isinstance(heads, int):
-            raise ValueError(f"the plan's n_heads must be of type int, got {heads!r}")
+            raise ValueError(f"the plan's num_heads must be of type int, got {heads!r}")
         optional = ("one_more_copy_gain", "fullest_tokens", "model")
         return cls(
             **{name: record[name] for name in _FIELDS if name in cls.__dataclass_fields__}
             | {name: record[name] for name in optional if name in record}
-            | {"n_heads": heads, "layers": layers, "cost": cost}
+            | {"num_heads": heads, "layers": layers, "cost": cost}
         )
 
+
+_OLD_NAMES = {"n_devices": "num_devices", "n_heads": "num_heads"}
+"""Keys of plan files written by version 0.1, and what they are called now."""
 
 _FIELDS: dict[str, tuple[type, ...]] = {
     "strategy": (str,),
     "row_split": (str,),
-    "n_devices": (int,),
+    "num_devices": (int,),
     "utilization": (int, float),
     "step_seconds": (int, float),
     "rest_seconds": (int, float),
@@ -196,13 +202,13 @@ def _sorted(layer: Layer) -> Layer:
     return tuple(sorted(layer, key=lambda copy: (copy.device, copy.head)))
 
 
-def _check_layer(index: int, layer: Layer, n_heads: int, n_devices: int) -> None:
-    shares = [0.0] * n_heads
+def _check_layer(index: int, layer: Layer, num_heads: int, num_devices: int) -> None:
+    shares = [0.0] * num_heads
     for copy in layer:
-        if not (0 <= copy.head < n_heads and 0 <= copy.device < n_devices):
+        if not (0 <= copy.head < num_heads and 0 <= copy.device < num_devices):
             raise ValueError(
                 f"layer {index} of the plan places head {copy.head} on device {copy.device}, "
-                f"but there are {n_heads} heads and {n_devices} devices"
+                f"but there are {num_heads} heads and {num_devices} devices"
             )
         if not 0 < copy.share <= 1 + SHARE_TOLERANCE:
             raise ValueError(
@@ -232,5 +238,5 @@ def _read_layer(index: int, layer: Any) -> Layer:
                 f"layer {index} of the plan: a copy is an object with head, device and share, "
                 f"got {entry!r}"
             )
-        copies.append(Copy(entry["head"], entry["device"], float(entry["share"])))
+        copies.append(Replica(entry["head"], entry["device"], float(entry["share"])))
     return tuple(copies)

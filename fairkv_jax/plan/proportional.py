@@ -12,14 +12,14 @@ BISECTIONS = 30
 
 
 def proportional_splits(
-    weights: np.ndarray, start: np.ndarray, slots: int, max_copies: np.ndarray
+    weights: np.ndarray, start: np.ndarray, slots: int, max_extra_replicas: np.ndarray
 ) -> np.ndarray:
     """Levels the devices by moving parts of heads from full ones to empty ones.
 
     Args:
         weights: [N, K] load of a head, in N independent layers.
         start: shares [N, K, P] to begin with, within the limits.
-        max_copies: [N] most copies beyond one per head.
+        max_extra_replicas: [N] most copies beyond one per head.
 
     Returns:
         shares [N, K, P] whose fullest device is at most as full as that of `start`.
@@ -33,7 +33,7 @@ def proportional_splits(
         if not active.size:
             break
         shares, done = _fill_to(
-            level[active], weights[active], start[active], slots, max_copies[active]
+            level[active], weights[active], start[active], slots, max_extra_replicas[active]
         )
         reached, missed = active[done], active[~done]
         best[reached] = shares[done]
@@ -49,7 +49,11 @@ def _loads(weights: np.ndarray, shares: np.ndarray) -> np.ndarray:
 
 
 def _fill_to(
-    level: np.ndarray, weights: np.ndarray, start: np.ndarray, slots: int, max_copies: np.ndarray
+    level: np.ndarray,
+    weights: np.ndarray,
+    start: np.ndarray,
+    slots: int,
+    max_extra_replicas: np.ndarray,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Shares with no device above `level` [N], and for each layer whether the limits allowed it."""
     shares = start.copy()
@@ -65,7 +69,7 @@ def _fill_to(
         if not active.size:
             break
         moved = _move(shares, weights, active, load, level[active], slots)
-        within = (shares[active] > 0).sum((1, 2)) - heads <= max_copies[active]
+        within = (shares[active] > 0).sum((1, 2)) - heads <= max_extra_replicas[active]
         active = active[moved & within]
     return shares, done
 

@@ -40,7 +40,7 @@ svg .bar { fill: var(--heat); } svg .mean { stroke: var(--mark); stroke-dasharra
 
 def report_page(profile: Profile, chosen: Plan, plans: Sequence[Plan]) -> str:
     """The whole page; `plans` are what it is compared with, `static` first."""
-    title = f"{profile.model or 'A model'} on {chosen.n_devices} devices"
+    title = f"{profile.model or 'A model'} on {chosen.num_devices} devices"
     body = [
         f"<h1>{escape(title)}</h1>",
         f'<p class="soft">{escape(_subtitle(profile, chosen))}</p>',
@@ -74,7 +74,10 @@ def _figures(plan: Plan, static: Plan) -> str:
         (f"{speed:.2f}×", f"tokens/s of {plan_name(static)}"),
         (f"{attention:.2f}×", "as fast in attention alone, per row"),
         (f"{static.utilization:.0%} → {plan.utilization:.0%}", "utilisation in attention"),
-        (f"{plan.n_copies}", f"copies in {plan.n_layers} layers, {plan.slots} slots a device"),
+        (
+            f"{plan.num_extra_replicas}",
+            f"copies in {plan.num_layers} layers, {plan.slots} slots a device",
+        ),
         (f"{plan.gap:.1%}", "at most above the best possible plan"),
     )
     cells = (f'<div class="figure"><b>{value}</b>{escape(text)}</div>' for value, text in shown)
@@ -118,9 +121,9 @@ def _devices(profile: Profile, before: Plan, after: Plan) -> str:
                 f"layer {layer}, device {device}: {load[layer, device]:.0f} tokens, "
                 f"{relative[layer, device]:.2f} times the mean; heads "
                 + ", ".join(str(copy.head) for copy in plan.layers[layer] if copy.device == device)
-                for device in range(plan.n_devices)
+                for device in range(plan.num_devices)
             ]
-            for layer in range(plan.n_layers)
+            for layer in range(plan.num_layers)
         ]
         peak = load.max(1).sum() / load.mean(1).sum()
         parts.append(
@@ -153,7 +156,7 @@ def _strategies(chosen: Plan, plans: Sequence[Plan]) -> str:
             str(plan.cost.batch),
             f"{plan.tokens_per_second:,.0f}",
             f"{plan.tokens_per_second / plans[0].tokens_per_second:.2f}×",
-            str(plan.n_copies),
+            str(plan.num_extra_replicas),
             str(plan.slots),
             f"+{plan.one_more_copy_gain:.2%}",
             f"{plan.device_bytes / 2**30:.2f} GiB",

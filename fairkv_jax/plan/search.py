@@ -45,7 +45,7 @@ class Search:
     """[L, K] in descending order within each layer."""
     static: np.ndarray
     """bool [L, K, P], the contiguous placement: no table is worse."""
-    max_copies: int
+    max_extra_replicas: int
     row_split: str
     effort: int = 1
 
@@ -61,12 +61,14 @@ class Search:
     def tables(self, most_slots: int) -> Iterator[Table]:
         """Tables of more and more slots, each at least as good as the one before."""
         heads = self.weights.shape[1]
-        choices = replica_choices(heads, self.devices, self.max_copies)
+        choices = replica_choices(heads, self.devices, self.max_extra_replicas)
         floors = choice_bounds(self.weights, choices, self.devices)
         before = None
         for slots in range(self.least_slots, min(most_slots, heads) + 1):
-            shares = equal_splits(self.weights, self.static, self.devices, slots, self.max_copies)
-            bounds = lower_bounds(self.weights, self.devices, slots, self.max_copies)
+            shares = equal_splits(
+                self.weights, self.static, self.devices, slots, self.max_extra_replicas
+            )
+            bounds = lower_bounds(self.weights, self.devices, slots, self.max_extra_replicas)
             shares = try_choices(self.weights, shares, choices, floors, slots)
             if self.row_split == "equal":
                 bounds = _raise_bounds(bounds, choices, floors, slots * self.devices)
@@ -78,7 +80,9 @@ class Search:
 
     def lasting_bounds(self) -> np.ndarray:
         """[E, L] bounds that hold for any number of slots."""
-        return lower_bounds(self.weights, self.devices, self.weights.shape[1], self.max_copies)
+        return lower_bounds(
+            self.weights, self.devices, self.weights.shape[1], self.max_extra_replicas
+        )
 
     def refine(self, table: Table, copies: int, work: int) -> tuple[Table, int]:
         """Hands the most open layers, at that number of copies, to HiGHS.

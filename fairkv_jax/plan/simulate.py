@@ -121,7 +121,7 @@ def _measure(plan: Plan, load: np.ndarray, rows: int) -> tuple[float, float, int
     cost, (num_layers, devices) = plan.cost, load.shape
     peak, total = load.max(1).sum(), load.sum()
     seconds = num_layers * plan.slots * cost.a_seconds + peak * cost.b_seconds_per_token
-    copies = num_layers * plan.n_heads + plan.n_copies
+    copies = num_layers * plan.num_heads + plan.num_extra_replicas
     busy = copies * cost.a_seconds + total * cost.b_seconds_per_token
     held = load.sum(0)
     return (

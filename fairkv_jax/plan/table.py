@@ -24,7 +24,7 @@ def comparison_table(profile: Profile, chosen: Plan, plans: Sequence[Plan]) -> T
     """
     table = Table(
         title=f"{profile.model or 'model'}: {profile.num_layers} layers x {profile.num_heads} "
-        f"heads on {chosen.n_devices} devices, {chosen.cost.hardware or 'measured cost'}",
+        f"heads on {chosen.num_devices} devices, {chosen.cost.hardware or 'measured cost'}",
         box=SIMPLE_HEAVY,
         padding=(0, 1, 0, 0),
     )
@@ -40,7 +40,7 @@ def comparison_table(profile: Profile, chosen: Plan, plans: Sequence[Plan]) -> T
         table.add_row(
             plan_name(plan),
             str(plan.slots),
-            str(plan.n_copies),
+            str(plan.num_extra_replicas),
             f"{plan.utilization:.1%}",
             f"{plan.step_seconds * 1e3:.4g}",
             f"{step * 1e3:.4g}",
@@ -59,13 +59,13 @@ def layer_table(profile: Profile, plan: Plan) -> Table:
     """Heads per device of every layer, with the tokens of one row that they hold."""
     table = Table(title=f"{plan_name(plan)}: heads per device (tokens of a row)")
     table.add_column("layer", justify="right")
-    for device in range(plan.n_devices):
+    for device in range(plan.num_devices):
         table.add_column(f"device {device}")
     load = np.einsum("lk,lkp->lp", profile.array, plan.shares())
     for index, layer in enumerate(plan.layers):
         cells = [
             f"{_heads(layer, device)} ({load[index, device]:.0f})"
-            for device in range(plan.n_devices)
+            for device in range(plan.num_devices)
         ]
         table.add_row(str(index), *cells)
     table.add_row("all", *(f"{tokens:,.0f}" for tokens in load.sum(0)), style="bold")

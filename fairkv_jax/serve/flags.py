@@ -43,7 +43,9 @@ _ENGINE_FLAGS = {
         _Flag(
             "head_plan", str, "fair_copying", "static, best_effort, fair_copying, or a plan's file"
         ),
-        _Flag("max_copies", int, None, "most extra head copies a layer (default: devices - 1)"),
+        _Flag(
+            "max_extra_replicas", int, None, "most extra head copies a layer (default: devices - 1)"
+        ),
         _Flag("max_num_seqs", int, EngineConfig.max_num_seqs, "requests that run at a time"),
         _Flag("gpu_memory_utilization", float, 0.9, "part of a GPU for weights and KV cache"),
         _Flag("kv_cache_memory_bytes", int, None, "instead of it, of the KV cache on all devices"),

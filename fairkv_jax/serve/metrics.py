@@ -117,7 +117,7 @@ class Metrics:
         """Say what is served; before that, nothing is counted."""
         self._labels["model_name"] = model_name
         self._utilization.labels(**self._labels).set(plan.utilization)
-        self._copies.labels(**self._labels).set(plan.n_copies)
+        self._copies.labels(**self._labels).set(plan.num_extra_replicas)
 
     @property
     def num_running(self) -> int:

@@ -37,7 +37,7 @@ def plan_table(plan: Plan) -> list[str]:
 
     A head with several copies is written with the share of the rows that each of them serves.
     """
-    devices = range(plan.n_devices)
+    devices = range(plan.num_devices)
     rows = [["layers", *(f"device {device}" for device in devices)]]
     for layers, heads in _runs(plan):
         rows.append([layers, *heads])
@@ -46,19 +46,19 @@ def plan_table(plan: Plan) -> list[str]:
         "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
         for row in rows
     ]
-    title = f"head plan {plan.strategy}: {plan.n_heads} KV heads on {plan.n_devices} devices"
+    title = f"head plan {plan.strategy}: {plan.num_heads} KV heads on {plan.num_devices} devices"
     return [f"{title}, utilisation {plan.utilization:.1%}", *(f"  {line}" for line in lines)]
 
 
 def _runs(plan: Plan) -> Iterator[tuple[str, list[str]]]:
-    written = [_heads_by_device(copies, plan.n_devices) for copies in plan.layers]
+    written = [_heads_by_device(copies, plan.num_devices) for copies in plan.layers]
     for heads, run in groupby(enumerate(written), key=lambda item: item[1]):
         layers = [layer for layer, _ in run]
         yield (f"{layers[0]}-{layers[-1]}" if len(layers) > 1 else f"{layers[0]}"), heads
 
 
-def _heads_by_device(copies: Layer, n_devices: int) -> list[str]:
-    heads: list[list[str]] = [[] for _ in range(n_devices)]
+def _heads_by_device(copies: Layer, num_devices: int) -> list[str]:
+    heads: list[list[str]] = [[] for _ in range(num_devices)]
     for copy in sorted(copies, key=lambda copy: copy.head):
         share = "" if copy.share == 1 else f" ({copy.share:.0%})"
         heads[copy.device].append(f"{copy.head}{share}")

@@ -3,7 +3,7 @@
 JAX shards evenly, so each of the P devices gets C slots a layer, some of them empty:
 
     plan      device 0: heads 0, 2     device 1: heads 1, 2        (head 2 has two replicas)
-    slots     [0, 2 | 1, 2]                                        slot_head[l], P*C entries
+    slots     [0, 2 | 1, 2]                                        head_of_slot[l], P*C entries
 """
 
 from dataclasses import dataclass
@@ -22,27 +22,27 @@ class SlotLayout:
 
     num_devices: int
     num_heads: int
-    slot_head: np.ndarray
+    head_of_slot: np.ndarray
     """[L, P*C], EMPTY where a slot holds no head; device p has slots p*C to p*C + C - 1."""
-    head_slot: np.ndarray
+    slot_of_head: np.ndarray
     """[L, K, P]: the slot of the head's replica on that device, EMPTY where it has none."""
 
     @classmethod
     def from_plan(cls, plan: Plan) -> "SlotLayout":
-        by_device = plan.slot_heads()
+        by_device = plan.head_of_slot()
         num_layers, num_devices, slots = by_device.shape
-        head_slot = np.full((num_layers, plan.n_heads, num_devices), EMPTY, np.int32)
+        slot_of_head = np.full((num_layers, plan.num_heads, num_devices), EMPTY, np.int32)
         for layer, device, slot in zip(*np.nonzero(by_device != EMPTY), strict=True):
             head = by_device[layer, device, slot]
-            head_slot[layer, head, device] = device * slots + slot
-        slot_head = by_device.reshape(num_layers, num_devices * slots).astype(np.int32)
-        slot_head.flags.writeable = head_slot.flags.writeable = False
-        return cls(num_devices, plan.n_heads, slot_head, head_slot)
+            slot_of_head[layer, head, device] = device * slots + slot
+        head_of_slot = by_device.reshape(num_layers, num_devices * slots).astype(np.int32)
+        head_of_slot.flags.writeable = slot_of_head.flags.writeable = False
+        return cls(num_devices, plan.num_heads, head_of_slot, slot_of_head)
 
     @property
     def num_slots(self) -> int:
         """Slots of one layer over all devices, P*C."""
-        return self.slot_head.shape[1]
+        return self.head_of_slot.shape[1]
 
     @property
     def slots_per_device(self) -> int:
@@ -51,10 +51,10 @@ class SlotLayout:
     @cached_property
     def replicas(self) -> np.ndarray:
         """[L, K, P] bool: whether the device holds a replica of the head."""
-        return self.head_slot != EMPTY
+        return self.slot_of_head != EMPTY
 
     @cached_property
     def first_slot(self) -> np.ndarray:
         """[L, K]: the first slot that holds the head, whose scores speak for all its replicas."""
-        is_head = self.slot_head[:, None] == np.arange(self.num_heads)[:, None]
+        is_head = self.head_of_slot[:, None] == np.arange(self.num_heads)[:, None]
         return np.argmax(is_head, axis=-1).astype(np.int32)

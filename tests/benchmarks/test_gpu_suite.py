@@ -60,8 +60,8 @@ def test_every_head_of_every_row_has_one_owner(strategy: str) -> None:
     profile = synthetic_profile(SHAPES["llama-3-8b"], 256, imbalance=0.6)
     plan = make_plan(profile, 4, strategy)
     owned = parallel.owned_lengths(profile, plan, batch=5)
-    assert ((owned > 0).sum((2, 3)) == plan.n_heads).all()
-    assert owned.sum((2, 3)).mean() == pytest.approx(256 * plan.n_heads, rel=0.05)
+    assert ((owned > 0).sum((2, 3)) == plan.num_heads).all()
+    assert owned.sum((2, 3)).mean() == pytest.approx(256 * plan.num_heads, rel=0.05)
 
 
 def test_the_prediction_is_the_planners() -> None:

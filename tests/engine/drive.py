@@ -55,7 +55,7 @@ def check_owners(engine: LLMEngine) -> None:
         assert sequence.kept is not None
         expected = sequence.kept.lengths + sequence.num_cached
         num_cached += expected.sum()
-        for layer, heads in enumerate(layout.slot_head):
+        for layer, heads in enumerate(layout.head_of_slot):
             for head in range(layout.num_heads):
                 of_replicas = lengths[layer, row, heads == head]
                 assert np.count_nonzero(of_replicas) == 1

@@ -39,7 +39,7 @@ def head_plan(strategy: str, num_devices: int) -> Plan:
     tokens = tuple(map(tuple, weights.tolist()))
     profile = Profile(model="", policy="ada_snapkv", budget=BUDGET, tokens=tokens)
     plan = make_plan(profile, num_devices, strategy)
-    assert (plan.n_copies > 0) == (strategy == "fair_copying" and num_devices > 1)
+    assert (plan.num_extra_replicas > 0) == (strategy == "fair_copying" and num_devices > 1)
     return plan
 
 

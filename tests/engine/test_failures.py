@@ -9,8 +9,8 @@ import pytest
 from fairkv_jax import LLM, SamplingParams
 from fairkv_jax.compress import POLICIES
 from fairkv_jax.config import POLICY_NAMES
-from fairkv_jax.engine.device_errors import DeviceError, readable
-from fairkv_jax.engine.engine import Engine, Prefill
+from fairkv_jax.engine.device_errors import DeviceError, translate_xla_errors
+from fairkv_jax.engine.engine import Engine, PrefillTask
 from fairkv_jax.engine.llm_engine import LLMEngine
 from tests.engine.drive import check_idle, greedy, random_prompt, request, run
 
@@ -54,7 +54,7 @@ def test_requests_survive_a_failing_prefill(llm: LLM, monkeypatch: pytest.Monkey
     expected = {name: out.outputs[0].token_ids for name, out in run(llm.engine, requests).items()}
     original = Engine.advance_prefill
 
-    def fail(self: Engine, prefill: Prefill, units: int) -> None:
+    def fail(self: Engine, prefill: PrefillTask, units: int) -> None:
         jax.tree.map(lambda array: array.delete(), prefill.state)
         monkeypatch.setattr(Engine, "advance_prefill", original)
         raise RuntimeError("out of memory")
@@ -93,14 +93,14 @@ def test_an_interrupt_loses_no_token(llm: LLM, monkeypatch: pytest.MonkeyPatch):
 def test_running_out_of_memory_is_a_sentence():
     """XLA's own error, on whatever device this is."""
     said = r"making the pool: 262144.00 GiB were needed .*: lower x"
-    with pytest.raises(DeviceError, match=said), readable("making the pool", "lower x"):
+    with pytest.raises(DeviceError, match=said), translate_xla_errors("making the pool", "lower x"):
         jax.block_until_ready(jax.jit(lambda: jax.numpy.zeros(1 << 46))())
 
 
 def test_other_errors_of_the_devices_keep_their_first_line():
     error = jax.errors.JaxRuntimeError("INTERNAL: CUDA_ERROR_ILLEGAL_ADDRESS\nat 0x1\nat 0x2")
     said = r"while running: INTERNAL: CUDA_ERROR_ILLEGAL_ADDRESS$"
-    with pytest.raises(DeviceError, match=said), readable("running", "lower x"):
+    with pytest.raises(DeviceError, match=said), translate_xla_errors("running", "lower x"):
         raise error
 
 

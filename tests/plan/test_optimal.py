@@ -29,7 +29,7 @@ def _slots_and_peak(plan: Plan, weights: np.ndarray) -> tuple[int, float]:
 @pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_nothing_beats_equal_splits(seed, heads, devices, copies, a_in_tokens):
     weights, cost = _weights(seed, 1, heads), _cost(a_in_tokens)
-    plan = make_plan(_profile(weights), devices, max_copies=copies, cost=cost)
+    plan = make_plan(_profile(weights), devices, max_extra_replicas=copies, cost=cost)
     for slots in range(-(-heads // devices), heads + 1):
         left = plan.step_seconds - slots * cost.a_seconds
         target = left / cost.b_seconds_per_token / cost.batch * (1 - 1e-5)
@@ -44,7 +44,9 @@ def test_nothing_beats_equal_splits(seed, heads, devices, copies, a_in_tokens):
 @pytest.mark.parametrize("seed", range(2))
 def test_layers_share_the_best_slots(seed, heads, devices, copies, row_split, oracle, a_in_tokens):
     weights, cost = _weights(seed, 2, heads), _cost(a_in_tokens)
-    plan = make_plan(_profile(weights), devices, row_split=row_split, max_copies=copies, cost=cost)
+    plan = make_plan(
+        _profile(weights), devices, row_split=row_split, max_extra_replicas=copies, cost=cost
+    )
     best = min(
         len(weights) * slots * cost.a_seconds
         + cost.batch
@@ -66,4 +68,4 @@ def test_best_effort_is_optimal_without_copies(seed):
     plan = make_plan(_profile(weights), 3, "best_effort", cost=_cost(0.0))
     best = best_equal(weights[0], 3, 5, 0)
     assert plan.step_seconds == pytest.approx(best * 4e-9, rel=1e-6)
-    assert plan.n_copies == 0
+    assert plan.num_extra_replicas == 0

@@ -24,11 +24,12 @@ def test_writes_plan_and_page(profile_file, tmp_path, capsys, dash):
     output, page = tmp_path / "plan.json", tmp_path / "plan.html"
     arguments = [
         f"--profile={profile_file}", "--devices", "2", f"--row{dash}split", "proportional",
-        f"--max{dash}copies=1", "--output", str(output), "--report", str(page), "--simulate=12",
+        f"--max{dash}extra{dash}replicas=1", "--output", str(output), "--report", str(page),
+            "--simulate=12",
     ]  # fmt: skip
     assert main(arguments) == 0
     plan = Plan.from_json(output.read_text(encoding="utf-8"))
-    assert (plan.row_split, plan.n_devices, plan.n_layers) == ("proportional", 2, 30)
+    assert (plan.row_split, plan.num_devices, plan.num_layers) == ("proportional", 2, 30)
     text = capsys.readouterr().out
     for part in ("static", "best_effort", "fair_copying, proportional", "12 requests replayed"):
         assert part in text

@@ -16,8 +16,8 @@ PROFILE = Profile("smollm2-135m", "ada_snapkv", 200, TOKENS.tolist())
     [
         ({"strategy": "best"}, "strategy must be one of static, best_effort, fair_copying"),
         ({"row_split": "fair"}, "row_split must be one of equal, proportional"),
-        ({"max_copies": -1}, "max_copies must be an integer of at least 0, got -1"),
-        ({"max_copies": 1.5}, "max_copies must be an integer"),
+        ({"max_extra_replicas": -1}, "max_extra_replicas must be an integer of at least 0, got -1"),
+        ({"max_extra_replicas": 1.5}, "max_extra_replicas must be an integer"),
         ({"max_slots": 1}, "max_slots 1 cannot hold 3 heads on 2 devices: the least is 2"),
         ({"effort": True}, "effort must be an integer"),
         ({"objective": "speed"}, "objective must be one of latency, throughput"),
@@ -33,7 +33,7 @@ def test_bad_options_are_named(options, message):
 
 @pytest.mark.parametrize("devices", [0, -1, 2.0, True])
 def test_devices_must_be_a_positive_integer(devices):
-    with pytest.raises(ValueError, match="n_devices must be an integer of at least 1"):
+    with pytest.raises(ValueError, match="num_devices must be an integer of at least 1"):
         make_plan(PROFILE, devices)
 
 

@@ -25,7 +25,7 @@ def test_json_gives_the_plan_back(row_split):
 
 def test_the_file_has_the_agreed_fields():
     record = _record()
-    assert {"strategy", "row_split", "n_devices", "utilization", "step_seconds"} <= set(record)
+    assert {"strategy", "row_split", "num_devices", "utilization", "step_seconds"} <= set(record)
     assert {"rest_seconds", "lower_bound_seconds", "cost", "layers"} <= set(record)
     assert {"a_seconds", "b_seconds_per_token", "batch"} <= set(record["cost"])
     assert set(record["layers"][0][0]) == {"head", "device", "share"}
@@ -34,12 +34,12 @@ def test_the_file_has_the_agreed_fields():
 def test_a_file_with_the_agreed_fields_alone_is_enough():
     record = _record()
     kept = (
-        "strategy", "row_split", "n_devices", "utilization", "step_seconds", "rest_seconds",
+        "strategy", "row_split", "num_devices", "utilization", "step_seconds", "rest_seconds",
         "lower_bound_seconds", "layers",
     )  # fmt: skip
     cost = {key: record["cost"][key] for key in ("a_seconds", "b_seconds_per_token", "batch")}
     plan = Plan.from_json(json.dumps({key: record[key] for key in kept} | {"cost": cost}))
-    assert plan.n_heads == 5
+    assert plan.num_heads == 5
     assert plan.layers == make_plan(PROFILE, 2).layers
 
 
@@ -52,12 +52,12 @@ def test_a_file_with_the_agreed_fields_alone_is_enough():
         ({"layers": [[{"head": 0, "device": 9, "share": 1.0}]]}, "on device 9"),
         ({"layers": [[{"head": 0, "device": 0, "share": 0.5}]]}, "add to 0.5, not 1"),
         ({"layers": [[{"head": 0, "device": 0, "share": -1}]]}, "share must lie in"),
-        ({"n_devices": "two"}, "n_devices must be of type int, got 'two'"),
-        ({"n_heads": "five"}, "n_heads must be of type int"),
+        ({"num_devices": "two"}, "num_devices must be of type int, got 'two'"),
+        ({"num_heads": "five"}, "num_heads must be of type int"),
         ({"step_seconds": None}, "step_seconds must be of type int or float"),
         ({"cost": {}}, "cost lacks a_seconds"),
         (
-            {"layers": [[{"head": 0, "device": 0, "share": 0.5}] * 2], "n_heads": 1},
+            {"layers": [[{"head": 0, "device": 0, "share": 0.5}] * 2], "num_heads": 1},
             "places a head twice",
         ),
     ],
@@ -75,7 +75,7 @@ def test_what_is_no_plan_is_refused(text):
 
 def test_slots_hold_heads_in_order():
     plan = make_plan(PROFILE, 2, cost=CostModel(0.0, 1e-9))
-    for layer, copies in zip(plan.slot_heads(), plan.layers, strict=True):
+    for layer, copies in zip(plan.head_of_slot(), plan.layers, strict=True):
         for device, heads in enumerate(layer):
             filled = heads[heads >= 0].tolist()
             assert filled == sorted(copy.head for copy in copies if copy.device == device)

@@ -33,11 +33,11 @@ def _attention_seconds(plan: Plan, profile: Profile) -> float:
     slots = max(
         sum(copy.device == device for copy in layer)
         for layer in plan.layers
-        for device in range(plan.n_devices)
+        for device in range(plan.num_devices)
     )
     seconds = 0.0
     for tokens, layer in zip(profile.tokens, plan.layers, strict=True):
-        held = [0.0] * plan.n_devices
+        held = [0.0] * plan.num_devices
         for copy in layer:
             held[copy.device] += copy.share * tokens[copy.head]
         seconds += slots * plan.cost.a_seconds
@@ -73,18 +73,18 @@ def test_limits_hold_and_more_copies_never_cost(profile, devices, cost, row_spli
     before = np.inf
     for copies in range(4):
         plan = make_plan(
-            profile, devices, row_split=row_split, max_copies=copies, cost=cost, effort=0
+            profile, devices, row_split=row_split, max_extra_replicas=copies, cost=cost, effort=0
         )
-        assert all(len(layer) - plan.n_heads <= copies for layer in plan.layers)
+        assert all(len(layer) - plan.num_heads <= copies for layer in plan.layers)
         assert np.allclose(plan.shares().sum(2), 1)
         assert plan.step_seconds <= before * (1 + 1e-9)
         before = plan.step_seconds
-        slots = -(-plan.n_heads // devices)
+        slots = -(-plan.num_heads // devices)
         tight = make_plan(
             profile,
             devices,
             row_split=row_split,
-            max_copies=copies,
+            max_extra_replicas=copies,
             max_slots=slots,
             cost=cost,
             effort=0,
@@ -96,7 +96,7 @@ def test_limits_hold_and_more_copies_never_cost(profile, devices, cost, row_spli
 def test_more_copies_never_cost_with_the_exact_solver():
     tokens = np.random.default_rng(4).gamma(1.5, size=(2, 7)) * 100
     profile = Profile("random", "ada_snapkv", 150, tokens.tolist())
-    seconds = [make_plan(profile, 3, max_copies=copies).step_seconds for copies in range(4)]
+    seconds = [make_plan(profile, 3, max_extra_replicas=copies).step_seconds for copies in range(4)]
     assert seconds == sorted(seconds, reverse=True)
 
 
@@ -123,7 +123,7 @@ def test_free_shares_fill_every_device_where_weights_are_free(profile, devices):
     cost = CostModel(a_seconds=0.0, b_seconds_per_token=1e-9)
     plan = make_plan(profile, devices, row_split="proportional", cost=cost, effort=0)
     assert plan.utilization >= 0.99
-    assert all(len(layer) - plan.n_heads <= devices - 1 for layer in plan.layers)
+    assert all(len(layer) - plan.num_heads <= devices - 1 for layer in plan.layers)
 
 
 def test_free_shares_fill_eight_devices_with_eight_heads():
@@ -140,7 +140,7 @@ def test_three_heads_on_any_number_of_devices(strategy, row_split, devices):
     tokens = np.random.default_rng(1).gamma(2.0, size=(4, 3)) * 100
     profile = Profile("smollm2-135m", "ada_snapkv", 200, tokens.tolist())
     plan = make_plan(profile, devices, strategy, row_split=row_split)
-    slots = plan.slot_heads()
+    slots = plan.head_of_slot()
     assert slots.shape == (4, devices, plan.slots)
     assert slots.dtype == np.int32
     for layer in slots:
@@ -164,7 +164,7 @@ def test_one_more_copy_gains_what_it_then_gives():
     profile = Profile("heavy", "ada_snapkv", 50, ((90.0, 10.0),) * 2)
     cost = CostModel(a_seconds=0.0, b_seconds_per_token=1e-9)
     assert make_plan(profile, 3, "best_effort", cost=cost).one_more_copy_gain == 0
-    plans = [make_plan(profile, 3, max_copies=copies, cost=cost) for copies in range(3)]
+    plans = [make_plan(profile, 3, max_extra_replicas=copies, cost=cost) for copies in range(3)]
     assert [plan.step_seconds / (16 * 2e-9) for plan in plans] == pytest.approx([90, 45, 40])
     assert plans[0].one_more_copy_gain == pytest.approx(90 / 45 - 1)
     assert plans[1].one_more_copy_gain == pytest.approx(45 / 40 - 1)

@@ -59,7 +59,7 @@ def test_routing_by_load_beats_rows_by_number():
     profile = Profile.from_samples(samples[:16], model="m", policy="p", budget=200)
     workload = Workload.drawn(samples[16:], 80, rate=1.0, new_tokens=40)
     plan = make_plan(profile, 2, cost=COST)
-    assert plan.n_copies
+    assert plan.num_extra_replicas
     routed, fixed = (simulate(plan, workload, 16, routed=routed) for routed in (True, False))
     static = simulate(make_plan(profile, 2, "static", cost=COST), workload, 16)
     assert routed.mean_utilization > fixed.mean_utilization > static.mean_utilization

@@ -17,7 +17,7 @@ from fairkv_jax.engine.guided import Grammars
 from fairkv_jax.engine.request import CompletionOutput, Logprob, Request, RequestOutput
 from fairkv_jax.engine.stats import EngineStats, RequestMetrics
 from fairkv_jax.plan import CostModel, Plan
-from fairkv_jax.plan.plan import Copy
+from fairkv_jax.plan.plan import Replica
 from fairkv_jax.sampling_params import StructuredOutputsParams
 from fairkv_jax.tokenizer import Tokenizer
 
@@ -166,13 +166,13 @@ def _next_token(request: Request, place: int) -> int:
 
 def plan_of(model: ModelConfig) -> Plan:
     """Heads 0 and 1 on a device each, head 2 halved between them."""
-    shared = [Copy(2, device, 0.5) for device in (0, 1)]
-    layer = (Copy(0, 0, 1.0), Copy(1, 1, 1.0), *shared)
+    shared = [Replica(2, device, 0.5) for device in (0, 1)]
+    layer = (Replica(0, 0, 1.0), Replica(1, 1, 1.0), *shared)
     return Plan(
         strategy="fair_copying",
         row_split="equal",
-        n_devices=2,
-        n_heads=model.num_kv_heads,
+        num_devices=2,
+        num_heads=model.num_kv_heads,
         layers=(layer,) * model.num_layers,
         cost=CostModel(a_seconds=1.0, b_seconds_per_token=1.0),
         utilization=1.0,

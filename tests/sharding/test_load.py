@@ -13,9 +13,9 @@ from fairkv_jax.checkpoint import Checkpoint, open_checkpoint
 from fairkv_jax.checkpoint.base import LazyTensor
 from fairkv_jax.checkpoint.needs import device_bytes
 from fairkv_jax.plan import Plan, Profile, make_plan
-from fairkv_jax.sharding import place, shards
+from fairkv_jax.sharding import load_weights, shards
+from fairkv_jax.sharding.load_weights import load_model
 from fairkv_jax.sharding.mesh import make_mesh
-from fairkv_jax.sharding.place import load_model
 from fairkv_jax.sharding.quantize import quantize_columns, quantize_rows
 from fairkv_jax.sharding.slots import SlotLayout
 from tests.oracle.tiny import write_tiny_checkpoint
@@ -77,11 +77,11 @@ class OnePlace(shards.HostShards):
 def test_a_process_reads_only_what_its_devices_hold(tiny_checkpoint, monkeypatch):
     checkpoint: Any = Counting(open_checkpoint(tiny_checkpoint))
     layout = SlotLayout.from_plan(skewed_plan(checkpoint, 3))
-    monkeypatch.setattr(place, "make_shards", OnePlace)
+    monkeypatch.setattr(load_weights, "make_shards", OnePlace)
     monkeypatch.setattr("fairkv_jax.checkpoint.layout.BLOCK_VALUES", 1)  # a row a block
     load_model(checkpoint, layout, make_mesh(3), "float32", progress=False)
     slots = layout.slots_per_device
-    held = layout.slot_head[:, slots : 2 * slots]
+    held = layout.head_of_slot[:, slots : 2 * slots]
     for layer, heads in enumerate(held):
         for name in ("q", "k", "v", "o"):
             rows = {row for read, row in checkpoint.reads if read == f"layers.{layer}.{name}"}
@@ -95,7 +95,7 @@ def test_accelerators_get_the_same_parts_layer_by_layer(tiny_checkpoint, monkeyp
     layout = SlotLayout.from_plan(skewed_plan(checkpoint, 3))
     args = (checkpoint, layout, make_mesh(3), "bfloat16")
     on_host = load_model(*args, progress=False)
-    monkeypatch.setattr(place, "make_shards", shards.DeviceShards)
+    monkeypatch.setattr(load_weights, "make_shards", shards.DeviceShards)
     on_device = load_model(*args, progress=False)
     for one, other in zip(*map(jax.tree.leaves, (on_host, on_device)), strict=True):
         assert one.sharding == other.sharding

@@ -8,8 +8,8 @@ import pytest
 
 from fairkv_jax.checkpoint import open_checkpoint
 from fairkv_jax.plan import Plan, Profile, make_plan
+from fairkv_jax.sharding.load_weights import load_model
 from fairkv_jax.sharding.mesh import RULES, make_mesh, spec
-from fairkv_jax.sharding.place import load_model
 from fairkv_jax.sharding.slots import EMPTY, SlotLayout
 
 TOKENS = ((90.0, 30.0, 20.0), (10.0, 25.0, 80.0))
@@ -33,12 +33,12 @@ def test_layouts_hold_what_the_plan_says(strategy: str, num_devices: int):
     layout = SlotLayout.from_plan(plan)
     assert layout.num_slots == plan.slots * num_devices
     np.testing.assert_array_equal(layout.replicas, plan.copies())
-    for layer, heads in enumerate(layout.slot_head):
+    for layer, heads in enumerate(layout.head_of_slot):
         for slot, head in enumerate(heads):
             device = slot // layout.slots_per_device
             if head != EMPTY:
                 assert plan.copies()[layer, head, device]
-                assert layout.head_slot[layer, head, device] == slot
+                assert layout.slot_of_head[layer, head, device] == slot
         assert np.count_nonzero(heads != EMPTY) == plan.copies()[layer].sum()
         for head in range(3):
             assert layout.first_slot[layer, head] == np.flatnonzero(heads == head)[0]
@@ -56,7 +56,7 @@ def test_every_device_holds_its_heads_and_its_part_of_the_rest(
     model = load_model(checkpoint, layout, mesh, "float32", progress=False)
     qkv, out = model.layers.attention.qkv.get_value(), model.layers.attention.out.get_value()
     assert {s.data.shape[2] for s in qkv.addressable_shards} == {layout.slots_per_device}
-    for layer, heads in enumerate(layout.slot_head):
+    for layer, heads in enumerate(layout.head_of_slot):
         q, k, v, o = (checkpoint.tensor(f"layers.{layer}.{name}") for name in "qkvo")
         for slot, head in enumerate(heads):
             got = np.moveaxis(np.asarray(qkv[layer, :, slot]), 0, -1)

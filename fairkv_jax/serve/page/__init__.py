@@ -63,9 +63,9 @@ def page_routes(service: Service, history: History) -> APIRouter:
             "kv_capacity_tokens": engine.kv_capacity_tokens,
             "strategy": plan.strategy,
             "utilization": plan.utilization,
-            "n_copies": plan.n_copies,
-            "n_devices": plan.n_devices,
-            "n_heads": plan.n_heads,
+            "num_extra_replicas": plan.num_extra_replicas,
+            "num_devices": plan.num_devices,
+            "num_heads": plan.num_heads,
             "layers": [
                 [{"head": c.head, "device": c.device, "share": c.share} for c in layer]
                 for layer in plan.layers

@@ -212,7 +212,7 @@ class _Target:
     def owners(self, layout: SlotLayout, start: int, stop: int) -> Iterator[_Owner]:
         """Who holds the rows [start, stop), of the devices of this process."""
         if "slot" in self.axes:
-            for slot, head in enumerate(layout.slot_head[self.layer]):
+            for slot, head in enumerate(layout.head_of_slot[self.layer]):
                 place, local = divmod(slot, layout.slots_per_device)
                 if start <= head < stop and place in self.parts:
                     yield place, slice(local, local + 1), slice(head - start, head - start + 1)
