@@ -14,7 +14,7 @@ INSTALLED := $(VENV)/.installed
 INSTALLED_DEV := $(VENV)/.installed-dev
 CHECKPOINT := checkpoints/SmolLM2-135M-Instruct/SmolLM2-135M-Instruct.Q4_1.gguf
 
-.PHONY: serve test check lint format types layers clean
+.PHONY: serve test check lint format types layers option-table clean
 
 serve: $(CHECKPOINT)
 	$(BIN)/python -m fairkv_jax.serve $(ARGS)
@@ -35,6 +35,10 @@ types: $(INSTALLED_DEV)
 
 layers: $(INSTALLED_DEV)
 	$(BIN)/lint-imports
+
+# README's table of options, from their declarations; a test fails while it is stale.
+option-table: $(INSTALLED)
+	$(BIN)/python -m fairkv_jax.serve.option_table README.md
 
 clean:
 	rm -rf $(VENV)

@@ -1,8 +1,8 @@
-"""What pages, ragged lengths and compression cost and gain in a decode step and a prefill.
+"""Measures what pages, ragged lengths and compression cost and gain in decoding and prefill.
 
     python -m benchmarks.decode_step --output result.json
 
-All on one mesh and in one process; the ratios are what counts.
+Everything runs on one mesh and in one process; compare the ratios, not the times.
 """
 
 import json
@@ -15,18 +15,24 @@ from typing import Any
 
 from absl import app, flags
 
-from fairkv_jax.command_line import with_underscores
+from fairkv_jax.command_line import engine_flag, with_underscores
 
-_MODEL = flags.DEFINE_string("model", None, "Checkpoint; the demo model by default.")
-_DEVICES = flags.DEFINE_integer("devices", 2, "Devices on the tensor axis.")
-_BATCH = flags.DEFINE_integer("batch", 8, "Rows of the batch.")
-_CACHED = flags.DEFINE_integer("cached", 512, "Cached tokens a head, against the dense step.")
-_PROMPT = flags.DEFINE_integer("prompt", 2048, "Prompt tokens, for the gain of compression.")
-_BUDGET = flags.DEFINE_integer("kv_budget", 256, "Kept tokens a head, for the same.")
-_PREFILL = flags.DEFINE_integer("prefill", 1024, "Prompt tokens, against the dense prefill.")
-_REPEATS = flags.DEFINE_integer("repeats", 21, "Timed runs; the median counts.")
-_TEXT = flags.DEFINE_string("text", None, "Text of the prompts; README.md by default.")
-_OUTPUT = flags.DEFINE_string("output", None, "Where to write the JSON; it is always printed.")
+_MODEL = engine_flag("model")
+_DEVICES = flags.DEFINE_integer("devices", 2, "Number of devices that share the model.")
+_BATCH = flags.DEFINE_integer("batch", 8, "Rows of the decode batch.")
+_CACHED = flags.DEFINE_integer(
+    "cached", 512, "Cached tokens per head when compared with the dense step."
+)
+_PROMPT = flags.DEFINE_integer("prompt", 2048, "Prompt tokens when compression is measured.")
+_BUDGET = engine_flag("kv_budget", default=256)
+_PREFILL = flags.DEFINE_integer(
+    "prefill", 1024, "Prompt tokens when compared with the dense prefill."
+)
+_REPEATS = flags.DEFINE_integer("repeats", 21, "Number of timed runs; the median is reported.")
+_TEXT = flags.DEFINE_string("text", None, "Path of the text of the prompts; default: README.md.")
+_OUTPUT = flags.DEFINE_string(
+    "output", None, "Path of a copy of the JSON, which is always printed."
+)
 
 STRATEGIES = ("static", "fair_copying")
 DISTINCT_PROMPTS = 4
@@ -34,11 +40,10 @@ DISTINCT_PROMPTS = 4
 
 
 def make_engine(strategy: str, max_model_len: int, **options: Any) -> Any:
-    from fairkv_jax.checkpoint.fetch import DEMO_MODEL
     from fairkv_jax.engine.build import build_engine
 
     engine = build_engine(
-        _MODEL.value or DEMO_MODEL,
+        _MODEL.value,
         tensor_parallel_size=_DEVICES.value,
         max_model_len=max_model_len,
         max_num_seqs=_BATCH.value,
@@ -52,14 +57,14 @@ def make_engine(strategy: str, max_model_len: int, **options: Any) -> Any:
 
 
 def prompts(tokenizer: Any, num_tokens: int) -> list[list[int]]:
-    """Pieces of a real text: which heads keep how much depends on what they read."""
+    """Returns pieces of a real text, because the tokens kept per head depend on the content."""
     ids = tokenizer.encode(Path(_TEXT.value or "README.md").read_text())
     ids *= 1 + (num_tokens + 97 * DISTINCT_PROMPTS) // len(ids)
     return [ids[97 * i : 97 * i + num_tokens] for i in range(DISTINCT_PROMPTS)]
 
 
 def fill(engine: Any, prompts: list[list[int]]) -> Callable[[], Any]:
-    """Inserts a prompt in every row; the call that then generates a token for all of them."""
+    """Inserts a prompt in every row; returns a function that runs one decode step for all rows."""
     import jax.numpy as jnp
 
     from fairkv_jax.decode import idle_inputs
@@ -76,7 +81,7 @@ def fill(engine: Any, prompts: list[list[int]]) -> Callable[[], Any]:
 
 
 def memory(engine: Any) -> dict[str, Any]:
-    """Pages of the fullest device, in tokens, over the mean cached tokens of the devices."""
+    """Compares the pages of the fullest device with the mean number of cached tokens per device."""
     pages, tokens = engine.book.used_pages, engine.book.load.sum(0)
     fullest = int(pages.max()) * engine.book.page_size
     return {
@@ -88,7 +93,7 @@ def memory(engine: Any) -> dict[str, Any]:
 
 
 def against_dense(strategy: str) -> dict[str, float]:
-    """The paged step with all heads at the same length, beside the dense one."""
+    """Times the paged step, with equal lengths in all heads, and the dense step."""
     import jax
     import jax.numpy as jnp
     import numpy as np
@@ -119,21 +124,21 @@ def against_dense(strategy: str) -> dict[str, float]:
 
 
 def against_full(strategy: str, results: dict[str, Any]) -> dict[str, float]:
-    """Steps after long prompts, compressed beside full."""
+    """Times decode steps after long prompts, with and without compression."""
     from benchmarks.timing import median_ms
 
     room = _PROMPT.value + _REPEATS.value + 8
     steps = {}
     for policy, options in (("full", {}), ("ada_snapkv", {"kv_budget": _BUDGET.value})):
         engine, tokenizer = make_engine(strategy, room, kv_policy=policy, **options)
-        count = 1 if policy == "full" else DISTINCT_PROMPTS  # full keeps the same of all
+        count = 1 if policy == "full" else DISTINCT_PROMPTS  # full keeps every token of any prompt
         steps[policy] = fill(engine, prompts(tokenizer, _PROMPT.value)[:count])
         results["memory"][f"{strategy} {policy}"] = memory(engine)
     return median_ms(steps, _REPEATS.value)
 
 
 def prefills() -> dict[str, float]:
-    """A prefill with everything kept, with compression, and the dense one."""
+    """Times a prefill without compression, one with it, and the dense one."""
     from benchmarks.dense import dense_prefill
     from benchmarks.timing import median_ms
 

@@ -1,8 +1,8 @@
-"""How far weights in int8 move the logits, beside how far bfloat16 does, and what they save.
+"""Measures how far int8 weights move the logits, compared with bfloat16, and what they save.
 
     python -m benchmarks.int8 --output benchmarks/results/int8
 
-The distance of two models is |a - b| / |b| over the logits that follow every prompt.
+The distance of two models is |a - b| / |b| over the logits after every prompt.
 """
 
 import json
@@ -13,11 +13,13 @@ from typing import Any
 
 from absl import app, flags
 
-from fairkv_jax.command_line import with_underscores
+from fairkv_jax.command_line import engine_flag, with_underscores
 
-_MODEL = flags.DEFINE_string("model", None, "Checkpoint; the demo model by default.")
-_PROMPTS = flags.DEFINE_integer("prompts", 24, "Prompts of benchmarks/prompts.jsonl.")
-_TOKENS = flags.DEFINE_integer("tokens", 128, "Tokens of each prompt, from its beginning.")
+_MODEL = engine_flag("model")
+_PROMPTS = flags.DEFINE_integer("prompts", 24, "Number of prompts of benchmarks/prompts.jsonl.")
+_TOKENS = flags.DEFINE_integer(
+    "tokens", 128, "Tokens that are read from the beginning of each prompt."
+)
 _OUTPUT = flags.DEFINE_string("output", None, "Path of the results, without .json and .md.")
 
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -36,7 +38,7 @@ PAIRS = [
 
 
 def run(**options: Any) -> tuple[Any, int]:
-    """The logits [prompts, V] of one variant, and the bytes of its weights."""
+    """Returns the logits [prompts, V] of one variant, and the bytes of its weights."""
     import jax
     import numpy as np
 
@@ -54,7 +56,7 @@ def run(**options: Any) -> tuple[Any, int]:
 
 
 def table(results: dict[str, Any]) -> str:
-    """The results as Markdown."""
+    """Formats the results as Markdown."""
     options = results["flags"]
     lines = [
         "# Weights in int8",

@@ -1,9 +1,9 @@
-"""What the server costs: its tokens/s beside those of the same engine used offline.
+"""Compares the tokens/s of the server with those of the same engine used offline.
 
     python -m benchmarks.server_overhead --num-streams 8
 
-A server process and an `LLM` in this one, with the same options, take turns at the same prompts:
-while one works, the other waits. The medians over the rounds are compared.
+A server process and an `LLM` in this process have the same options and take turns at the same
+prompts, so that one waits while the other works. The medians over the rounds are compared.
 """
 
 import asyncio
@@ -26,21 +26,23 @@ import numpy as np
 from absl import app, flags
 
 from benchmarks.streams import Answer, random_prompt, stream, vocabulary
-from fairkv_jax.command_line import with_underscores
+from fairkv_jax.command_line import engine_flag, with_underscores
 
-_MODEL = flags.DEFINE_string("model", None, "Checkpoint; the demo model by default.")
-_DEVICES = flags.DEFINE_integer("devices", 2, "Devices on the tensor axis.")
-_STREAMS = flags.DEFINE_integer("num_streams", 8, "Requests at a time, and rows of the batch.")
-_INPUT = flags.DEFINE_integer("input_len", 128, "Tokens of a prompt.")
-_OUTPUT_LEN = flags.DEFINE_integer("output_len", 128, "Generated tokens.")
-_BUDGET = flags.DEFINE_integer("kv_budget", 1024, "Kept tokens a head on average.")
-_CONTEXT = flags.DEFINE_integer("max_model_len", 1024, "Most tokens of prompt and output.")
-_ROUNDS = flags.DEFINE_integer("rounds", 3, "Turns of each; the medians count.")
-_RESULT = flags.DEFINE_string("output", None, "Where to write the JSON.")
+_MODEL = engine_flag("model")
+_DEVICES = flags.DEFINE_integer("devices", 2, "Number of devices that share the model.")
+_STREAMS = flags.DEFINE_integer(
+    "num_streams", 8, "Concurrent requests, and rows of the decode batch."
+)
+_INPUT = flags.DEFINE_integer("input_len", 128, "Tokens per prompt.")
+_OUTPUT_LEN = flags.DEFINE_integer("output_len", 128, "Generated tokens per request.")
+_BUDGET = engine_flag("kv_budget", default=1024)
+_CONTEXT = engine_flag("max_model_len", default=1024)
+_ROUNDS = flags.DEFINE_integer("rounds", 3, "Number of rounds; the medians are compared.")
+_RESULT = flags.DEFINE_string("output", None, "Path of a copy of the JSON.")
 
 
 def options() -> dict[str, Any]:
-    """Of the engine, for both."""
+    """Returns the engine options of the server and of the `LLM`."""
     from fairkv_jax.checkpoint.fetch import DEMO_MODEL
 
     return {
@@ -55,7 +57,7 @@ def options() -> dict[str, Any]:
 
 @contextmanager
 def server() -> Iterator[str]:
-    """A server process; its address, once it is ready."""
+    """Runs a server process and yields its address once it is ready."""
     given = [f"--{name}={value}" for name, value in options().items()]
     command = [sys.executable, "-m", "fairkv_jax.serve", "--port=0", *given]
     with subprocess.Popen(
@@ -77,7 +79,7 @@ def server() -> Iterator[str]:
 
 
 async def served(url: str, prompts: list[list[int]]) -> float:
-    """Tokens/s of all prompts at a time."""
+    """Sends all prompts at once and returns the tokens/s."""
     async with httpx.AsyncClient(base_url=url, timeout=None) as client:
         began = time.perf_counter()
         bodies = [

@@ -1,9 +1,118 @@
-"""Command lines: dashes and underscores in an option's name are the same."""
+"""Command lines: absl flags that derive from declared options.
+
+Dashes and underscores in the name of a flag are the same.
+"""
+
+import json
+import logging
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
+from typing import Any
+
+from absl import flags
+
+from fairkv_jax.config import ENGINE_OPTIONS
+from fairkv_jax.options import Option, check_given_once, deprecation
+
+# A flag belongs to the module that calls `define_flag`, not to this one.
+flags.disclaim_key_flags()
+
+logger = logging.getLogger(__name__)
+
+_DECLARED = object()
+
+
+def define_flag(
+    option: Option,
+    *,
+    default: Any = _DECLARED,
+    help: str | None = None,
+    flag_values: flags.FlagValues = flags.FLAGS,
+) -> flags.FlagHolder[Any]:
+    """Defines the absl flag of an option.
+
+    Args:
+        default: replaces the default of the option.
+        help: replaces the help text of the option.
+    """
+    default = option.default if default is _DECLARED else default
+    text = help or option.help
+    if option.choices:
+        choices = list(option.choices)
+        return flags.DEFINE_enum(option.name, default, choices, text, flag_values=flag_values)
+    define: Any = {
+        bool: flags.DEFINE_boolean,
+        int: flags.DEFINE_integer,
+        float: flags.DEFINE_float,
+        str: flags.DEFINE_string,
+        tuple: flags.DEFINE_string,  # read by `string_list`
+    }[option.type]
+    if option.type is tuple:
+        default = ",".join(default)
+    return define(option.name, default, text, flag_values=flag_values)
+
+
+def engine_flag(
+    name: str, *, default: Any = _DECLARED, help: str | None = None
+) -> flags.FlagHolder[Any]:
+    """Defines the flag of an engine option in absl's global registry; see `define_flag`."""
+    (option,) = (option for option in ENGINE_OPTIONS if option.name == name)
+    return define_flag(option, default=default, help=help)
 
 
 def with_underscores(argument: str) -> str:
-    """`--kv-budget=256` as absl's `--kv_budget=256`; values and other words stay as they are."""
+    """Returns `--kv-budget=256` as `--kv_budget=256`; values and other words are unchanged."""
     if not argument.startswith("--"):
         return argument
     name, equals, value = argument.partition("=")
     return "--" + name[2:].replace("-", "_") + equals + value
+
+
+def normalise(arguments: Sequence[str], options: Iterable[Option]) -> list[str]:
+    """Returns the arguments as absl reads them, with new names in place of deprecated ones.
+
+    `--kv-pool-first` becomes `--kv_pool_first`, and `--no-kv-pool-first` becomes
+    `--nokv_pool_first`. A deprecated name is logged as a warning.
+
+    Raises:
+        ValueError: an option is given under its deprecated name and under its new one.
+    """
+    options = list(options)
+    renamed = {option.old_name: option.name for option in options if option.old_name}
+    switches = {option.name for option in options if option.type is bool}
+    words = [with_underscores(argument) for argument in arguments]
+    given = {word[2:].partition("=")[0] for word in words if word.startswith("--")}
+    result = []
+    for word in words:
+        name, equals, value = word[2:].partition("=")
+        if word.startswith("--") and name in renamed:
+            old, new = as_flag(name), as_flag(renamed[name])
+            check_given_once(old, new, map(as_flag, given))
+            logger.warning("%s", deprecation(old, new))
+            word = f"--{renamed[name]}{equals}{value}"
+        elif word.startswith("--no_") and name.removeprefix("no_") in switches:
+            word = f"--no{name.removeprefix('no_')}{equals}{value}"
+        result.append(word)
+    return result
+
+
+def as_flag(name: str) -> str:
+    """Returns the flag of an option as users write it: `--kv-budget`."""
+    return "--" + name.replace("_", "-")
+
+
+def string_list(name: str, text: str) -> tuple[str, ...]:
+    """Reads a list of strings, separated by commas or, as in vLLM, in JSON.
+
+    Raises:
+        ValueError: the JSON is not a list of strings.
+    """
+    text = text.strip()
+    if not text.startswith("["):
+        return tuple(part.strip() for part in text.split(",") if part.strip())
+    values: list[Any] = [None]
+    with suppress(ValueError):
+        values = json.loads(text)
+    if not all(isinstance(value, str) for value in values):
+        raise ValueError(f"{as_flag(name)} must be a list of strings, got {text}")
+    return tuple(values)

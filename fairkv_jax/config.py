@@ -1,24 +1,34 @@
-"""Frozen configurations: what the model is, what is kept of its cache, how it is run.
+"""Frozen configurations: the model's shape, KV-cache compression, and how the engine runs.
 
-Standard library only, so that the planner and the tools can read them without JAX.
+The fields that users may set are declared as options, from which the command lines, the keyword
+arguments of `LLM` and README's table derive. Standard library only, so that the planner and the
+tools can read configurations without importing JAX.
 """
 
 from dataclasses import dataclass, replace
 from numbers import Integral, Real
+from typing import Any
+
+from fairkv_jax.options import accept_old_names, option, options_of
 
 POLICY_NAMES = ("full", "streaming_llm", "snapkv", "ada_snapkv", "pyramidkv", "head_budgets")
-POOLS = ("max", "avg")
+POOLINGS = ("max", "avg")
 PYRAMID_STEEPNESS = 20
 """PyramidKV's last layer keeps a twentieth of the mean outside the window, its first the rest."""
-FLOORS = ("blend", "reserve")
+SAFEGUARDS = ("blend", "reserve")
 REQUEST_POLICIES = ("streaming_llm", "snapkv", "ada_snapkv")
 """Policies that a request may choose in place of the server's."""
+DTYPES = ("auto", "float32", "bfloat16", "float16")
 QUANTIZATIONS = ("int8",)
+
+_MODEL = "Model"
+_DEVICES = "Devices and memory"
+_COMPRESSION = "Compression of the KV cache"
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """The shape of a decoder-only transformer with rotary positions and grouped queries."""
+    """The shape of a decoder-only transformer with rotary positions and grouped-query attention."""
 
     architecture: str
     vocab_size: int
@@ -35,9 +45,9 @@ class ModelConfig:
     qkv_bias: bool = False
     """Whether queries, keys and values have biases (Qwen 2)."""
     qk_norm: bool = False
-    """Whether every query and key head is normalised before its rotation (Qwen 3)."""
+    """Whether queries and keys are normalised per head before RoPE (Qwen 3)."""
     rope_divisors: tuple[float, ...] | None = None
-    """What each of the H/2 rotary frequencies is divided by (Llama 3.1); None: they stay."""
+    """Divisors of the H/2 rotary frequencies (Llama 3.1); None: the frequencies are unchanged."""
 
     def __post_init__(self) -> None:
         if self.num_heads % self.num_kv_heads:
@@ -58,34 +68,94 @@ class ModelConfig:
         return self.num_heads // self.num_kv_heads
 
 
+@accept_old_names
 @dataclass(frozen=True)
 class KVConfig:
-    """What is kept of each prompt's keys and values.
+    """How the keys and values of each prompt are compressed.
 
-    Give either `budget` or `ratio`; the policy `full` takes neither.
+    Give either `budget` or `ratio`; the policies `full` and `head_budgets` take neither.
 
     Raises:
         ValueError: the options contradict each other or lie outside their limits.
     """
 
-    policy: str = "full"
-    budget: int | None = None
-    """Kept tokens a head on average, the window included."""
-    ratio: float | None = None
-    """The fraction removed of each prompt: max(1, int(T * (1 - ratio))) tokens a head are kept."""
-    window: int = 32
-    """Last prompt tokens: they are always kept, and their queries score the others."""
-    pool: str = "max"
-    kernel: int = 7
-    """Width, odd, of the pooling of scores along the prompt."""
-    pool_first: bool = False
-    """Pool each query head's scores before their mean over the group, instead of after."""
-    floor: str = "blend"
-    """How Ada-SnapKV protects weak heads: "blend" (as published) or "reserve" (as in kvpress)."""
-    alpha: float = 0.2
-    """The protected fraction of a head's budget, in [0, 1]."""
-    head_budgets: tuple[tuple[int, ...], ...] | None = None
-    """For the policy `head_budgets`: kept tokens of every layer and head, [L][K]."""
+    policy: str = option(
+        "full",
+        "Compression policy. full: all tokens are kept. streaming_llm: the first and the last "
+        "tokens are kept. snapkv: each head keeps its highest-scored tokens. ada_snapkv: the "
+        "highest-scored tokens of a whole layer are kept, so that its heads get different budgets. "
+        "pyramidkv: like snapkv, with budgets that decrease with depth. head_budgets: like snapkv, "
+        "with the budgets of kv_head_budgets.",
+        name="kv_policy",
+        group=_COMPRESSION,
+        choices=POLICY_NAMES,
+    )
+    budget: int | None = option(
+        None,
+        "Tokens kept per head, averaged over all heads, including the window. Shorter prompts are "
+        "kept whole.",
+        name="kv_budget",
+        group=_COMPRESSION,
+    )
+    ratio: float | None = option(
+        None,
+        "Fraction of each prompt that is removed, in [0, 1); replaces kv_budget.",
+        name="kv_ratio",
+        group=_COMPRESSION,
+    )
+    window: int = option(
+        32,
+        "Size of the observation window in tokens. These last tokens of a prompt are always kept, "
+        "and their queries score the other tokens. streaming_llm does not use it.",
+        name="kv_window",
+        group=_COMPRESSION,
+    )
+    pooling: str = option(
+        "max",
+        "Pooling of the scores along the prompt.",
+        name="kv_pooling",
+        group=_COMPRESSION,
+        choices=POOLINGS,
+        old_name="kv_pool",
+    )
+    kernel: int = option(
+        7,
+        "Width of the pooling in tokens; must be odd.",
+        name="kv_kernel",
+        group=_COMPRESSION,
+    )
+    pool_first: bool = option(
+        False,
+        "Pool the scores of each query head before they are averaged over the group, instead of "
+        "after.",
+        name="kv_pool_first",
+        group=_COMPRESSION,
+    )
+    safeguard: str = option(
+        "blend",
+        "How ada_snapkv protects heads with low scores: blend, as first published, or reserve, "
+        "as in kvpress.",
+        name="kv_safeguard",
+        group=_COMPRESSION,
+        choices=SAFEGUARDS,
+        old_name="kv_floor",
+    )
+    alpha_safeguard: float = option(
+        0.2,
+        "Fraction of each head's budget that the safeguard protects, in [0, 1].",
+        name="kv_alpha_safeguard",
+        group=_COMPRESSION,
+        old_name="kv_alpha",
+    )
+    head_budgets: tuple[tuple[int, ...], ...] | None = option(
+        None,
+        "Path of a head profile in JSON, whose tokens per layer and head are the budgets of the "
+        "policy head_budgets.",
+        name="kv_head_budgets",
+        group=_COMPRESSION,
+        type=str,
+    )
+    """Tokens kept for every layer and head, [L][K]."""
 
     def __post_init__(self) -> None:
         if self.policy not in POLICY_NAMES:
@@ -112,9 +182,9 @@ class KVConfig:
             raise ValueError(f"kv_kernel must be odd, got {self.kernel}: use {self.kernel + 1}")
         if not isinstance(self.pool_first, bool):
             raise ValueError(f"kv_pool_first must be True or False, got {self.pool_first!r}")
-        _check_choice("kv_pool", self.pool, POOLS)
-        _check_choice("kv_floor", self.floor, FLOORS)
-        _check_fraction("kv_alpha", self.alpha, closed=True)
+        _check_choice("kv_pooling", self.pooling, POOLINGS)
+        _check_choice("kv_safeguard", self.safeguard, SAFEGUARDS)
+        _check_fraction("kv_alpha_safeguard", self.alpha_safeguard, closed=True)
         if self.ratio is not None:
             _check_fraction("kv_ratio", self.ratio, closed=False)
         if self.budget is not None:
@@ -196,34 +266,82 @@ def _pyramid(mean: int, most: int, num_layers: int) -> list[int]:
     return [total(layer + 1) - total(layer) for layer in range(num_layers)]
 
 
+@accept_old_names
 @dataclass(frozen=True)
 class EngineConfig:
-    """How the engine runs the model: devices, sizes, memory.
+    """How the engine runs the model: devices, sizes, memory and numeric types.
 
     Raises:
-        ValueError: a size is not positive.
+        ValueError: a size lies outside its limits.
     """
 
-    tensor_parallel_size: int = 1
-    max_model_len: int = 8192
-    """Most tokens of one request, prompt and output together."""
-    max_num_seqs: int = 8
-    """Rows of the decode batch (B)."""
-    page_size: int = 16
-    """Tokens a page of the KV pool; a multiple of 8, which the GPUs' bulk copies need."""
-    kv_cache_bytes: int = 1 << 30
-    """Bytes of the KV pool, over all devices."""
-    dtype: str = "float32"
-    quantization: str | None = None
-    """Of the weights: "int8", or None for the type above."""
-    seed: int = 0
-    prefill_block: int = 128
-    """Prompt tokens that pass a layer at a time; between two blocks, others may decode."""
-    attention_backend: str = "auto"
-    """The implementation of decode attention; "auto" goes by the kind of device."""
+    dtype: str = option(
+        "float32",
+        "Data type of the weights and of the KV cache. auto: float32 on CPU, bfloat16 on GPUs.",
+        group=_MODEL,
+        user_default="auto",
+        choices=DTYPES,
+    )
+    quantization: str | None = option(
+        None,
+        "Weight quantization. int8: weight matrices take one byte per element.",
+        group=_MODEL,
+        choices=QUANTIZATIONS,
+    )
+    max_model_len: int = option(
+        8192,
+        "Maximum tokens of one request, prompt and output together.",
+        group=_MODEL,
+        user_default=None,
+        default_text="the model's context length",
+    )
+    seed: int = option(
+        0, "Random seed for the sampling of requests that give no seed.", group=_MODEL
+    )
+    tensor_parallel_size: int = option(1, "Number of devices that share the model.", group=_DEVICES)
+    max_num_seqs: int = option(
+        8,
+        "Maximum number of requests that run at the same time, that is, rows of the decode batch.",
+        group=_DEVICES,
+        user_default=None,
+        default_text="8 on CPU; on GPUs 256, or fewer if memory or the attention kernels need it",
+    )
+    kv_cache_bytes: int = option(
+        1 << 30,
+        "Bytes of the KV cache, added over all devices; replaces gpu_memory_utilization.",
+        name="kv_cache_memory_bytes",
+        group=_DEVICES,
+        user_default=None,
+        default_text="1 GiB on CPU; on GPUs the memory that gpu_memory_utilization leaves",
+    )
+    page_size: int = option(
+        16,
+        "Tokens per page of the KV cache; a multiple of 8.",
+        group=_DEVICES,
+    )
+    prefill_chunk_size: int = option(
+        128,
+        "Prompt tokens that are prefilled at a time, in one layer. Other requests may decode "
+        "between two chunks.",
+        group=_DEVICES,
+        user_default=None,
+        default_text="128 on CPU, 1024 on GPUs",
+        old_name="prefill_block",
+    )
+    attention_backend: str = option(
+        "auto",
+        "Implementation of decode attention: reference, triton or mosaic. auto: the fastest one "
+        "for the device.",
+        group=_DEVICES,
+    )
 
     def __post_init__(self) -> None:
-        for name in ("tensor_parallel_size", "max_num_seqs", "kv_cache_bytes", "prefill_block"):
+        for name in (
+            "tensor_parallel_size",
+            "max_num_seqs",
+            "kv_cache_bytes",
+            "prefill_chunk_size",
+        ):
             _check_int(name, getattr(self, name), 1)
         _check_int("max_model_len", self.max_model_len, 2)
         _check_int("seed", self.seed, 0)
@@ -232,6 +350,56 @@ class EngineConfig:
         _check_int("page_size", self.page_size, 8)
         if self.page_size % 8:
             raise ValueError(f"page_size must be a multiple of 8, got {self.page_size}")
+
+
+@accept_old_names
+@dataclass(frozen=True)
+class BuildOptions:
+    """Options that are used only while an engine is built.
+
+    Raises:
+        ValueError: an option lies outside its limits.
+    """
+
+    model: Any = option(
+        None,
+        "Path of a checkpoint folder or of a GGUF file, name of a folder in checkpoints/, or "
+        "OWNER/MODEL of the Hugging Face Hub.",
+        group=_MODEL,
+        type=str,
+        default_text="the demo model, SmolLM2-135M-Instruct",
+    )
+    head_plan: Any = option(
+        "fair_copying",
+        "Assignment of KV heads to devices. static: contiguous blocks, as in plain tensor "
+        "parallelism. best_effort: balanced by load, without replicas. fair_copying: balanced, "
+        "with replicas of heavy heads. Or the path of a plan in JSON.",
+        group=_DEVICES,
+        type=str,
+    )
+    """A strategy, a path, or a `Plan`."""
+    max_extra_replicas: int | None = option(
+        None,
+        "Maximum number of additional head replicas per layer, for fair_copying.",
+        group=_DEVICES,
+        default_text="no limit",
+        old_name="max_copies",
+    )
+    gpu_memory_utilization: float = option(
+        0.9,
+        "Fraction of GPU memory for the weights and the KV cache, in (0, 1].",
+        group=_DEVICES,
+    )
+
+    def __post_init__(self) -> None:
+        value = self.gpu_memory_utilization
+        if not isinstance(value, Real) or isinstance(value, bool) or not 0 < value <= 1:
+            raise ValueError(f"gpu_memory_utilization must lie in (0, 1], got {value!r}")
+
+
+ENGINE_CLASSES = (BuildOptions, EngineConfig, KVConfig)
+ENGINE_OPTIONS = options_of(*ENGINE_CLASSES)
+"""Everything that `LLM` and `python -m fairkv_jax.serve` accept for the engine."""
 
 
 def _check_int(name: str, value: object, low: int) -> None:

@@ -8,13 +8,14 @@ from typing import Any
 
 import pytest
 
-from fairkv_jax.config import EngineConfig, KVConfig, ModelConfig
+from fairkv_jax.config import BuildOptions, EngineConfig, KVConfig, ModelConfig
 from fairkv_jax.sampling_params import SamplingParams, StructuredOutputsParams
 
 
 def test_it_imports_no_jax():
     code = (
-        "import sys, fairkv_jax.config, fairkv_jax.sampling_params; assert 'jax' not in sys.modules"
+        "import sys, fairkv_jax.command_line, fairkv_jax.config, fairkv_jax.sampling_params; "
+        "assert 'jax' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
 
@@ -35,11 +36,11 @@ def test_it_imports_no_jax():
         ({"window": 0}, "kv_window must be an integer of at least 1, got 0"),
         ({"kernel": 4}, "kv_kernel must be odd, got 4: use 5"),
         ({"kernel": -1}, "kv_kernel must be an integer of at least 1, got -1"),
-        ({"pool": "sum"}, "kv_pool must be one of max, avg, got 'sum'"),
-        ({"floor": "none"}, "kv_floor must be one of blend, reserve, got 'none'"),
-        ({"alpha": 1.1}, r"kv_alpha must lie in \[0, 1\], got 1.1"),
-        ({"alpha": math.nan}, r"kv_alpha must lie in \[0, 1\], got nan"),
-        ({"alpha": "0.2"}, r"kv_alpha must lie in \[0, 1\], got '0.2'"),
+        ({"pooling": "sum"}, "kv_pooling must be one of max, avg, got 'sum'"),
+        ({"safeguard": "none"}, "kv_safeguard must be one of blend, reserve, got 'none'"),
+        ({"alpha_safeguard": 1.1}, r"kv_alpha_safeguard must lie in \[0, 1\], got 1.1"),
+        ({"alpha_safeguard": math.nan}, r"kv_alpha_safeguard must lie in \[0, 1\], got nan"),
+        ({"alpha_safeguard": "0.2"}, r"kv_alpha_safeguard must lie in \[0, 1\], got '0.2'"),
     ],
 )
 def test_kv_options(options: dict[str, Any], message: str):
@@ -53,6 +54,7 @@ def test_kv_options(options: dict[str, Any], message: str):
         ({"tensor_parallel_size": 0}, "tensor_parallel_size must be an integer of at least 1"),
         ({"max_num_seqs": -1}, "max_num_seqs must be an integer of at least 1, got -1"),
         ({"max_model_len": 1.5}, r"max_model_len must be an integer of at least \d, got 1.5"),
+        ({"prefill_chunk_size": 0}, "prefill_chunk_size must be an integer of at least 1, got 0"),
         ({"kv_cache_bytes": 0}, "must be an integer of at least 1, got 0"),
         ({"page_size": 12}, "page_size must be a multiple of 8, got 12"),
         ({"quantization": "int4"}, "quantization must be one of int8, got 'int4'"),
@@ -62,6 +64,30 @@ def test_kv_options(options: dict[str, Any], message: str):
 def test_engine_options(options: dict[str, Any], message: str):
     with pytest.raises(ValueError, match=message):
         EngineConfig(**options)
+
+
+@pytest.mark.parametrize("value", [0, 1.5, math.nan, True, "0.9"])
+def test_build_options(value: Any):
+    with pytest.raises(ValueError, match=r"gpu_memory_utilization must lie in \(0, 1\], got "):
+        BuildOptions(gpu_memory_utilization=value)
+
+
+@pytest.mark.parametrize(
+    ("config", "old", "new", "value"),
+    [
+        (KVConfig, "pool", "pooling", "avg"),
+        (KVConfig, "floor", "safeguard", "reserve"),
+        (KVConfig, "alpha", "alpha_safeguard", 0.5),
+        (EngineConfig, "prefill_block", "prefill_chunk_size", 64),
+        (BuildOptions, "max_copies", "max_extra_replicas", 3),
+    ],
+)
+def test_deprecated_fields(config: type, old: str, new: str, value: Any):
+    with pytest.warns(DeprecationWarning, match=f"{old} is deprecated .*: use {new}") as caught:
+        assert config(**{old: value}) == config(**{new: value}) != config()
+    assert caught[0].filename == __file__
+    with pytest.raises(ValueError, match=f"{old} is the deprecated name of {new}: give {new} only"):
+        config(**{old: value, new: value})
 
 
 @pytest.mark.parametrize(

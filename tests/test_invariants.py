@@ -29,7 +29,7 @@ STRATEGIES = ("static", "best_effort", "fair_copying", "proportional")
 ROWS: dict[str, Any] = {
     "max_model_len": 256,
     "max_num_seqs": 2,
-    "prefill_block": 48,  # blocks that end within a page and within a block of keys
+    "prefill_chunk_size": 48,  # blocks that end within a page and within a block of keys
     "progress": False,
 }
 

@@ -32,7 +32,7 @@ from fairkv_jax.aot.steps import (
     lower_prefill,
 )
 from fairkv_jax.aot.targets import Target, missing_parts, targets
-from fairkv_jax.command_line import with_underscores
+from fairkv_jax.command_line import engine_flag, with_underscores
 from fairkv_jax.config import KVConfig
 from fairkv_jax.pallas.ragged_decode import AUTO, BACKENDS
 from fairkv_jax.plan import HARDWARE, SHAPES, STRATEGIES, CostModel, Plan, Profile, make_plan
@@ -43,19 +43,23 @@ _DEMO_SHAPE = "smollm2-135m"
 
 _MODEL = flags.DEFINE_enum("model", "llama-3.3-70b", [DEMO, *SHAPES], "Shape of the model.")
 _TARGET = flags.DEFINE_enum("target", "h200", list(targets()), "Kind of GPU.")
-_DEVICES = flags.DEFINE_integer("devices", 8, "GPUs, of one host.", lower_bound=1)
-_BATCH = flags.DEFINE_integer("batch", 64, "Rows of the decode step.", lower_bound=1)
-_BUDGET = flags.DEFINE_integer("kv_budget", 1024, "Kept tokens a head on average.")
-_PROMPT = flags.DEFINE_integer("prompt_tokens", 2048, "Of the prefill; 0 compiles none.")
-_NEW = flags.DEFINE_integer("new_tokens", 256, "Tokens that every row has room to generate.")
-_LONGEST = flags.DEFINE_integer("max_model_len", 8192, "Most tokens of a request.")
-_PAGE = flags.DEFINE_integer("page_size", 16, "Tokens a page.")
-_PLAN = flags.DEFINE_string("head_plan", "fair_copying", "A strategy, or the path of a plan.")
-_PROFILE = flags.DEFINE_string("profile", None, "Path of a head profile; default: a synthetic one.")
+_DEVICES = flags.DEFINE_integer("devices", 8, "Number of GPUs of one host.", lower_bound=1)
+_BATCH = flags.DEFINE_integer("batch", 64, "Rows of the decode batch.", lower_bound=1)
+_BUDGET = engine_flag("kv_budget", default=1024)
+_PROMPT = flags.DEFINE_integer(
+    "prompt_tokens", 2048, "Prompt tokens of the prefill; 0: no prefill is compiled."
+)
+_NEW = flags.DEFINE_integer("new_tokens", 256, "Tokens that every row can generate.")
+_LONGEST = engine_flag("max_model_len", default=8192)
+_PAGE = engine_flag("page_size")
+_PLAN = engine_flag("head_plan")
+_PROFILE = flags.DEFINE_string(
+    "profile", None, "Path of a head profile in JSON; default: a synthetic one."
+)
 _IMBALANCE = flags.DEFINE_float("imbalance", 0.6, "Std / mean of the synthetic profile's heads.")
-_KERNELS = flags.DEFINE_bool("kernels", False, "Compile the decode kernels alone, of all shapes.")
+_KERNELS = flags.DEFINE_bool("kernels", False, "Compile only the decode kernels, for all shapes.")
 _TIMEOUT = flags.DEFINE_integer("timeout_s", 900, "Longest time to compile one step.")
-_BACKEND = flags.DEFINE_enum("attention_backend", AUTO, BACKENDS, "Of decode attention.")
+_BACKEND = flags.DEFINE_enum("attention_backend", AUTO, BACKENDS, "Decode attention to compile.")
 
 
 def main(argv: list[str]) -> None:

@@ -39,7 +39,7 @@ class Setup:
     new_tokens: int = 256
     """Tokens that every row has room to generate."""
     page_size: int = 16
-    prefill_block: int = 1024
+    prefill_chunk_size: int = 1024
     dtype: str = "bfloat16"
     attention_backend: str = "auto"
 
@@ -88,7 +88,7 @@ def lower_prefill(setup: Setup, mesh: Mesh, num_tokens: int, kv_config: KVConfig
     layers, slots = setup.layout.head_of_slot.shape
     heads = setup.config.num_kv_heads
     policy = make_policy(kv_config)
-    block = min(setup.prefill_block, num_tokens)
+    block = min(setup.prefill_chunk_size, num_tokens)
     model = abstract_model(setup, mesh)
     number = _array(mesh, (), "int32", _WHOLE)
     state = jax.eval_shape(

@@ -44,8 +44,8 @@ def _snapkv(config: KVConfig) -> Policy:
 
 
 def _ada_snapkv(config: KVConfig) -> Policy:
-    floor = {"blend": Blend, "reserve": Reserve}[config.floor]
-    return Policy(WindowAttention.from_config(config), floor(config.alpha))
+    safeguard = {"blend": Blend, "reserve": Reserve}[config.safeguard]
+    return Policy(WindowAttention.from_config(config), safeguard(config.alpha_safeguard))
 
 
 # PyramidKV and tables of budgets choose keys as SnapKV does; their budgets are in `KVConfig`.

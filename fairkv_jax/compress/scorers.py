@@ -47,7 +47,7 @@ class WindowAttention:
 
     @classmethod
     def from_config(cls, config: KVConfig) -> "WindowAttention":
-        return cls(config.window, config.pool, config.kernel, config.pool_first)
+        return cls(config.window, config.pooling, config.kernel, config.pool_first)
 
     def __call__(
         self,

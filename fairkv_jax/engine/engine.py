@@ -353,7 +353,7 @@ class Engine:
 
     def _block(self, bucket: int) -> int:
         """Tokens of a unit of such a prefill."""
-        return min(self.config.prefill_block, bucket)
+        return min(self.config.prefill_chunk_size, bucket)
 
     def _start_program(self, bucket: int) -> Compiled:
         return self._program(

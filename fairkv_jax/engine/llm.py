@@ -1,4 +1,4 @@
-"""The Python API, shaped as vLLM's users know it."""
+"""The Python API, with the names of vLLM's."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -9,8 +9,10 @@ from jaxtyping import Float
 from tqdm import tqdm
 
 from fairkv_jax.checkpoint.fetch import DEMO_MODEL
+from fairkv_jax.config import ENGINE_CLASSES, ENGINE_OPTIONS
 from fairkv_jax.engine.build import build_engine
 from fairkv_jax.engine.request import Request, RequestOutput
+from fairkv_jax.options import document_options, with_new_names
 from fairkv_jax.sampling_params import SamplingParams
 from fairkv_jax.tokenizer import Tokenizer
 
@@ -18,19 +20,24 @@ Prompt = str | list[int]
 Messages = Sequence[Mapping[str, Any]]
 
 
+@document_options(*ENGINE_CLASSES)
 class LLM:
-    """A model for offline use: prompts in, finished outputs back.
-
-    Takes the options of `build_engine`, for example
+    """A model for offline use: it takes prompts and returns finished outputs.
 
         llm = LLM(tensor_parallel_size=2, kv_policy="ada_snapkv", kv_budget=256)
         llm.generate(["The capital of France is"], SamplingParams(temperature=0))
 
+    `progress` shows progress bars. The other options are keyword arguments:
+
+    {options}
+
     Raises:
+        TypeError: an option is unknown.
         ValueError: an option is out of its limits, or the checkpoint cannot be read.
     """
 
     def __init__(self, model: str | Path = DEMO_MODEL, *, progress: bool = True, **options: Any):
+        options = with_new_names(options, ENGINE_OPTIONS, stacklevel=2)
         self.engine = build_engine(model, progress=progress, **options)
         self._progress = progress
         self._num_requests = 0
@@ -42,10 +49,12 @@ class LLM:
         *,
         return_kept_positions: bool = False,
     ) -> list[RequestOutput]:
-        """Continues every prompt, a text or a list of token ids; outputs in the prompts' order.
+        """Generates a continuation of every prompt, which is a text or a list of token ids.
+
+        Returns the outputs in the order of the prompts.
 
         Raises:
-            ValueError: a prompt or an option is invalid; then none has been run.
+            ValueError: a prompt or an option is invalid; then no prompt has been run.
         """
         encode = self.engine.tokenizer.encode
         batch = [
@@ -61,18 +70,18 @@ class LLM:
         *,
         return_kept_positions: bool = False,
     ) -> list[RequestOutput]:
-        """Answers one conversation, or a list of them, in the model's chat template."""
+        """Answers one conversation or a list of them, using the model's chat template."""
         if not isinstance(messages, Sequence) or not messages:
             raise ValueError(f"messages must be a list of messages, got {messages!r}")
         conversations = [messages] if isinstance(messages[0], Mapping) else messages
         tokenizer = self.engine.tokenizer
         texts = [tokenizer.apply_chat_template(each) for each in conversations]  # pyright: ignore[reportArgumentType]
-        # The template writes the BOS token itself, where there is one.
+        # The template writes the BOS token itself if the model has one.
         batch = [(text, tokenizer.encode(text, add_special_tokens=False)) for text in texts]
         return self._run(self._requests(batch, sampling_params, return_kept_positions))
 
     def prefill_logits(self, token_ids: list[int]) -> Float[np.ndarray, "V"]:
-        """Float32 logits of the token that follows a prompt; for comparisons with other code."""
+        """Returns the float32 logits of the token after a prompt, to compare with other code."""
         (prompt,) = _as_batch([token_ids])
         if isinstance(prompt, str):
             raise ValueError(f"prefill_logits takes token ids, got the text {prompt!r}")
@@ -89,7 +98,7 @@ class LLM:
         params: SamplingParams | Sequence[SamplingParams] | None,
         positions: bool,
     ) -> list[Request]:
-        """A valid request for every (text, token ids) of the batch."""
+        """Makes and validates a request for every (text, token ids) pair."""
         if params is None or isinstance(params, SamplingParams):
             params = [params or SamplingParams()] * len(batch)
         if not isinstance(params, Sequence) or not all(
@@ -107,7 +116,7 @@ class LLM:
         return requests
 
     def _run(self, requests: list[Request]) -> list[RequestOutput]:
-        """Runs requests to their ends; where that is interrupted, none stays behind."""
+        """Runs requests until they finish; if that is interrupted, aborts the others."""
         self.engine.warm_up(
             [len(request.prompt_token_ids) for request in requests],
             len(requests),
@@ -131,10 +140,10 @@ class LLM:
 
 
 def _as_batch(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
-    """A list of prompts, of one where it is a text or a list of token ids.
+    """Returns a list of prompts; a single text or list of token ids becomes a list of one.
 
     Raises:
-        ValueError: it is neither.
+        ValueError: a prompt is neither.
     """
     if isinstance(prompts, str):
         return [prompts]

@@ -40,8 +40,8 @@ def _prepare_jax(options: Options) -> None:
     flags = os.environ.get("XLA_FLAGS", "")
     if CPU_DEVICES_FLAG not in flags:
         os.environ["XLA_FLAGS"] = f"{flags} {CPU_DEVICES_FLAG}={options.cpu_devices}".strip()
-    if options.compilation_cache_dir:
-        os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", options.compilation_cache_dir)
+    if options.server.compilation_cache_dir:
+        os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", options.server.compilation_cache_dir)
         os.environ.setdefault("JAX_COMPILATION_CACHE_MAX_SIZE", str(CACHE_BYTES))
         os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
         os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")

@@ -79,7 +79,7 @@ def test_tables_must_fit(tiny_checkpoint: Path):
         LLM(tiny_checkpoint, kv_policy="head_budgets", kv_head_budgets=wrong, **OPTIONS)
     with pytest.raises(ValueError, match="give both"):
         LLM(tiny_checkpoint, kv_policy="head_budgets", **OPTIONS)
-    with pytest.raises(ValueError, match=r"'nothing.json' is no file"):
+    with pytest.raises(ValueError, match=r"'nothing.json' is not a file"):
         LLM(tiny_checkpoint, kv_policy="head_budgets", kv_head_budgets="nothing.json", **OPTIONS)
     with pytest.raises(ValueError, match="takes neither"):
         LLM(tiny_checkpoint, kv_policy="head_budgets", kv_head_budgets=wrong, kv_budget=9)

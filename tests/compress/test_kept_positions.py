@@ -19,7 +19,7 @@ SIZES: tuple[dict[str, Any], ...] = (
 )  # 80 of 128: one program for both
 SCORED: list[tuple[str, dict[str, Any]]] = [
     ("snapkv", {}),
-    *(("ada_snapkv", {"floor": floor}) for floor in ("blend", "reserve")),
+    *(("ada_snapkv", {"safeguard": floor}) for floor in ("blend", "reserve")),
 ]
 
 
@@ -30,7 +30,7 @@ def all_options() -> list[Options]:
             scored: dict[str, Any] = {
                 "window": 16,
                 "kernel": 5,
-                "pool": pool,
+                "pooling": pool,
                 "pool_first": first,
                 **floor,
             }
@@ -49,7 +49,7 @@ def name(options: Options) -> str:
     if options.policy in ("full", "streaming_llm"):
         return f"{options.policy}, {size}"
     order = "pool first" if options.pool_first else "mean first"
-    return f"{options.policy} {options.floor} {options.pool} {order}, {size}"
+    return f"{options.policy} {options.safeguard} {options.pooling} {order}, {size}"
 
 
 @pytest.mark.parametrize("options", all_options(), ids=name)
@@ -61,11 +61,11 @@ def test_kept_positions(tiny_checkpoint: Path, dense: dict[int, Forward], option
         kv_budget=options.budget,
         kv_ratio=options.ratio,
         kv_window=options.window,
-        kv_pool=options.pool,
+        kv_pooling=options.pooling,
         kv_kernel=options.kernel,
         kv_pool_first=options.pool_first,
-        kv_floor=options.floor,
-        kv_alpha=options.alpha,
+        kv_safeguard=options.safeguard,
+        kv_alpha_safeguard=options.alpha_safeguard,
         max_model_len=256,
         max_num_seqs=1,
         progress=False,

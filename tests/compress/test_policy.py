@@ -62,16 +62,16 @@ def scored(policy: str, **options) -> Options:
     return Options(policy, **defaults | options)
 
 
-ADA = [scored("ada_snapkv", floor=floor, budget=24) for floor in ("blend", "reserve")]
+ADA = [scored("ada_snapkv", safeguard=floor, budget=24) for floor in ("blend", "reserve")]
 SCORED = [scored("snapkv", budget=24), *ADA]
 ALL = [Options("full"), Options("streaming_llm", budget=24), *SCORED]
 
 
 @pytest.mark.parametrize("pool_first", [False, True])
 @pytest.mark.parametrize("pool", ["max", "avg"])
-@pytest.mark.parametrize("options", SCORED, ids=lambda o: f"{o.policy}-{o.floor}")
+@pytest.mark.parametrize("options", SCORED, ids=lambda o: f"{o.policy}-{o.safeguard}")
 def test_pools_and_orders(options: Options, pool: str, pool_first: bool):
-    options = replace(options, pool=pool, pool_first=pool_first)
+    options = replace(options, pooling=pool, pool_first=pool_first)
     for length in (96, 95, 50, 25, 24, 23, 8, 1):
         check(options, length)
 
@@ -80,7 +80,7 @@ def test_pools_and_orders(options: Options, pool: str, pool_first: bool):
 @pytest.mark.parametrize("pool", ["max", "avg"])
 def test_kernels(pool: str, kernel: int):
     """Up to one that is wider than what lies outside the window."""
-    options = scored("ada_snapkv", budget=24, pool=pool, kernel=kernel)
+    options = scored("ada_snapkv", budget=24, pooling=pool, kernel=kernel)
     for length in (96, 25, 33):
         check(options, length)
 
@@ -89,16 +89,16 @@ def test_kernels(pool: str, kernel: int):
 @pytest.mark.parametrize("alpha", [0.0, 0.2, 0.29, 0.5, 0.9, 1.0])
 def test_alphas(floor: str, alpha: float):
     for budget in (9, 24, 64):
-        check(scored("ada_snapkv", floor=floor, alpha=alpha, budget=budget), 90)
+        check(scored("ada_snapkv", safeguard=floor, alpha_safeguard=alpha, budget=budget), 90)
 
 
 @pytest.mark.parametrize(("floor", "budget"), [("blend", 83), ("reserve", 75)])
 def test_products_that_are_whole_are_not_rounded_down(floor: str, budget: int):
     """0.84 * 75 is 63, though a little less in float32."""
-    check(scored("ada_snapkv", floor=floor, alpha=0.84, budget=budget), 96)
+    check(scored("ada_snapkv", safeguard=floor, alpha_safeguard=0.84, budget=budget), 96)
 
 
-@pytest.mark.parametrize("options", ALL[1:], ids=lambda o: f"{o.policy}-{o.floor}")
+@pytest.mark.parametrize("options", ALL[1:], ids=lambda o: f"{o.policy}-{o.safeguard}")
 @pytest.mark.parametrize("ratio", [0.0, 0.1, 0.5, 0.9, 0.999])
 def test_ratios(options: Options, ratio: float):
     """Down to one kept token, where the window shrinks with the budget."""
@@ -108,7 +108,7 @@ def test_ratios(options: Options, ratio: float):
 
 
 @pytest.mark.parametrize("window", [1, 7, 24])
-@pytest.mark.parametrize("options", SCORED, ids=lambda o: f"{o.policy}-{o.floor}")
+@pytest.mark.parametrize("options", SCORED, ids=lambda o: f"{o.policy}-{o.safeguard}")
 def test_windows(options: Options, window: int):
     """Up to one that fills the budget."""
     options = replace(options, window=window)
@@ -117,7 +117,7 @@ def test_windows(options: Options, window: int):
 
 
 @pytest.mark.parametrize("seed", range(5))
-@pytest.mark.parametrize("options", ADA, ids=lambda o: o.floor)
+@pytest.mark.parametrize("options", ADA, ids=lambda o: o.safeguard)
 def test_random_prompts(options: Options, seed: int):
     check(options, 96, seed)
 
@@ -127,7 +127,7 @@ def test_streaming_llm_budgets(budget: int):
     check(Options("streaming_llm", budget=budget), 96)
 
 
-@pytest.mark.parametrize("options", ALL, ids=lambda o: f"{o.policy}-{o.floor}")
+@pytest.mark.parametrize("options", ALL, ids=lambda o: f"{o.policy}-{o.safeguard}")
 def test_a_prompt_within_the_budget_is_kept_whole(options: Options):
     for length in (24, 10, 1):
         for kept in selected(options, *queries_and_keys(length)):
@@ -153,7 +153,7 @@ def test_ada_moves_budget_to_the_heads_whose_scores_are_high():
 def test_scores(pool: str, pool_first: bool):
     """The numbers themselves; window and padding score 0."""
     q, k = queries_and_keys(60)
-    options = scored("snapkv", budget=24, pool=pool, pool_first=pool_first)
+    options = scored("snapkv", budget=24, pooling=pool, pool_first=pool_first)
     scorer: Any = WindowAttention(8, pool, 5, pool_first)
     got = np.asarray(scorer(window_queries(q, 8), k, np.int32(60), np.int32(24)))
     np.testing.assert_allclose(got[:, :52], snapkv_scores(q, k, 8, options), rtol=1e-4, atol=1e-7)
@@ -187,7 +187,7 @@ def test_a_budget_below_the_window(policy: str):
     make_policy(KVConfig("streaming_llm", budget=16))  # it has no window
 
 
-@pytest.mark.parametrize("options", ALL, ids=lambda o: f"{o.policy}-{o.floor}")
+@pytest.mark.parametrize("options", ALL, ids=lambda o: f"{o.policy}-{o.safeguard}")
 def test_policies_are_values(options: Options):
     """Static arguments of the prefill: equal options share one program."""
     one, other = (make_policy(KVConfig(**asdict(options))) for _ in range(2))

@@ -49,10 +49,10 @@ def test_a_converted_checkpoint_brings_its_profile(gguf: Path, tmp_path: Path):
 def test_of_another_policy_it_is_left_aside(gguf: Path, caplog: pytest.LogCaptureFixture):
     with caplog.at_level(logging.INFO):
         plan(gguf, "full")
-    assert "the profile beside the weights is of snapkv, not full" in caplog.text
+    assert "was measured with the policy snapkv, not full" in caplog.text
 
 
 def test_of_another_model_it_is_an_error(gguf: Path):
     (gguf.parent / "profile.json").write_text(Profile.uniform(3, 3, 16.0).to_json())
-    with pytest.raises(ValueError, match="is of 3 layers x 3 KV heads, the model of 2 x 3"):
+    with pytest.raises(ValueError, match="has 3 layers x 3 KV heads, but the model has 2 x 3"):
         plan(gguf)

@@ -102,11 +102,12 @@ def cases() -> dict[str, list[Case]]:
         "full": [Case.of("full")],
         "streaming_llm": [Case.of("streaming_llm", **size) for size in sizes],
     }
-    scored = [("snapkv", {}), *(("ada_snapkv", {"floor": floor}) for floor in ("blend", "reserve"))]
-    for (policy, floor), pool, first in product(scored, ("max", "avg"), (False, True)):
+    safeguards = ({"safeguard": name} for name in ("blend", "reserve"))
+    scored = [("snapkv", {}), *(("ada_snapkv", each) for each in safeguards)]
+    for (policy, safeguard), pool, first in product(scored, ("max", "avg"), (False, True)):
         order = "pool first" if first else "mean first"
-        options = {"pool": pool, "pool_first": first, **floor}
-        name = " ".join([policy, *floor.values(), pool, order])
+        options = {"pooling": pool, "pool_first": first, **safeguard}
+        name = " ".join([policy, *safeguard.values(), pool, order])
         named[name] = [Case.of(policy, **options, **size) for size in sizes]
     return named
 

@@ -18,7 +18,7 @@ OPTIONS: dict[str, Any] = {
     "kv_window": 16,
     "max_model_len": 320,
     "max_num_seqs": 3,
-    "prefill_block": 32,
+    "prefill_chunk_size": 32,
     "progress": False,
 }
 LONG, UNITS = random_prompt(300), 2 * 10
@@ -61,7 +61,7 @@ def test_a_prefill_in_parts_is_the_whole(engine: LLMEngine, parts: tuple[int, ..
 
 def test_blocks_change_nothing(tiny_checkpoint: Path, llm: LLM):
     """The blocks' size is a matter of speed: a prompt of one block says the same."""
-    options: dict[str, Any] = OPTIONS | {"prefill_block": 512}
+    options: dict[str, Any] = OPTIONS | {"prefill_chunk_size": 512}
     other = LLM(tiny_checkpoint, **options)
     prompts = [LONG, random_prompt(33), random_prompt(31)]
     pairs = zip(*(each.generate(prompts, greedy(9)) for each in (llm, other)), strict=True)

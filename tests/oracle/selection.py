@@ -26,11 +26,11 @@ class Options:
     budget: int | None = None
     ratio: float | None = None
     window: int = 32
-    pool: str = "max"
+    pooling: str = "max"
     kernel: int = 7
     pool_first: bool = False
-    floor: str = "blend"
-    alpha: float = 0.2
+    safeguard: str = "blend"
+    alpha_safeguard: float = 0.2
 
     def kept_tokens(self, T: int) -> int:
         """n of a prompt of T tokens."""
@@ -55,12 +55,12 @@ def kept_positions(q: np.ndarray, k: np.ndarray, options: Options) -> list[np.nd
     scores = snapkv_scores(q, k, w, options)
     if options.policy == "snapkv":
         quotas = [n - w] * K
-    elif options.policy == "ada_snapkv" and options.floor == "blend":
-        quotas = blended_quotas(scores, n - w, options.alpha)
-    elif options.policy == "ada_snapkv" and options.floor == "reserve":
-        return reserved_positions(scores, w, n, options.alpha)
+    elif options.policy == "ada_snapkv" and options.safeguard == "blend":
+        quotas = blended_quotas(scores, n - w, options.alpha_safeguard)
+    elif options.policy == "ada_snapkv" and options.safeguard == "reserve":
+        return reserved_positions(scores, w, n, options.alpha_safeguard)
     else:
-        raise ValueError(f"unknown policy {options.policy!r} or floor {options.floor!r}")
+        raise ValueError(f"unknown policy {options.policy!r} or safeguard {options.safeguard!r}")
     window = np.arange(T - w, T)
     return [np.r_[top(scores[head], quotas[head]), window] for head in range(K)]
 
@@ -81,7 +81,7 @@ def snapkv_scores(q: np.ndarray, k: np.ndarray, w: int, options: Options) -> np.
         return x.reshape(K, G, -1).mean(axis=1)
 
     def pooled(x: np.ndarray) -> np.ndarray:
-        return np.stack([pool(row, options.pool, options.kernel) for row in x])
+        return np.stack([pool(row, options.pooling, options.kernel) for row in x])
 
     return grouped(pooled(scores)) if options.pool_first else pooled(grouped(scores))
 

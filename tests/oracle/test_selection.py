@@ -109,14 +109,14 @@ def test_quotas_are_exact_in_the_decimals_of_alpha():
 
 
 def test_blend_keeps_each_head_its_quota_and_the_window():
-    options = {"policy": "ada_snapkv", "floor": "blend", "budget": 3}
+    options = {"policy": "ada_snapkv", "safeguard": "blend", "budget": 3}
     # Probabilities before the window: 1 9 1 8 of 20, and 1 1 2 1 of 6. c = 2, top four: 9/20,
     # 8/20, 2/6, then 1/6 at positions 0, 1, 3 of head 1, of which position 0 wins.
-    assert kept(WEIGHTS, alpha=0.0, **options) == [[1, 3, 4], [0, 2, 4]]
+    assert kept(WEIGHTS, alpha_safeguard=0.0, **options) == [[1, 3, 4], [0, 2, 4]]
     flat = [[1, 9, 1, 8, 1], [1, 1, 1, 1, 100]]
-    assert kept(flat, alpha=0.0, **options) == [[0, 1, 2, 3, 4], [4]]
+    assert kept(flat, alpha_safeguard=0.0, **options) == [[0, 1, 2, 3, 4], [4]]
     # alpha 1/2: (1 - alpha) * 4 + floor(1.0) = 3, and 0 + 1.
-    assert kept(flat, alpha=0.5, **options) == [[0, 1, 3, 4], [0, 4]]
+    assert kept(flat, alpha_safeguard=0.5, **options) == [[0, 1, 3, 4], [0, 4]]
 
 
 def test_reserve_counts_the_window_in_the_floor():
@@ -142,7 +142,7 @@ def test_random_selections_are_sorted_hold_the_window_and_meet_the_budget(floor,
     rng = np.random.default_rng(0)
     q = rng.standard_normal((6, 50, 8), dtype=np.float32)
     k = rng.standard_normal((3, 50, 8), dtype=np.float32)
-    options = Options("ada_snapkv", budget=20, window=8, floor=floor, alpha=alpha)
+    options = Options("ada_snapkv", budget=20, window=8, safeguard=floor, alpha_safeguard=alpha)
     heads = kept_positions(q, k, options)
     for positions in heads:
         assert (np.diff(positions) > 0).all()

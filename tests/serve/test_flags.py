@@ -1,8 +1,12 @@
-"""The command line: spellings, defaults, and sentences for what is wrong."""
+"""The server's command line: spellings, defaults, deprecated names, and error messages."""
+
+from typing import Any
 
 import pytest
 
+from fairkv_jax.config import ENGINE_OPTIONS
 from fairkv_jax.serve.flags import parse
+from fairkv_jax.serve.options import SERVER_OPTIONS
 
 
 def parsed(*arguments: str, **environ: str):
@@ -66,8 +70,10 @@ def test_prompts_are_logged_only_on_request():
     [
         ("--kv-budgett=3", "kv_budgett"),
         ("--kv-budget=many", "many"),
-        ("--kv-pool=median", "max|avg"),
+        ("--kv-pooling=median", "max|avg"),
         ("--quantization=int4", "int4"),
+        ("--dtype=int8", "auto|float32|bfloat16|float16"),
+        ("--kv-policy=h2o", "full|streaming_llm|snapkv"),
         ("--port=99999", "between 0 and 65535, got 99999"),
         ("--tensor-parallel-size=0", "at least 1, got 0"),
         ("--max-num-queued-reqs=-1", "at least 0, got -1"),
@@ -83,11 +89,61 @@ def test_wrong_arguments_end_with_a_sentence(argument: str, sentence: str):
     assert "--help" in str(stop.value)
 
 
-def test_help_fits_a_page_and_names_defaults(capsys: pytest.CaptureFixture[str]):
+@pytest.mark.parametrize(
+    ("old", "new", "value"),
+    [
+        ("kv-pool", "kv-pooling", "avg"),
+        ("kv-floor", "kv-safeguard", "reserve"),
+        ("kv-alpha", "kv-alpha-safeguard", "0.5"),
+        ("prefill-block", "prefill-chunk-size", "64"),
+        ("max-copies", "max-extra-replicas", "3"),
+    ],
+)
+def test_deprecated_names(old: str, new: str, value: str, caplog: pytest.LogCaptureFixture):
+    for argument in ([f"--{old}={value}"], [f"--{old.replace('-', '_')}", value]):
+        caplog.clear()
+        options = parsed(*argument)
+        assert f"--{old} is deprecated" in caplog.text
+        assert f"use --{new}" in caplog.text
+        caplog.clear()
+        assert options == parsed(f"--{new}={value}") != parsed()
+        assert not caplog.text
+    with pytest.raises(SystemExit, match=f"--{old} is the deprecated name of --{new}: give --"):
+        parsed(f"--{new}={value}", f"--{old}={value}")
+
+
+def flag_value(kind: type, choices: tuple[str, ...]) -> Any:
+    """Returns a value of that type that is no option's default."""
+    return choices[-1] if choices else {str: "x", int: 7919, float: 0.25, tuple: ("x", "y")}[kind]
+
+
+def test_every_declared_option_has_a_flag_that_reaches_its_destination():
+    for option in (*ENGINE_OPTIONS, *SERVER_OPTIONS):
+        if option.type is bool:
+            value, arguments = True, [f"--{option.name}"]
+        else:
+            value = flag_value(option.type, option.choices)
+            text = ",".join(value) if option.type is tuple else value
+            arguments = [f"--{option.name}={text}"]
+        if option.name.startswith("ssl_"):
+            arguments = ["--ssl-keyfile=x", "--ssl-certfile=x"]
+        options = parsed(*arguments)
+        if option in ENGINE_OPTIONS:
+            assert options.engine[option.name] == value
+        else:
+            assert getattr(options.server, option.field) == value
+
+
+def test_help_lists_every_option_with_its_default(capsys: pytest.CaptureFixture[str]):
     with pytest.raises(SystemExit) as stop:
         parsed("--help")
     assert stop.value.code == 0
-    page = capsys.readouterr().out.splitlines()
-    assert len(page) < 50
-    assert max(map(len, page)) <= 100
-    assert any("--kv-alpha" in line and "[0.2]" in line for line in page)
+    page = capsys.readouterr().out
+    assert max(map(len, page.splitlines())) <= 100
+    entries = [" ".join(entry.split()) for entry in page.split("\n  --")[1:]]
+    by_name = {entry.split()[0]: entry for entry in entries}
+    assert len(by_name) == len(entries) == len(ENGINE_OPTIONS) + len(SERVER_OPTIONS)
+    assert "Default: 0.2." in by_name["kv-alpha-safeguard"]
+    assert "One of max, avg. Default: max." in by_name["kv-pooling"]
+    assert "Default: ada_snapkv." in by_name["kv-policy"]
+    assert "Default: all GPUs, or 2 devices on the CPU." in by_name["tensor-parallel-size"]
