@@ -10,7 +10,8 @@ import jax.numpy as jnp
 from fairkv_jax.checkpoint import Checkpoint, open_checkpoint
 from fairkv_jax.checkpoint.fetch import DEMO_MODEL
 from fairkv_jax.checkpoint.needs import device_bytes
-from fairkv_jax.compress import make_policy
+from fairkv_jax.compress.budgets import budgets_per_head, max_kept_per_layer, num_kept_tokens
+from fairkv_jax.compress.registry import make_method
 from fairkv_jax.config import EngineConfig, KVConfig, ModelConfig
 from fairkv_jax.engine.llm_engine import LLMEngine
 from fairkv_jax.pallas.ragged_decode import AUTO, check_backend
@@ -95,7 +96,7 @@ def build_engine(
         alpha=kv_alpha,
         head_budgets=None if kv_head_budgets is None else _head_budgets(kv_head_budgets),
     )
-    make_policy(kv_config)  # a wrong option shows before anything is loaded
+    make_method(kv_config)  # a wrong option shows before anything is loaded
     check_backend(attention_backend)
     if dtype not in DTYPES:
         raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
@@ -171,10 +172,10 @@ def _profile(
     """What each head is expected to hold: as measured, scaled to the budget, or its budget."""
     measured = _measured_profile(checkpoint, shape, kv_config.policy)
     if measured is not None:
-        kept = kv_config.kept_tokens(context)
+        kept = num_kept_tokens(kv_config, context)
         tokens = (measured.array * (kept / measured.array.mean())).tolist()
         return replace(measured, tokens=tokens, budget=kv_config.budget, spread=None, samples=None)
-    budgets = kv_config.budgets(context, shape.num_layers, shape.num_kv_heads)
+    budgets = budgets_per_head(kv_config, context, shape.num_layers, shape.num_kv_heads)
     return Profile(
         model=checkpoint.name,
         policy=kv_config.policy,
@@ -242,7 +243,7 @@ def _prefill_bytes(
     One layer's keys and values twice, as packing reads them all, and the scores of its keys.
     """
     heads = (shape.num_layers, shape.num_kv_heads)
-    kept = kv_config.most_kept_of_a_layer(max_model_len, *heads)
+    kept = max_kept_per_layer(kv_config, max_model_len, *heads)
     prefix = 2 * shape.num_layers * kept * shape.head_dim * itemsize
     keys = 2 * 2 * shape.num_kv_heads * shape.head_dim * itemsize
     scores = 3 * 4 * shape.num_heads * kv_config.window

@@ -6,6 +6,7 @@ from pathlib import Path
 from absl import app, flags
 
 from fairkv_jax.command_line import with_underscores
+from fairkv_jax.compress.budgets import num_kept_tokens
 from fairkv_jax.config import FLOORS, POOLS, KVConfig
 
 _MODEL = flags.DEFINE_string("model", None, "checkpoint; default: the demo checkpoint")
@@ -59,7 +60,7 @@ def _measure() -> None:
     for number, prompt in enumerate(prompts):
         if len(prompt) > longest:
             raise ValueError(f"prompt {number} has {len(prompt)} tokens, the context is {longest}")
-    kept_whole = sum(built.kv_config.kept_tokens(len(p)) >= len(p) for p in prompts)
+    kept_whole = sum(num_kept_tokens(built.kv_config, len(p)) >= len(p) for p in prompts)
     if kept_whole:
         print(f"{kept_whole} of {len(prompts)} prompts are no longer than the budget: kept whole")
     output = Path(str(_OUTPUT.value))
