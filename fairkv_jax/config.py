@@ -5,7 +5,7 @@ arguments of `LLM` and README's table derive. Standard library only, so that the
 tools can read configurations without importing JAX.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from numbers import Integral, Real
 from typing import Any
 
@@ -13,8 +13,6 @@ from fairkv_jax.options import accept_old_names, option, options_of
 
 POLICY_NAMES = ("full", "streaming_llm", "snapkv", "ada_snapkv", "pyramidkv", "head_budgets")
 POOLINGS = ("max", "avg")
-PYRAMID_STEEPNESS = 20
-"""PyramidKV's last layer keeps a twentieth of the mean outside the window, its first the rest."""
 SAFEGUARDS = ("blend", "reserve")
 REQUEST_POLICIES = ("streaming_llm", "snapkv", "ada_snapkv")
 """Policies that a request may choose in place of the server's."""
@@ -189,81 +187,6 @@ class KVConfig:
             _check_fraction("kv_ratio", self.ratio, closed=False)
         if self.budget is not None:
             _check_int("kv_budget", self.budget, 1)
-
-    def of_request(self, policy: str | None, budget: int | None) -> "KVConfig":
-        """These options with what one request wants in their place; None: nothing special.
-
-        Raises:
-            ValueError: the policy is not for requests to choose, or it keeps more than this one.
-        """
-        if policy is None and budget is None:
-            return self
-        policy = policy or self.policy
-        if policy not in (self.policy, *REQUEST_POLICIES):
-            names = ", ".join(dict.fromkeys([self.policy, *REQUEST_POLICIES]))
-            raise ValueError(f"kv_policy {policy!r} is not for requests: use one of {names}")
-        if budget is not None and self.budget is not None and budget > self.budget:
-            raise ValueError(
-                f"kv_budget {budget} is beyond the {self.budget} that every request may keep: "
-                "lower it, or raise the engine's own"
-            )
-        return replace(
-            self,
-            policy=policy,
-            budget=self.budget if budget is None else budget,
-            ratio=self.ratio if budget is None else None,
-            head_budgets=self.head_budgets if policy == self.policy else None,
-        )
-
-    def kept_tokens(self, prompt_tokens: int) -> int:
-        """Tokens kept per head, on average, of a prompt of that length."""
-        if self.head_budgets is not None:
-            kept = [min(budget, prompt_tokens) for layer in self.head_budgets for budget in layer]
-            return sum(kept) // len(kept)
-        if self.budget is not None:
-            return min(self.budget, prompt_tokens)
-        if self.ratio is not None:
-            return max(1, int(prompt_tokens * (1 - self.ratio)))
-        return prompt_tokens
-
-    def budgets(
-        self, prompt_tokens: int, num_layers: int, num_heads: int
-    ) -> tuple[tuple[int, ...], ...]:
-        """Budgets [L][K] in tokens; what heads keep may then be moved within a layer."""
-        if self.head_budgets is not None:
-            return self.head_budgets
-        kept = self.kept_tokens(prompt_tokens)
-        layers = [kept] * num_layers
-        if self.policy == "pyramidkv" and kept < prompt_tokens:
-            window = min(self.window, kept)
-            layers = _pyramid(kept - window, prompt_tokens - window, num_layers)
-            layers = [window + outside for outside in layers]
-        return tuple((budget,) * num_heads for budget in layers)
-
-    def most_kept_of_a_layer(self, prompt_tokens: int, num_layers: int, num_heads: int) -> int:
-        """An upper bound of the tokens that all heads of a layer keep, for prompts up to that."""
-        # Rounded quotas may exceed a budget by half a token a head.
-        budgets = self.budgets(prompt_tokens, num_layers, num_heads)
-        return max(sum(min(budget + 1, prompt_tokens) for budget in layer) for layer in budgets)
-
-
-def _pyramid(mean: int, most: int, num_layers: int) -> list[int]:
-    """Falling budgets of that exact mean, the first at most `most` (Cai et al., 2024).
-
-    They fall linearly from first to last; sums of the line are rounded, so that none is lost.
-    """
-    last = mean // PYRAMID_STEEPNESS
-    first = min(2 * mean - last, most)
-    last = 2 * mean - first
-    steps = max(num_layers - 1, 1)
-
-    def total(layers: int) -> int:
-        drop = (first - last) * layers * (layers - 1)
-        return (2 * steps * layers * first - drop) // (2 * steps)
-
-    if num_layers == 1:
-        return [mean]
-    return [total(layer + 1) - total(layer) for layer in range(num_layers)]
 
 
 @accept_old_names

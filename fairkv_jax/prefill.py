@@ -1,19 +1,25 @@
-"""Prefill: a prompt through the model, each layer's cache compressed as soon as it is there.
+"""Prefill: runs a prompt through the model and compresses each layer's cache when it is complete.
 
-The work is cut into units, a block of the prompt's tokens in one layer, so that it can stop
-anywhere and go on later while others decode:
+The work goes layer by layer, and each layer in chunks of prompt tokens, so that it can stop after
+any chunk and go on later while other requests decode:
 
-    layer 0: block 0, block 1, ... | compress | layer 1: block 0, ...
+    layer 0: chunk 0, chunk 1, ... | compress | layer 1: chunk 0, ...
 
-A block needs the keys of its own layer only, of the blocks before it. Between two units there wait
-the hidden states and one layer's keys and values; of the layers behind, only what they keep.
+A chunk needs the keys of its own layer only, of the chunks before it. Between two chunks the carry
+holds the hidden states, one layer's keys and values, and what the layers before have kept.
+
+Two programs do this: `run_chunks`, and `compress_layer` after each layer. Only the second, small
+one contains the compression methods; the first one contains what their scorers observe. A prompt
+that is kept whole needs no `compress_layer`: `run_chunks` packs its layers itself, so that one call
+can run all of them. `split_at_layers` lists the calls for a range of chunks.
 
 Every device computes the slots that it holds. The scores of all heads are gathered, every device
-makes the same selection, and packs what its own slots keep, head after head:
+makes the same selection, and packs what its own slots keep, slot after slot:
 
     packed keys of one layer and device   [ slot 0's kept tokens | slot 1's | ... | unused ]
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -26,10 +32,10 @@ from jaxtyping import Array, Bool, Float, Int
 
 from fairkv_jax.attention import KEY_BLOCK, attend_to_prompt
 from fairkv_jax.cache import KVCache
-from fairkv_jax.compress import Policy
-from fairkv_jax.compress.scorers import window_start
+from fairkv_jax.compress.contract import Chunk, LayerShape, Method, Scorer, distinct_scorers
 from fairkv_jax.models import Llama
-from fairkv_jax.models.llama import round_up
+from fairkv_jax.models.llama import DecoderLayer, round_up
+from fairkv_jax.models.rope import rotate
 from fairkv_jax.sampling import Sampled, ranked_logprobs
 from fairkv_jax.shapes import TENSOR_AXIS
 from fairkv_jax.sharding.load_weights import partition_specs
@@ -43,7 +49,8 @@ _BY_DEVICE = PartitionSpec(None, TENSOR_AXIS)
 class CompressedPrefix:
     """The compressed cache of one prompt, ready to be inserted into a row.
 
-    R is the most tokens that a device packs a layer; `positions` counts from the prompt's start.
+    R is the largest number of tokens that a device packs per layer. `positions` counts from the
+    prompt's start.
     """
 
     k: Float[Array, "L PR H"]
@@ -53,11 +60,11 @@ class CompressedPrefix:
     """Kept tokens of every slot, replicas included; 0 in empty slots."""
     head_lengths: Int[Array, "L K"]
     logits: Float[Array, "V"]
-    """Of the token that follows the prompt, float32."""
+    """Logits of the token that follows the prompt, float32."""
 
     @classmethod
     def partition(cls) -> "CompressedPrefix":
-        """How each array is split over the mesh."""
+        """Returns how each array is split over the mesh."""
         whole: Any = PartitionSpec()
         split: Any = _BY_DEVICE
         return cls(split, split, split, split, whole, whole)
@@ -66,20 +73,20 @@ class CompressedPrefix:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class PrefillCarry:
-    """A prompt on its way through the layers; donated to every part of the prefill."""
+    """A prompt on its way through the layers; donated to every program that continues it."""
 
     hidden: Float[Array, "T D"]
-    """Inputs of the present layer, its outputs where a block has passed it."""
+    """The current layer's inputs; its outputs for tokens of chunks that it has run."""
     k: Float[Array, "PC T H"]
     v: Float[Array, "PC T H"]
-    """Of the present layer, as far as its blocks are done."""
-    window: Float[Array, "PC G w H"]
-    """Queries of the prompt's last w tokens in the present layer: they score its keys."""
+    """Keys and values of the current layer, for tokens of chunks that it has run."""
+    stats: tuple[Any, ...]
+    """Per distinct scorer, its statistics of the current layer; only the chosen one's are used."""
     prefix: CompressedPrefix
 
     @classmethod
     def partition(cls) -> "PrefillCarry":
-        """How each array is split over the mesh."""
+        """Returns how each array is split over the mesh, as a prefix of the carry's pytree."""
         whole: Any = PartitionSpec()
         split: Any = PartitionSpec(TENSOR_AXIS)
         return cls(whole, split, split, split, CompressedPrefix.partition())
@@ -87,16 +94,16 @@ class PrefillCarry:
 
 @dataclass(frozen=True)
 class KeptTokens:
-    """What a prefix kept of its prompt, on the host."""
+    """The tokens that a prefix kept of its prompt, on the host."""
 
     lengths: np.ndarray
-    """[L, K] tokens."""
+    """Number of kept tokens, [L, K]."""
     positions: list[list[np.ndarray]] | None
-    """For each layer and head its kept positions, ascending."""
+    """Kept positions by layer and head, ascending."""
 
 
 def kept_tokens(prefix: CompressedPrefix, layout: SlotLayout, *, positions: bool) -> KeptTokens:
-    """Reads back what a prefix kept; its positions only where they are asked for."""
+    """Reads back which tokens a prefix kept; `positions` says whether to read their positions."""
     lengths = np.asarray(prefix.head_lengths)
     if not positions:
         return KeptTokens(lengths, None)
@@ -114,36 +121,40 @@ def kept_tokens(prefix: CompressedPrefix, layout: SlotLayout, *, positions: bool
     return KeptTokens(lengths, [[of_head(n, head) for head in heads] for n in range(num_layers)])
 
 
-@partial(jax.jit, static_argnames=("mesh", "block", "window", "packed_size"))
+@partial(jax.jit, static_argnames=("mesh", "chunk_size", "methods", "packed_size"))
 def start_prefill(
-    model: Llama, tokens: Int[Array, "T"], *, mesh: Mesh, block: int, window: int, packed_size: int
+    model: Llama,
+    tokens: Int[Array, "T"],
+    *,
+    mesh: Mesh,
+    chunk_size: int,
+    methods: tuple[Method, ...],
+    packed_size: int,
 ) -> PrefillCarry:
-    """The state of a prompt that has passed no layer.
+    """Embeds a prompt and allocates the carry of its prefill.
 
-    `window` is the policies' window, and `packed_size` bounds what they keep of a layer over all
-    heads.
+    `packed_size` bounds the tokens that all heads of one layer keep together.
     """
 
     def local(model: Llama, tokens: Array) -> PrefillCarry:
-        config, dtype = model.config, model.dtype
-        num_tokens = _padded(tokens.shape[0], block)
-        slots = model.layers.attention.out[...].shape[1]
-        keys = jnp.zeros((slots, num_tokens, config.head_dim), dtype)
-        queries = (slots, config.group_size, min(window, num_tokens), config.head_dim)
-        # What the policy may keep is bounded over all heads, and by what the slots hold.
-        size = min(packed_size, slots * num_tokens)
-        packed = jnp.zeros((config.num_layers, size, config.head_dim), dtype)
+        config = model.config
+        num_tokens = _padded_tokens(tokens.shape[0], chunk_size)
+        shape = _layer_shape(model, num_tokens)
+        keys = jnp.zeros((shape.num_slots, num_tokens, config.head_dim), model.dtype)
+        # The bound is over all heads; this device's slots cannot hold more than all their tokens.
+        size = min(packed_size, shape.num_slots * num_tokens)
+        packed = jnp.zeros((config.num_layers, size, config.head_dim), model.dtype)
         integers = partial(jnp.zeros, dtype=jnp.int32)
         return PrefillCarry(
             model.embedded(jnp.pad(tokens, (0, num_tokens - tokens.shape[0]))),
             keys,
             keys,
-            jnp.zeros(queries, dtype),
+            tuple(scorer.init(shape) for scorer in distinct_scorers(methods)),
             CompressedPrefix(
                 packed,
                 packed,
                 integers(packed.shape[:2]),
-                integers((config.num_layers, slots)),
+                integers((config.num_layers, shape.num_slots)),
                 integers((config.num_layers, config.num_kv_heads)),
                 jnp.zeros(config.vocab_size),
             ),
@@ -159,33 +170,57 @@ def start_prefill(
     return run(model, tokens)
 
 
-@partial(jax.jit, static_argnames=("mesh", "policies", "block"), donate_argnums=1)
-def advance_prefill(
+def num_chunks(num_layers: int, num_tokens: int, chunk_size: int) -> int:
+    """Returns the number of chunks of a prompt's prefill over all layers."""
+    return num_layers * -(-num_tokens // chunk_size)
+
+
+def split_at_layers(
+    start: int, stop: int, chunks_per_layer: int, *, keeps_whole: bool
+) -> Iterator[tuple[int, int, int | None]]:
+    """Lists the calls that run the chunks from `start` to before `stop`.
+
+    Yields, for each call of `run_chunks`, its first chunk, the end of its chunks, and the layer
+    that `compress_layer` must compress after it, or None where the layer is not complete yet or
+    the prompt is kept whole.
+    """
+    while start < stop:
+        layer, index = divmod(start, chunks_per_layer)
+        end = stop if keeps_whole else min(stop, start - index + chunks_per_layer)
+        is_complete = end == (layer + 1) * chunks_per_layer
+        yield start, end, layer if is_complete and not keeps_whole else None
+        start = end
+
+
+@partial(jax.jit, static_argnames=("mesh", "methods", "chunk_size"), donate_argnums=1)
+def run_chunks(
     model: Llama,
-    state: PrefillCarry,
+    carry: PrefillCarry,
     length: Int[Array, ""],
-    budgets: Int[Array, "L K"],
-    policy: Int[Array, ""],
-    units: tuple[Int[Array, ""], Int[Array, ""]],
+    method: Int[Array, ""],
+    keeps_whole: Bool[Array, ""],
+    chunks: tuple[Int[Array, ""], Int[Array, ""]],
     head_of_slot: Int[Array, "L PC"],
     first_slot: Int[Array, "L K"],
     *,
     mesh: Mesh,
-    policies: tuple[Policy, ...],
-    block: int,
+    methods: tuple[Method, ...],
+    chunk_size: int,
 ) -> PrefillCarry:
-    """Runs the units from the first to before the second of `units`, at least one.
+    """Runs the chunks from the first to before the second of `chunks`, at least one.
 
-    A unit is a block of `block` tokens in one layer; `num_units` tells how many there are. The
-    prompt has `length` tokens, and `policies[policy]` keeps `budgets` of them.
+    Chunks are counted over all layers, see `num_chunks`. The prompt has `length` tokens. Unless it
+    is kept whole (`keeps_whole`), `methods[method]` compresses it: then the chunks must be of one
+    layer, and after the last one of a layer `compress_layer` must follow.
     """
 
     def local(
-        model: Llama, state: PrefillCarry, head_of_slot: Array, *whole: Array
+        model: Llama, carry: PrefillCarry, head_of_slot: Array, *whole: Array
     ) -> PrefillCarry:
-        return _advance_local(model, state, head_of_slot, *whole, policies=policies, block=block)
+        return _run_chunks_local(
+            model, carry, head_of_slot, *whole, methods=methods, chunk_size=chunk_size
+        )
 
-    whole = PartitionSpec()
     run = jax.shard_map(
         local,
         mesh=mesh,
@@ -193,12 +228,40 @@ def advance_prefill(
             partition_specs(model),
             PrefillCarry.partition(),
             _BY_DEVICE,
-            *(whole,) * 6,
+            *(PartitionSpec(),) * 6,
         ),
         out_specs=PrefillCarry.partition(),
         check_vma=False,
     )
-    return run(model, state, head_of_slot, first_slot, length, budgets, policy, *units)
+    return run(model, carry, head_of_slot, first_slot, length, method, keeps_whole, *chunks)
+
+
+@partial(jax.jit, static_argnames=("mesh", "methods"), donate_argnums=0)
+def compress_layer(
+    carry: PrefillCarry,
+    layer: Int[Array, ""],
+    length: Int[Array, ""],
+    budgets: Int[Array, "L K"],
+    method: Int[Array, ""],
+    head_of_slot: Int[Array, "L PC"],
+    first_slot: Int[Array, "L K"],
+    *,
+    mesh: Mesh,
+    methods: tuple[Method, ...],
+) -> PrefillCarry:
+    """Packs what `methods[method]` keeps of a layer whose chunks have all run."""
+
+    def local(carry: PrefillCarry, head_of_slot: Array, *whole: Array) -> PrefillCarry:
+        return _compress_layer_local(carry, head_of_slot, *whole, methods=methods)
+
+    run = jax.shard_map(
+        local,
+        mesh=mesh,
+        in_specs=(PrefillCarry.partition(), _BY_DEVICE, *(PartitionSpec(),) * 5),
+        out_specs=PrefillCarry.partition(),
+        check_vma=False,
+    )
+    return run(carry, head_of_slot, first_slot, layer, length, budgets, method)
 
 
 @partial(jax.jit, static_argnames=("mesh", "block"))
@@ -211,10 +274,11 @@ def score_prompt(
     mesh: Mesh,
     block: int,
 ) -> Sampled:
-    """How likely the prompt's own tokens were: those that follow a block of `block` positions.
+    """Returns the log-probabilities of the tokens that follow a block of `block` positions.
 
-    `hidden` is that of a prefill that has passed all layers. As `Sampled`, as if the tokens had
-    been chosen; what is said of the last token of the prompt and of the padding means nothing.
+    `hidden` is that of a prefill that has run all its chunks. The result is a `Sampled`, as if the
+    prompt's own tokens had been sampled. Entries for the prompt's last position and for padding
+    are undefined.
     """
 
     def local(model: Llama, hidden: Array, tokens: Array, start: Array) -> Sampled:
@@ -235,132 +299,200 @@ def score_prompt(
     return run(model, hidden, tokens, start)
 
 
-def num_units(num_layers: int, num_tokens: int, block: int) -> int:
-    """Units of a prompt's prefill."""
-    return num_layers * -(-num_tokens // block)
-
-
-def _padded(num_tokens: int, block: int) -> int:
-    """Tokens of the state's arrays: whole blocks of queries, and of keys."""
-    padded = round_up(num_tokens, block)
+def _padded_tokens(num_tokens: int, chunk_size: int) -> int:
+    """Returns the tokens of the carry's arrays: whole chunks of queries, and whole key blocks."""
+    padded = round_up(num_tokens, chunk_size)
     return padded if padded <= KEY_BLOCK else round_up(padded, KEY_BLOCK)
 
 
-def _advance_local(
+def _layer_shape(model: Llama, num_tokens: int) -> LayerShape:
+    """Returns the sizes of this device's part of a layer, inside `shard_map`."""
+    _, num_slots, group_size, head_dim, _ = model.layers.attention.out[...].shape
+    return LayerShape(num_slots, group_size, head_dim, num_tokens, model.dtype)
+
+
+def _run_chunks_local(
     model: Llama,
-    state: PrefillCarry,
+    carry: PrefillCarry,
     head_of_slot: Int[Array, "L C"],
     first_slot: Int[Array, "L K"],
     length: Int[Array, ""],
-    budgets: Int[Array, "L K"],
-    policy: Int[Array, ""],
+    method: Int[Array, ""],
+    keeps_whole: Bool[Array, ""],
     start: Int[Array, ""],
     stop: Int[Array, ""],
     *,
-    policies: tuple[Policy, ...],
-    block: int,
+    methods: tuple[Method, ...],
+    chunk_size: int,
 ) -> PrefillCarry:
-    """The part of one device, inside `shard_map`."""
-    num_layers, slots = head_of_slot.shape
-    num_blocks = (length + block - 1) // block
-    first, last = start // num_blocks, (stop - 1) // num_blocks
-    slot = jax.lax.axis_index(TENSOR_AXIS) * slots + jnp.arange(slots)
-    # The prompt belongs to no replica yet: the first one speaks for the head.
-    speaks = jnp.take_along_axis(first_slot, jnp.maximum(head_of_slot, 0), 1) == slot
+    """Runs one device's part of `run_chunks`, inside `shard_map`."""
+    num_layers, num_slots = head_of_slot.shape
+    num_heads = first_slot.shape[1]
+    per_layer = (length + chunk_size - 1) // chunk_size
+    first, last = start // per_layer, (stop - 1) // per_layer
+    slot = jax.lax.axis_index(TENSOR_AXIS) * num_slots + jnp.arange(num_slots)
+    # No row is routed to a replica yet. Only the first one contributes, so that the sum over
+    # devices counts each head once.
+    contributes = jnp.take_along_axis(first_slot, jnp.maximum(head_of_slot, 0), 1) == slot
+    scorers = distinct_scorers(methods)
+    observer = jnp.array([scorers.index(each.scorer) for each in methods])[method]
+    observer = jnp.where(keeps_whole, -1, observer)
+    num_tokens = carry.k.shape[1]
+    keep_prompt = jnp.broadcast_to(jnp.arange(num_tokens) < length, (num_heads, num_tokens))
+    shape = _layer_shape(model, num_tokens)
 
-    def run_layer(index: Array, state: PrefillCarry) -> PrefillCarry:
+    def run_layer(index: Array, carry: PrefillCarry) -> PrefillCarry:
         layer = model.layer(index)
 
-        def run_block(i: Array, state: PrefillCarry) -> PrefillCarry:
-            at = i * block
+        def run(i: Array, carry: PrefillCarry) -> PrefillCarry:
+            at = i * chunk_size
+            carry, chunk = _run_chunk(
+                model, layer, carry, contributes[index], at, length, chunk_size
+            )
+            return replace(carry, stats=_observe(scorers, observer, carry.stats, chunk, shape))
 
-            def attend(q: Array, k: Array, v: Array, cache: None, _: None) -> tuple[Any, None, Any]:
-                keys = jax.lax.dynamic_update_slice_in_dim(state.k, k.swapaxes(0, 1), at, 1)
-                values = jax.lax.dynamic_update_slice_in_dim(state.v, v.swapaxes(0, 1), at, 1)
-                out = attend_to_prompt(q, keys, values, at)
-                out = jnp.where(speaks[index][:, None, None], out, 0)
-                window = _add_to_window(state.window, q, at, length)
-                return out, cache, (keys, values, window)
-
-            x = jax.lax.dynamic_slice_in_dim(state.hidden, at, block)
-            angles = model.angles(at + jnp.arange(block))
-            x, _, (k, v, window) = layer(x, angles, attend, None, None)
-            hidden = jax.lax.dynamic_update_slice_in_dim(state.hidden, x, at, 0)
-            return PrefillCarry(hidden, k, v, window, state.prefix)
-
-        begin = jnp.where(index == first, start % num_blocks, 0)
-        end = jnp.where(index == last, (stop - 1) % num_blocks + 1, num_blocks)
-        state = jax.lax.fori_loop(begin, end, run_block, state)
-
-        def compress() -> tuple[Array, ...]:
-            choices = [
-                partial(_keep, state, choice, first_slot[index], length, budgets[index])
-                for choice in policies
-            ]
-            keep = jax.lax.switch(policy, choices)
-            packed = _pack(state.k, state.v, keep, head_of_slot[index], state.prefix.k.shape[1])
-            return *packed, jnp.sum(keep, 1)
-
-        # Of a layer that is not done nothing is kept yet: what is written here is overwritten.
-        prefix = state.prefix
-        packs = (prefix.k, prefix.v, prefix.positions, prefix.slot_lengths, prefix.head_lengths)
-        kept = jax.lax.cond(
-            end == num_blocks, compress, lambda: tuple(jnp.zeros_like(x[0]) for x in packs)
+        begin = jnp.where(index == first, start % per_layer, 0)
+        end = jnp.where(index == last, (stop - 1) % per_layer + 1, per_layer)
+        carry = jax.lax.fori_loop(begin, end, run, carry)
+        # What is written for an incomplete layer, or for one to be compressed, is overwritten.
+        packed = jax.lax.cond(
+            keeps_whole & (end == per_layer),
+            lambda: _pack(carry, keep_prompt, head_of_slot[index]),
+            lambda: jax.tree.map(lambda x: jnp.zeros_like(x[0]), _packed_part(carry.prefix)),
         )
-        k, v, positions, slot_lengths, head_lengths = (
-            jax.lax.dynamic_update_index_in_dim(pack, new, index, 0)
-            for pack, new in zip(packs, kept, strict=True)
-        )
-        prefix = CompressedPrefix(k, v, positions, slot_lengths, head_lengths, prefix.logits)
-        return replace(state, prefix=prefix)
+        return replace(carry, prefix=_with_layer(carry.prefix, index, packed))
 
-    state = jax.lax.fori_loop(first, last + 1, run_layer, state)
-    x = jax.lax.dynamic_slice_in_dim(state.hidden, length - 1, 1)
+    carry = jax.lax.fori_loop(first, last + 1, run_layer, carry)
+    x = jax.lax.dynamic_slice_in_dim(carry.hidden, length - 1, 1)
     logits = jax.lax.cond(
-        stop == num_layers * num_blocks, lambda: model.logits(x)[0], lambda: state.prefix.logits
+        stop == num_layers * per_layer, lambda: model.logits(x)[0], lambda: carry.prefix.logits
     )
-    return replace(state, prefix=replace(state.prefix, logits=logits))
+    return replace(carry, prefix=replace(carry.prefix, logits=logits))
 
 
-def _add_to_window(
-    window: Float[Array, "C G w H"],
-    q: Float[Array, "b C G H"],
+def _run_chunk(
+    model: Llama,
+    layer: DecoderLayer,
+    carry: PrefillCarry,
+    contributes: Bool[Array, "C"],
     at: Int[Array, ""],
     length: Int[Array, ""],
-) -> Float[Array, "C G w H"]:
-    """Takes those of a block's queries that are among the prompt's last."""
-    size = window.shape[2]
-    place = at + jnp.arange(q.shape[0]) - window_start(length, size)
-    place = jnp.where(place < 0, size, place)  # beyond: dropped
-    return window.at[:, :, place].set(q.transpose(1, 2, 0, 3), mode="drop")
+    chunk_size: int,
+) -> tuple[PrefillCarry, Chunk]:
+    """Runs the tokens from `at` on through a layer; also returns what scorers may observe."""
+
+    def attend(q: Array, k: Array, v: Array, cache: None, _: None) -> tuple[Any, None, Any]:
+        keys = jax.lax.dynamic_update_slice_in_dim(carry.k, k.swapaxes(0, 1), at, 1)
+        values = jax.lax.dynamic_update_slice_in_dim(carry.v, v.swapaxes(0, 1), at, 1)
+        out = attend_to_prompt(q, keys, values, at)
+        out = jnp.where(contributes[:, None, None], out, 0)
+        return out, cache, (q, k, v, keys, values)
+
+    positions = at + jnp.arange(chunk_size)
+    angles = model.angles(positions)
+    x = jax.lax.dynamic_slice_in_dim(carry.hidden, at, chunk_size)
+    out, _, (q, k, v, keys, values) = layer(x, angles, attend, None, None)
+    hidden = jax.lax.dynamic_update_slice_in_dim(carry.hidden, out, at, 0)
+    heads = q.reshape(chunk_size, -1, q.shape[-1])
+    # XLA removes what no scorer reads.
+    chunk = Chunk(
+        length,
+        positions,
+        x=layer.attn_norm(x),
+        q_unrotated=rotate(heads, -angles).reshape(q.shape),
+        q=q,
+        k=k,
+        v=v,
+        w_o=_output_weights(layer),
+    )
+    return replace(carry, hidden=hidden, k=keys, v=values), chunk
 
 
-def _keep(
-    state: PrefillCarry,
-    policy: Policy,
-    first_slot: Int[Array, "K"],
+def _output_weights(layer: DecoderLayer) -> Float[Array, "C G H D"]:
+    """Returns the output projection of this device's slots, dequantised."""
+    weights, scales = layer.attention.out[...], layer.attention.out_scales
+    return weights if scales is None else weights.astype(jnp.float32) * scales[...]
+
+
+def _observe(
+    scorers: tuple[Scorer, ...],
+    chosen: Int[Array, ""],
+    stats: tuple[Any, ...],
+    chunk: Chunk,
+    shape: LayerShape,
+) -> tuple[Any, ...]:
+    """Updates the statistics of `scorers[chosen]`, or of none for -1.
+
+    They start anew at the first chunk of each layer.
+    """
+    is_first = chunk.positions[0] == 0
+
+    def update(index: int) -> tuple[Any, ...]:
+        scorer = scorers[index]
+        old = jax.tree.map(partial(jnp.where, is_first), scorer.init(shape), stats[index])
+        return *stats[:index], scorer.observe(old, chunk), *stats[index + 1 :]
+
+    updates = [partial(update, index) for index in range(len(scorers))]
+    return jax.lax.switch(chosen + 1, [lambda: stats, *updates])
+
+
+def _compress_layer_local(
+    carry: PrefillCarry,
+    head_of_slot: Int[Array, "L C"],
+    first_slot: Int[Array, "L K"],
+    layer: Int[Array, ""],
     length: Int[Array, ""],
-    budgets: Int[Array, "K"],
-) -> Bool[Array, "K T"]:
-    """What a policy keeps of the present layer, for all heads on every device."""
-    scores = policy.scorer(state.window, state.k, length, jnp.min(budgets))
-    scores = jax.lax.all_gather(scores, TENSOR_AXIS, tiled=True)
-    return policy.select(scores[first_slot], length, budgets)
+    budgets: Int[Array, "L K"],
+    method: Int[Array, ""],
+    *,
+    methods: tuple[Method, ...],
+) -> PrefillCarry:
+    """Runs one device's part of `compress_layer`, inside `shard_map`."""
+    scorers = distinct_scorers(methods)
+    heads = head_of_slot[layer]
+    of_heads = jnp.minimum(budgets[layer], length)
+    of_slots = of_heads[jnp.maximum(heads, 0)]
+
+    def select(method: Method) -> Bool[Array, "K T"]:
+        stats = carry.stats[scorers.index(method.scorer)]
+        scores = method.scorer.score(stats, carry.k, carry.v, length, of_slots)
+        gathered = jax.lax.all_gather(scores, TENSOR_AXIS, tiled=True)
+        by_head = jax.tree.map(lambda x: x[first_slot[layer]], gathered)
+        return method.select(by_head, of_heads, length)
+
+    keep = jax.lax.switch(method, [partial(select, each) for each in methods])
+    return replace(carry, prefix=_with_layer(carry.prefix, layer, _pack(carry, keep, heads)))
 
 
-def _pack(
-    k: Float[Array, "C T H"],
-    v: Float[Array, "C T H"],
-    keep: Bool[Array, "K T"],
-    head_of_slot: Int[Array, "C"],
-    size: int,
-) -> tuple[Array, Array, Array, Array]:
-    """The kept keys, values and positions of this device's slots, one after another."""
-    num_tokens = k.shape[1]
+Packed = tuple[Array, Array, Array, Array, Array]
+"""Keys, values, positions, lengths by slot and lengths by head; see `CompressedPrefix`."""
+
+
+def _pack(carry: PrefillCarry, keep: Bool[Array, "K T"], head_of_slot: Int[Array, "C"]) -> Packed:
+    """Packs the kept tokens of this device's slots of the current layer, slot after slot."""
+    num_tokens = carry.k.shape[1]
     kept = keep[head_of_slot] & (head_of_slot >= 0)[:, None]
+    size = carry.prefix.k.shape[1]
     index = jnp.nonzero(kept.reshape(-1), size=size, fill_value=0)[0]
     slot, position = index // num_tokens, index % num_tokens
-    return k[slot, position], v[slot, position], position, jnp.sum(kept, 1)
+    k, v = carry.k[slot, position], carry.v[slot, position]
+    return k, v, position, jnp.sum(kept, 1), jnp.sum(keep, 1)
+
+
+def _packed_part(prefix: CompressedPrefix) -> Packed:
+    """Returns the arrays of a prefix that have a layer axis."""
+    return prefix.k, prefix.v, prefix.positions, prefix.slot_lengths, prefix.head_lengths
+
+
+def _with_layer(
+    prefix: CompressedPrefix, layer: Int[Array, ""], packed: Packed
+) -> CompressedPrefix:
+    """Returns the prefix with one layer's packed arrays replaced."""
+    arrays = (
+        jax.lax.dynamic_update_index_in_dim(old, new, layer, 0)
+        for old, new in zip(_packed_part(prefix), packed, strict=True)
+    )
+    return CompressedPrefix(*arrays, logits=prefix.logits)
 
 
 @partial(jax.jit, static_argnames="mesh", donate_argnums=0)
@@ -377,7 +509,7 @@ def insert(
 ) -> KVCache:
     """Copies a prefix into the pages of a row; slots of length 0 own nothing and write nothing.
 
-    The first `num_known` of `token_ids` are the prompt and what has been generated so far.
+    The first `num_known` of `token_ids` are the prompt and the tokens generated so far.
     """
     run = jax.shard_map(
         _insert_local,
@@ -429,5 +561,5 @@ def _insert_local(
 
 @partial(jax.jit, donate_argnums=0)
 def release(lengths: Int[Array, "L B PC"], row: Int[Array, ""]) -> Int[Array, "L B PC"]:
-    """Takes all ownership of a row away."""
+    """Removes all ownership of a row."""
     return lengths.at[:, row].set(0)

@@ -151,11 +151,12 @@ def test_the_decode_step_runs_the_kernels_and_copies_no_pool(name: str, backend:
 
 @needs_compiler
 @pytest.mark.slow
-def test_a_prefill_compiles() -> None:
+@pytest.mark.parametrize("name", ["prefill", "compression"])
+def test_a_prefill_compiles(name: str) -> None:
     setup = setup_of("smollm2-135m", num_devices=2, batch=8)
     target = targets()["h100"]
     lowered = lower_prefill(setup, target.mesh(2), 512, KVConfig("ada_snapkv", budget=256))
-    compiled = compile_and_report(lowered, target.architecture)
+    compiled = compile_and_report(lowered[name], target.architecture)
     assert not compiled.spilling
     assert compiled.argument_bytes > 0
 

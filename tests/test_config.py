@@ -174,21 +174,6 @@ def test_sampling_params_are_values():
     assert guided == StructuredOutputsParams(json='{"type": "integer"}')
 
 
-@pytest.mark.parametrize(
-    ("options", "prompt_tokens", "kept"),
-    [
-        ({}, 100, 100),
-        ({"policy": "snapkv", "budget": 64}, 100, 64),
-        ({"policy": "snapkv", "budget": 64}, 10, 10),
-        ({"policy": "snapkv", "ratio": 0.9}, 1005, 100),
-        ({"policy": "snapkv", "ratio": 0.99}, 5, 1),
-        ({"policy": "snapkv", "ratio": 0}, 7, 7),
-    ],
-)
-def test_kept_tokens(options: dict[str, Any], prompt_tokens: int, kept: int):
-    assert KVConfig(**options).kept_tokens(prompt_tokens) == kept
-
-
 def test_query_heads_divide_over_kv_heads():
     sizes = dict.fromkeys(
         ("vocab_size", "hidden_size", "intermediate_size", "num_layers", "head_dim"), 8

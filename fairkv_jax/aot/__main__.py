@@ -61,6 +61,12 @@ _KERNELS = flags.DEFINE_bool("kernels", False, "Compile only the decode kernels,
 _TIMEOUT = flags.DEFINE_integer("timeout_s", 900, "Longest time to compile one step.")
 _BACKEND = flags.DEFINE_enum("attention_backend", AUTO, BACKENDS, "Decode attention to compile.")
 
+_ARGUMENTS = {
+    "decode": "weights, KV pool, page table",
+    "prefill": "weights, one layer's keys and values",
+    "compression": "one layer's keys and values",
+}
+
 
 def main(argv: list[str]) -> None:
     if len(argv) > 1:
@@ -79,13 +85,13 @@ def main(argv: list[str]) -> None:
     steps = {"decode": lower_decode_step(setup, mesh)}
     if _PROMPT.value:
         kv_config = KVConfig("ada_snapkv", budget=_BUDGET.value)
-        steps["prefill"] = lower_prefill(setup, mesh, _PROMPT.value, kv_config)
+        steps |= lower_prefill(setup, mesh, _PROMPT.value, kv_config)
     ok = True
     for name, lowered in steps.items():
         with timeout(_TIMEOUT.value):
             report = compile_and_report(lowered, target.architecture)
-        # The pool lies on the device during a prefill too.
-        beside = 4 * pool if name == "prefill" else 0
+        # The pool is on the device during a prefill too.
+        beside = 0 if name == "decode" else 4 * pool
         total = report.argument_bytes + report.temporary_bytes + report.new_output_bytes + beside
         # A quarter of it already would be no bookkeeping any more.
         copies = report.copies_of(pool // 4) if name == "decode" else []
@@ -169,8 +175,7 @@ def _lines(name: str, report: Report, copies: list[str], total: int, target: Tar
     return "\n".join(
         [
             f"{name}, compiled in {report.compile_seconds:.1f} s, a device:",
-            f"  arguments        {_gib(report.argument_bytes)}  weights"
-            + (", KV pool, page table" if name == "decode" else ""),
+            f"  arguments        {_gib(report.argument_bytes)}  {_ARGUMENTS[name]}",
             f"  temporaries      {_gib(report.temporary_bytes)}",
             f"  new outputs      {_gib(report.new_output_bytes)}",
             f"  in all           {_gib(total)}  of {_gib(target.memory_bytes)}: {fits}",

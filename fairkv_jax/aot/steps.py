@@ -13,12 +13,13 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.stages import Lowered
 
 from fairkv_jax.cache import KVCache
-from fairkv_jax.compress import make_policy
+from fairkv_jax.compress.budgets import max_kept_per_layer
+from fairkv_jax.compress.registry import make_method
 from fairkv_jax.config import KVConfig, ModelConfig
 from fairkv_jax.decode import decode_step, idle_inputs
 from fairkv_jax.models import Llama
 from fairkv_jax.plan import ModelShape, Plan, Profile
-from fairkv_jax.prefill import PrefillCarry, advance_prefill, start_prefill
+from fairkv_jax.prefill import PrefillCarry, compress_layer, run_chunks, start_prefill
 from fairkv_jax.shapes import TENSOR_AXIS
 from fairkv_jax.sharding.load_weights import partition_specs
 from fairkv_jax.sharding.slots import SlotLayout
@@ -83,42 +84,39 @@ def lower_decode_step(setup: Setup, mesh: Mesh) -> Lowered:
     return _lower(decode_step, mesh, *args, attention_backend=setup.attention_backend)
 
 
-def lower_prefill(setup: Setup, mesh: Mesh, num_tokens: int, kv_config: KVConfig) -> Lowered:
-    """The prefill of a prompt of `num_tokens`, compressed as `kv_config` says."""
+def lower_prefill(
+    setup: Setup, mesh: Mesh, num_tokens: int, kv_config: KVConfig
+) -> dict[str, Lowered]:
+    """Lowers the programs of a prompt of `num_tokens`: its chunks, and a layer's compression."""
     layers, slots = setup.layout.head_of_slot.shape
     heads = setup.config.num_kv_heads
-    policy = make_policy(kv_config)
-    block = min(setup.prefill_chunk_size, num_tokens)
+    methods = (make_method(kv_config),)
+    chunk_size = min(setup.prefill_chunk_size, num_tokens)
     model = abstract_model(setup, mesh)
     number = _array(mesh, (), "int32", _WHOLE)
-    state = jax.eval_shape(
+    carry = jax.eval_shape(
         partial(
             start_prefill,
             mesh=mesh,
-            block=block,
-            window=policy.scorer.window,
-            packed_size=kv_config.most_kept_of_a_layer(num_tokens, layers, heads),
+            chunk_size=chunk_size,
+            methods=methods,
+            packed_size=max_kept_per_layer(kv_config, num_tokens, layers, heads),
         ),
         model,
         _array(mesh, (num_tokens,), "int32", _WHOLE),
     )
-    state = jax.tree.map(
-        lambda x, spec: _array(mesh, x.shape, x.dtype, spec), state, PrefillCarry.partition()
-    )
-    return _lower(
-        advance_prefill,
-        mesh,
-        model,
-        state,
-        number,
-        _array(mesh, (layers, heads), "int32", _WHOLE),
-        number,
-        (number, number),
-        _array(mesh, (layers, slots), "int32", PartitionSpec(None, TENSOR_AXIS)),
-        _array(mesh, (layers, heads), "int32", _WHOLE),
-        policies=(policy,),
-        block=block,
-    )
+    specs = jax.tree.broadcast(PrefillCarry.partition(), carry)
+    carry = jax.tree.map(lambda x, spec: _array(mesh, x.shape, x.dtype, spec), carry, specs)
+    by_head = _array(mesh, (layers, heads), "int32", _WHOLE)
+    by_slot = _array(mesh, (layers, slots), "int32", PartitionSpec(None, TENSOR_AXIS))
+    is_whole = _array(mesh, (), "bool", _WHOLE)
+    args = (model, carry, number, number, is_whole, (number, number), by_slot, by_head)
+    chunks = _lower(run_chunks, mesh, *args, methods=methods, chunk_size=chunk_size)
+    args = (carry, number, number, by_head, number, by_slot, by_head)
+    return {
+        "prefill": chunks,
+        "compression": _lower(compress_layer, mesh, *args, methods=methods),
+    }
 
 
 def abstract_model(setup: Setup, mesh: Mesh) -> Llama:

@@ -1,8 +1,8 @@
-"""Compression per head: a policy is a scorer of keys composed with an allocator of budgets.
+"""KV-cache compression per head: which tokens of a prompt each KV head keeps.
 
-A policy only says what is kept; it never touches the cache.
+A method (`contract.Method`) is composed of a scorer, which says how much each token matters to each
+head, and an allocator, which spreads a layer's budget over its heads. `registry` finds methods by
+name. Methods only select; the prefill moves the keys and values.
+
+This package imports nothing by itself, so that `budgets` can be imported without JAX.
 """
-
-from fairkv_jax.compress.policy import POLICIES, Policy, make_policy
-
-__all__ = ["POLICIES", "Policy", "make_policy"]

@@ -14,7 +14,8 @@ import jax.numpy as jnp
 from fairkv_jax.checkpoint import Checkpoint, open_checkpoint
 from fairkv_jax.checkpoint.fetch import DEMO_MODEL
 from fairkv_jax.checkpoint.needs import device_bytes
-from fairkv_jax.compress import make_policy
+from fairkv_jax.compress.budgets import max_kept_per_layer
+from fairkv_jax.compress.registry import make_method
 from fairkv_jax.config import (
     DTYPES,
     ENGINE_CLASSES,
@@ -93,7 +94,7 @@ def _kv_config(fields: dict[str, Any]) -> KVConfig:
     source = fields.get("head_budgets")
     budgets = None if source is None else _head_budgets(source)
     kv_config = KVConfig(**{**fields, "head_budgets": budgets})
-    make_policy(kv_config)
+    make_method(kv_config)
     return kv_config
 
 
@@ -203,7 +204,7 @@ def _prefill_bytes(
     because packing reads all of them, and the scores of the layer's keys.
     """
     heads = (shape.num_layers, shape.num_kv_heads)
-    kept = kv_config.most_kept_of_a_layer(max_model_len, *heads)
+    kept = max_kept_per_layer(kv_config, max_model_len, *heads)
     prefix = 2 * shape.num_layers * kept * shape.head_dim * itemsize
     keys = 2 * 2 * shape.num_kv_heads * shape.head_dim * itemsize
     scores = 3 * 4 * shape.num_heads * kv_config.window

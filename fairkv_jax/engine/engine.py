@@ -17,8 +17,9 @@ from jax.stages import Compiled
 
 from fairkv_jax.cache import KVCache, PageBook
 from fairkv_jax.checkpoint import Checkpoint
-from fairkv_jax.compress import Policy, make_policy
-from fairkv_jax.config import REQUEST_POLICIES, EngineConfig, KVConfig
+from fairkv_jax.compress.budgets import budgets_per_head, max_kept_per_layer
+from fairkv_jax.compress.registry import make_method, offered_methods
+from fairkv_jax.config import EngineConfig, KVConfig
 from fairkv_jax.decode import DecodeInputs, decode_step, idle_inputs
 from fairkv_jax.engine.compiling import CompilingBar
 from fairkv_jax.engine.device_errors import (
@@ -31,11 +32,13 @@ from fairkv_jax.plan import Plan, route
 from fairkv_jax.prefill import (
     CompressedPrefix,
     PrefillCarry,
-    advance_prefill,
+    compress_layer,
     insert,
-    num_units,
+    num_chunks,
     release,
+    run_chunks,
     score_prompt,
+    split_at_layers,
     start_prefill,
 )
 from fairkv_jax.sampling import Sampled, SamplingState, TokenHistory, mask_words, sample_first
@@ -57,8 +60,8 @@ class PrefillTask:
     """Padded to the bucket."""
     budgets: np.ndarray
     """[L, K] tokens."""
-    policy: int
-    """Its place among the engine's policies."""
+    method: int
+    """Index of its method among the engine's."""
     layer_units: int
     num_units: int
     """Those of the layers, and the blocks of the prompt whose log-probabilities are wanted."""
@@ -71,6 +74,11 @@ class PrefillTask:
     @property
     def bucket(self) -> int:
         return len(self.token_ids)
+
+    @property
+    def keeps_whole(self) -> bool:
+        """Whether the prompt is within the budget of every head."""
+        return bool((self.budgets >= self.num_tokens).all())
 
     @property
     def is_done(self) -> bool:
@@ -109,7 +117,7 @@ class Engine:
     ):
         self.model_config = checkpoint.config
         self.plan, self.config, self.kv_config = plan, config, kv_config
-        self.policies = allowed_policies(kv_config)
+        self.methods = offered_methods(kv_config)
         self.layout = SlotLayout.from_plan(plan)
         self.mesh = make_mesh(config.tensor_parallel_size)
         self.book = self._make_book()
@@ -139,14 +147,14 @@ class Engine:
         bucket = prefill_bucket(num_tokens, self.config.max_model_len)
         padded = np.zeros(bucket, np.int32)
         padded[:num_tokens] = token_ids
-        budgets = kv_config.budgets(num_tokens, *self._heads)
-        layer_units = num_units(self.model_config.num_layers, num_tokens, self._block(bucket))
+        budgets = budgets_per_head(kv_config, num_tokens, *self._heads)
+        layer_units = num_chunks(self.model_config.num_layers, num_tokens, self._block(bucket))
         blocks = -(-(num_tokens - 1) // _score_block(bucket)) if wants_logprobs else 0
         return PrefillTask(
             num_tokens,
             padded,
             np.array(budgets, np.int32),
-            self.policies.index(make_policy(kv_config)),
+            self.methods.index(make_method(kv_config)),
             layer_units,
             layer_units + blocks,
             self._start_program(bucket)(self.model, padded),
@@ -156,21 +164,30 @@ class Engine:
         """Runs that many units more of a prefill, or all that are left; the pool is not touched."""
         stop = min(prefill.done + units, prefill.num_units)
         of_layers = min(stop, prefill.layer_units)
-        if prefill.done < of_layers:
-            program = self._advance_program(prefill.bucket, prefill.state)
-            prefill.state = program(
-                self.model,
-                prefill.state,
-                np.int32(prefill.num_tokens),
-                prefill.budgets,
-                np.int32(prefill.policy),
-                (np.int32(prefill.done), np.int32(of_layers)),
-                self.layout.head_of_slot,
-                self.layout.first_slot,
-            )
+        self._run_chunks(prefill, of_layers)
         for _ in range(max(prefill.done, of_layers), stop):
             self._score(prefill)
         prefill.done = stop
+
+    def _run_chunks(self, prefill: PrefillTask, stop: int) -> None:
+        """Runs a prefill's chunks up to `stop`, and compresses the layers that this completes."""
+        length, method = np.int32(prefill.num_tokens), np.int32(prefill.method)
+        slots = self.layout.head_of_slot, self.layout.first_slot
+        keeps_whole = prefill.keeps_whole
+        per_layer = prefill.layer_units // self.model_config.num_layers
+        for start, end, layer in split_at_layers(
+            prefill.done, stop, per_layer, keeps_whole=keeps_whole
+        ):
+            program = self._chunks_program(prefill.bucket, prefill.state)
+            chunks = np.int32(start), np.int32(end)
+            prefill.state = program(
+                self.model, prefill.state, length, method, np.bool_(keeps_whole), chunks, *slots
+            )
+            if layer is not None:
+                program = self._compress_program(prefill.bucket, prefill.state)
+                prefill.state = program(
+                    prefill.state, np.int32(layer), length, prefill.budgets, method, *slots
+                )
 
     def units_of(self, prefill: PrefillTask, work: float) -> int:
         """Units, from where a prefill stands, of that much work in multiply-adds; at least one."""
@@ -293,12 +310,13 @@ class Engine:
         needed = [*product(by_prefill, prefills), *product(["decode"], batches)]
         if all(key in self._programs for key in needed):
             return
-        total = (2 + len(by_prefill)) * len(prefills) + len(batches) + 2
+        total = (3 + len(by_prefill)) * len(prefills) + len(batches) + 2
         with CompilingBar(total, show=self._progress) as compiled:
             for bucket in prefills:
                 prompt = f"prompts of {bucket}"
                 state = compiled(prompt, self._start_program, bucket).out_info
-                compiled(prompt, self._advance_program, bucket, state)
+                compiled(prompt, self._chunks_program, bucket, state)
+                compiled(prompt, self._compress_program, bucket, state)
                 compiled(prompt, self._insert_program, state.prefix)
                 if prompt_logprobs:
                     compiled(prompt, self._score_program, bucket, state)
@@ -362,27 +380,43 @@ class Engine:
             self.model,
             jax.ShapeDtypeStruct((bucket,), jnp.int32),
             mesh=self.mesh,
-            block=self._block(bucket),
-            window=max(policy.scorer.window for policy in self.policies),
-            packed_size=self.kv_config.most_kept_of_a_layer(bucket, *self._heads),
+            chunk_size=self._block(bucket),
+            methods=self.methods,
+            packed_size=max_kept_per_layer(self.kv_config, bucket, *self._heads),
         )
 
-    def _advance_program(self, bucket: int, state: PrefillCarry) -> Compiled:
+    def _chunks_program(self, bucket: int, state: PrefillCarry) -> Compiled:
         number = np.int32(0)
         return self._program(
-            ("advance", bucket),
-            advance_prefill,
+            ("chunks", bucket),
+            run_chunks,
             self.model,
             state,
             number,
-            jax.ShapeDtypeStruct(self._heads, jnp.int32),
             number,
+            np.bool_(False),
             (number, number),
             self.layout.head_of_slot,
             self.layout.first_slot,
             mesh=self.mesh,
-            policies=self.policies,
-            block=self._block(bucket),
+            methods=self.methods,
+            chunk_size=self._block(bucket),
+        )
+
+    def _compress_program(self, bucket: int, state: PrefillCarry) -> Compiled:
+        number = np.int32(0)
+        return self._program(
+            ("compress", bucket),
+            compress_layer,
+            state,
+            number,
+            number,
+            jax.ShapeDtypeStruct(self._heads, jnp.int32),
+            number,
+            self.layout.head_of_slot,
+            self.layout.first_slot,
+            mesh=self.mesh,
+            methods=self.methods,
         )
 
     def _score_program(self, bucket: int, state: PrefillCarry) -> Compiled:
@@ -483,15 +517,6 @@ class Engine:
             page_size=config.page_size,
             max_tokens=config.max_model_len,
         )
-
-
-def allowed_policies(kv_config: KVConfig) -> tuple[Policy, ...]:
-    """What a request may choose from: the engine's own policy, and others with its options."""
-    others = [
-        make_policy(replace(kv_config, policy=name, budget=None, ratio=0.0, head_budgets=None))
-        for name in REQUEST_POLICIES
-    ]
-    return tuple(dict.fromkeys([make_policy(kv_config), *others]))
 
 
 def prefill_bucket(num_tokens: int, max_tokens: int) -> int:

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from fairkv_jax.checkpoint import Checkpoint
+from fairkv_jax.compress.budgets import budgets_per_head, num_kept_tokens
 from fairkv_jax.config import BuildOptions, EngineConfig, KVConfig
 from fairkv_jax.plan import (
     HARDWARE,
@@ -89,10 +90,10 @@ def _profile(
     """
     measured = _measured_profile(checkpoint, shape, kv_config.policy)
     if measured is not None:
-        kept = kv_config.kept_tokens(context)
+        kept = num_kept_tokens(kv_config, context)
         tokens = (measured.array * (kept / measured.array.mean())).tolist()
         return replace(measured, tokens=tokens, budget=kv_config.budget, spread=None, samples=None)
-    budgets = kv_config.budgets(context, shape.num_layers, shape.num_kv_heads)
+    budgets = budgets_per_head(kv_config, context, shape.num_layers, shape.num_kv_heads)
     return Profile(
         model=checkpoint.name,
         policy=kv_config.policy,

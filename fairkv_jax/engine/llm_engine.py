@@ -11,7 +11,8 @@ import jax
 import numpy as np
 
 from fairkv_jax.checkpoint import Checkpoint
-from fairkv_jax.compress import make_policy
+from fairkv_jax.compress.budgets import num_kept_tokens, request_kv_config
+from fairkv_jax.compress.registry import make_method
 from fairkv_jax.config import EngineConfig, KVConfig
 from fairkv_jax.decode import DecodeInputs
 from fairkv_jax.engine.compiling import Compilations
@@ -238,10 +239,11 @@ class LLMEngine:
 
     def _kv_config(self, request: Request) -> KVConfig:
         """What is kept of the request's prompt; see `validate`."""
-        wanted = self.kv_config.of_request(request.kv_policy, request.kv_budget)
-        make_policy(wanted)
+        wanted = request_kv_config(self.kv_config, request.kv_policy, request.kv_budget)
+        make_method(wanted)
         num_tokens = len(request.prompt_token_ids)
-        kept, most = wanted.kept_tokens(num_tokens), self.kv_config.kept_tokens(num_tokens)
+        kept = num_kept_tokens(wanted, num_tokens)
+        most = num_kept_tokens(self.kv_config, num_tokens)
         if kept > most:
             raise ValueError(
                 f"kv_budget {kept} is beyond the {most} tokens a head that are kept of a prompt of "

@@ -64,6 +64,6 @@ class Request:
     prompt: str | None = None
     return_kept_positions: bool = False
     kv_policy: str | None = None
-    """In place of the engine's own, see `KVConfig.of_request`."""
+    """In place of the engine's own, see `compress.budgets.request_kv_config`."""
     kv_budget: int | None = None
     """In place of the engine's own, and no larger."""

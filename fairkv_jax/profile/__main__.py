@@ -6,6 +6,7 @@ from pathlib import Path
 from absl import app, flags
 
 from fairkv_jax.command_line import engine_flag, normalise
+from fairkv_jax.compress.budgets import num_kept_tokens
 from fairkv_jax.config import ENGINE_OPTIONS, KVConfig
 from fairkv_jax.options import options_of
 
@@ -57,7 +58,7 @@ def _measure() -> None:
     for number, prompt in enumerate(prompts):
         if len(prompt) > longest:
             raise ValueError(f"prompt {number} has {len(prompt)} tokens, the context is {longest}")
-    kept_whole = sum(built.kv_config.kept_tokens(len(p)) >= len(p) for p in prompts)
+    kept_whole = sum(num_kept_tokens(built.kv_config, len(p)) >= len(p) for p in prompts)
     if kept_whole:
         print(f"{kept_whole} of {len(prompts)} prompts are within the budget and are kept whole")
     output = Path(str(_OUTPUT.value))

@@ -1,11 +1,15 @@
 """Policies whose budgets differ by layer or head: PyramidKV and tables of head budgets."""
 
+import subprocess
+import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from fairkv_jax import LLM
+from fairkv_jax.compress.budgets import budgets_per_head, max_kept_per_layer, num_kept_tokens
 from fairkv_jax.config import KVConfig
 from fairkv_jax.plan import Profile
 from tests.engine.drive import greedy, random_prompt
@@ -16,23 +20,43 @@ WINDOW = 8
 OPTIONS = {"kv_window": WINDOW, "max_num_seqs": 1, "max_model_len": 256, "progress": False}
 
 
+@pytest.mark.parametrize(
+    ("options", "prompt_tokens", "kept"),
+    [
+        ({}, 100, 100),
+        ({"policy": "snapkv", "budget": 64}, 100, 64),
+        ({"policy": "snapkv", "budget": 64}, 10, 10),
+        ({"policy": "snapkv", "ratio": 0.9}, 1005, 100),
+        ({"policy": "snapkv", "ratio": 0.99}, 5, 1),
+        ({"policy": "snapkv", "ratio": 0}, 7, 7),
+    ],
+)
+def test_num_kept_tokens(options: dict[str, Any], prompt_tokens: int, kept: int):
+    assert num_kept_tokens(KVConfig(**options), prompt_tokens) == kept
+
+
+def test_budgets_are_imported_without_jax():
+    code = "import sys, fairkv_jax.compress.budgets; sys.exit('jax' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
 @pytest.mark.parametrize("layers", [1, 2, 5, 30, 80])
 @pytest.mark.parametrize("tokens", [70, 100, 180, 2000])
 def test_a_pyramid_falls_and_keeps_the_mean(layers: int, tokens: int):
     config = KVConfig("pyramidkv", budget=64, window=WINDOW)
-    budgets = np.array(config.budgets(tokens, layers, 3))
+    budgets = np.array(budgets_per_head(config, tokens, layers, 3))
     assert budgets.shape == (layers, 3)
     assert budgets[:, 0].sum() == 64 * layers
     assert budgets.max() <= tokens
     assert budgets.min() >= WINDOW
     assert (np.diff(budgets[:, 0]) <= 1).all()  # rounding may lift a layer by one
-    assert config.most_kept_of_a_layer(tokens, layers, 3) >= budgets.sum(1).max()
+    assert max_kept_per_layer(config, tokens, layers, 3) >= budgets.sum(1).max()
 
 
 def test_a_pyramid_of_long_prompts_spans_a_twentieth_to_the_rest():
-    budgets = KVConfig("pyramidkv", budget=108, window=WINDOW).budgets(4000, 11, 1)
+    budgets = budgets_per_head(KVConfig("pyramidkv", budget=108, window=WINDOW), 4000, 11, 1)
     assert (budgets[0], budgets[-1]) == ((WINDOW + 195,), (WINDOW + 5,))
-    assert KVConfig("pyramidkv", budget=64).budgets(50, 4, 2) == ((50, 50),) * 4
+    assert budgets_per_head(KVConfig("pyramidkv", budget=64), 50, 4, 2) == ((50, 50),) * 4
 
 
 def test_a_pyramid_keeps_what_snapkv_keeps_at_each_budget(tiny_checkpoint: Path):
@@ -40,7 +64,7 @@ def test_a_pyramid_keeps_what_snapkv_keeps_at_each_budget(tiny_checkpoint: Path)
     prompt = random_prompt(120)
     (output,) = llm.generate([prompt], greedy(2), return_kept_positions=True)
     seen = forward(read_llama(tiny_checkpoint), prompt)
-    budgets = KVConfig("pyramidkv", budget=24, window=WINDOW).budgets(120, 2, 3)
+    budgets = budgets_per_head(KVConfig("pyramidkv", budget=24, window=WINDOW), 120, 2, 3)
     assert budgets[0] != budgets[1]
     assert output.kept_positions is not None
     for layer, positions in enumerate(output.kept_positions):
@@ -69,6 +93,22 @@ def test_heads_keep_what_the_table_says(tiny_checkpoint: Path, tmp_path: Path):
     sharded = LLM(tiny_checkpoint, tensor_parallel_size=2, **options)
     (other,) = sharded.generate([prompt], greedy(6))
     assert other.outputs[0].token_ids == output.outputs[0].token_ids
+
+
+def test_a_small_budget_leaves_the_other_heads_their_windows(tiny_checkpoint: Path):
+    """Head 0 keeps one token, and heads 1 and 2 keep the window that they would keep without it."""
+    table = ((1, 20, 60), (40, 3, 9))
+    profile = Profile("tiny", "head_budgets", None, table)
+    llm = LLM(tiny_checkpoint, kv_policy="head_budgets", kv_head_budgets=profile, **OPTIONS)
+    prompt = random_prompt(120)
+    (output,) = llm.generate([prompt], greedy(2), return_kept_positions=True)
+    seen = forward(read_llama(tiny_checkpoint), prompt)
+    assert output.kept_positions is not None
+    for layer, budgets in enumerate(table):
+        options = Options("snapkv", budget=1, window=WINDOW)
+        expected = kept_positions(seen.q[layer], seen.k[layer], options, budgets)
+        for got, wanted in zip(output.kept_positions[layer], expected, strict=True):
+            np.testing.assert_array_equal(got, wanted)
 
 
 def test_tables_must_fit(tiny_checkpoint: Path):

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from fairkv_jax import LLM
-from fairkv_jax.compress import make_policy
+from fairkv_jax.compress.registry import make_method
 from fairkv_jax.config import KVConfig
 from fairkv_jax.plan import Profile, make_plan
 from fairkv_jax.prefill import kept_tokens
@@ -126,7 +126,7 @@ def test_kept_positions(
     # An engine of these options on the same weights; its cache is not touched.
     other = copy(engine)
     other.kv_config = several[0].config
-    other.policies = (make_policy(other.kv_config),)
+    other.methods = (make_method(other.kv_config),)
     other._programs = {}
     for case in several:
         prefix = other.prefill(token_ids[:PROMPT], case.config)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from fairkv_jax import LLM, SamplingParams
-from fairkv_jax.compress import POLICIES
+from fairkv_jax.compress.registry import METHODS
 from fairkv_jax.config import POLICY_NAMES
 from fairkv_jax.engine.device_errors import DeviceError, translate_xla_errors
 from fairkv_jax.engine.engine import Engine, PrefillTask
@@ -147,5 +147,5 @@ def test_numpy_values_are_taken(llm: LLM):
     np.testing.assert_array_equal(llm.prefill_logits(ids), llm.prefill_logits(ids.tolist()))  # pyright: ignore[reportArgumentType]
 
 
-def test_every_policy_name_has_a_policy():
-    assert tuple(POLICIES) == POLICY_NAMES
+def test_every_policy_name_has_a_method():
+    assert tuple(METHODS) == POLICY_NAMES

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from fairkv_jax.checkpoint.open import open_checkpoint
+from fairkv_jax.compress.budgets import num_kept_tokens, request_kv_config
 from fairkv_jax.config import EngineConfig, KVConfig, ModelConfig
 from fairkv_jax.engine.guided import Grammars
 from fairkv_jax.engine.request import CompletionOutput, Logprob, Request, RequestOutput
@@ -128,8 +129,8 @@ class ScriptedEngine:
         )
 
     def _kept(self, request: Request) -> int:
-        wanted = self.kv_config.of_request(request.kv_policy, request.kv_budget)
-        return wanted.kept_tokens(len(request.prompt_token_ids))
+        wanted = request_kv_config(self.kv_config, request.kv_policy, request.kv_budget)
+        return num_kept_tokens(wanted, len(request.prompt_token_ids))
 
     def _text(self, request: Request, token_ids: list[int]) -> tuple[str, str | None, str | None]:
         """Text, finish reason and stop reason; what may become a stop string is held back."""

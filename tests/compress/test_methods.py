@@ -9,51 +9,65 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fairkv_jax.compress import POLICIES, Policy, make_policy
-from fairkv_jax.compress.scorers import WindowAttention
+from fairkv_jax.compress.contract import Chunk, LayerShape, Method
+from fairkv_jax.compress.registry import METHODS, make_method
+from fairkv_jax.compress.snapkv import WindowAttention
 from fairkv_jax.config import KVConfig
 from tests.oracle.selection import Options, kept_positions, snapkv_scores
 
-PADDED, GROUP, HEADS, WIDTH = 96, 2, 3, 8
+PADDED, CHUNK, GROUP, HEADS, WIDTH = 96, 16, 2, 3, 8
 
 
 def queries_and_keys(length: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """q [N, T, H], k [K, T, H]; heads differ in how sharply they attend."""
+    """Returns q [N, T, H] and k [K, T, H]; heads differ in how sharply they attend."""
     rng = np.random.default_rng([seed, length])
     q = rng.standard_normal((HEADS * GROUP, length, WIDTH), dtype=np.float32)
     k = rng.standard_normal((HEADS, length, WIDTH), dtype=np.float32)
     return q * np.repeat([0.3, 1.0, 3.0], GROUP)[:, None, None].astype(np.float32), k
 
 
-@partial(jax.jit, static_argnames="policy")
-def select(policy: Policy, q, k, length, budget):
-    scores = policy.scorer(q, k, length, budget)
-    return policy.select(scores, length, jnp.full(len(scores), budget))
+@partial(jax.jit, static_argnames="method")
+def select(method: Method, q, k, length, budgets):
+    """Runs a layer's chunks past the scorer, as the prefill does, and selects; q [T, K, G, H]."""
+    scorer, num_tokens = method.scorer, k.shape[1]
+    stats = scorer.init(LayerShape(HEADS, GROUP, WIDTH, num_tokens, q.dtype))
+    for start in range(0, num_tokens, CHUNK):
+        unread: Any = None  # by these scorers
+        chunk = Chunk(
+            length,
+            start + jnp.arange(CHUNK),
+            x=unread,
+            q_unrotated=unread,
+            q=q[start : start + CHUNK],
+            k=k[:, start : start + CHUNK].swapaxes(0, 1),
+            v=unread,
+            w_o=unread,
+        )
+        stats = scorer.observe(stats, chunk)
+    scores = scorer.score(stats, k, k, length, jnp.minimum(budgets, length))
+    return method.select(scores, budgets, length)
 
 
-def window_queries(q: np.ndarray, size: int) -> np.ndarray:
-    """The last queries [K, G, w, H]; what stands behind those of a short prompt must not matter."""
+def selected(
+    options: Options, q: np.ndarray, k: np.ndarray, budgets: tuple[int, ...] | None = None
+) -> list[np.ndarray]:
+    """Returns what our method keeps of a prompt that is padded with large values."""
     T = q.shape[1]
-    window = np.full((HEADS, GROUP, min(size, PADDED), WIDTH), 9.0, np.float32)
-    last = q[:, max(T - window.shape[2], 0) :]
-    window[:, :, : last.shape[1]] = last.reshape(HEADS, GROUP, -1, WIDTH)
-    return window
-
-
-def selected(options: Options, q: np.ndarray, k: np.ndarray) -> list[np.ndarray]:
-    """What our policy keeps of the prompt, padded with large keys that must not matter."""
-    T = q.shape[1]
-    policy = make_policy(KVConfig(**asdict(options)))
-    padded = np.pad(k, [(0, 0), (0, PADDED - T), (0, 0)], constant_values=9.0)
-    window = window_queries(q, policy.scorer.window)
-    kept = select(policy, window, padded, np.int32(T), np.int32(options.kept_tokens(T)))
+    method = make_method(KVConfig(**asdict(options)))
+    padding = [(0, 0), (0, PADDED - T), (0, 0)]
+    q, k = (np.pad(x, padding, constant_values=9.0) for x in (q, k))
+    q = q.reshape(HEADS, GROUP, PADDED, WIDTH).transpose(2, 0, 1, 3)
+    own = np.array(budgets or (options.kept_tokens(T),) * HEADS, np.int32)
+    kept = select(method, q, k, np.int32(T), own)
     return [np.flatnonzero(row) for row in np.asarray(kept)]
 
 
-def check(options: Options, length: int, seed: int = 0) -> None:
+def check(
+    options: Options, length: int, seed: int = 0, budgets: tuple[int, ...] | None = None
+) -> None:
     q, k = queries_and_keys(length, seed)
-    got = selected(options, q, k)
-    for head, want in enumerate(kept_positions(q, k, options)):
+    got = selected(options, q, k, budgets)
+    for head, want in enumerate(kept_positions(q, k, options, budgets)):
         np.testing.assert_array_equal(got[head], want, f"{options}, T={length}, {head=}")
 
 
@@ -79,7 +93,7 @@ def test_pools_and_orders(options: Options, pool: str, pool_first: bool):
 @pytest.mark.parametrize("kernel", [1, 3, 9, 31])
 @pytest.mark.parametrize("pool", ["max", "avg"])
 def test_kernels(pool: str, kernel: int):
-    """Up to one that is wider than what lies outside the window."""
+    """Up to a kernel that is wider than the part of the prompt outside the window."""
     options = scored("ada_snapkv", budget=24, pooling=pool, kernel=kernel)
     for length in (96, 25, 33):
         check(options, length)
@@ -127,6 +141,20 @@ def test_streaming_llm_budgets(budget: int):
     check(Options("streaming_llm", budget=budget), 96)
 
 
+@pytest.mark.parametrize("budgets", [(1, 24, 40), (24, 3, 7), (9, 8, 30), (5, 60, 5)])
+@pytest.mark.parametrize("options", ALL[1:], ids=lambda o: f"{o.policy}-{o.safeguard}")
+def test_heads_are_protected_by_their_own_budgets(options: Options, budgets: tuple[int, ...]):
+    """A head whose budget is smaller than window or sinks takes none of them from other heads."""
+    for length in (96, 61):
+        check(options, length, budgets=budgets)
+
+
+@pytest.mark.parametrize("options", ALL[1:3], ids=lambda o: o.policy)
+def test_a_head_within_its_own_budget_is_kept_whole(options: Options):
+    for budgets in ((96, 24, 1), (500, 9, 95)):
+        check(options, 96, budgets=budgets)
+
+
 @pytest.mark.parametrize("options", ALL, ids=lambda o: f"{o.policy}-{o.safeguard}")
 def test_a_prompt_within_the_budget_is_kept_whole(options: Options):
     for length in (24, 10, 1):
@@ -151,12 +179,26 @@ def test_ada_moves_budget_to_the_heads_whose_scores_are_high():
 @pytest.mark.parametrize("pool_first", [False, True])
 @pytest.mark.parametrize("pool", ["max", "avg"])
 def test_scores(pool: str, pool_first: bool):
-    """The numbers themselves; window and padding score 0."""
+    """The scores themselves; the window of each head is its own."""
     q, k = queries_and_keys(60)
     options = scored("snapkv", budget=24, pooling=pool, pool_first=pool_first)
-    scorer: Any = WindowAttention(8, pool, 5, pool_first)
-    got = np.asarray(scorer(window_queries(q, 8), k, np.int32(60), np.int32(24)))
-    np.testing.assert_allclose(got[:, :52], snapkv_scores(q, k, 8, options), rtol=1e-4, atol=1e-7)
+    scorer = WindowAttention(8, pool, 5, pool_first)
+    window: Any = q[:, -8:].reshape(HEADS, GROUP, 8, WIDTH)
+    keys: Any = k
+    budgets: Any = np.array([24, 8, 3], np.int32)
+    got = np.asarray(scorer.score(window, keys, keys, jnp.int32(60), budgets).primary)
+    for head, size in enumerate((8, 8, 3)):
+        want = snapkv_scores(q, k, size, options)[head]
+        np.testing.assert_allclose(got[head, : 60 - size], want, rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize("options", ALL[1:], ids=lambda o: f"{o.policy}-{o.safeguard}")
+def test_query_agnostic_methods_ignore_the_last_queries(options: Options):
+    q, k = queries_and_keys(96)
+    before = selected(options, q, k)
+    q[:, -8:] = -q[:, -8:]
+    is_same = all(map(np.array_equal, before, selected(options, q, k)))
+    assert is_same == make_method(KVConfig(**asdict(options))).is_query_agnostic
 
 
 def test_equal_scores_go_to_the_earlier_token_and_the_lower_head():
@@ -169,11 +211,11 @@ def test_equal_scores_go_to_the_earlier_token_and_the_lower_head():
             np.testing.assert_array_equal(got[head], want)
 
 
-def test_unknown_policies_are_named_with_those_that_exist():
+def test_an_unknown_policy_is_refused_with_the_known_names():
     with pytest.raises(
-        ValueError, match=f"unknown kv_policy 'h2o': use one of {', '.join(POLICIES)}"
+        ValueError, match=f"unknown kv_policy 'h2o': use one of {', '.join(METHODS)}"
     ):
-        make_policy(KVConfig("h2o", budget=64))
+        make_method(KVConfig("h2o", budget=64))
 
 
 @pytest.mark.parametrize("policy", ["snapkv", "ada_snapkv"])
@@ -182,14 +224,14 @@ def test_a_budget_below_the_window(policy: str):
         ValueError,
         match="kv_budget 16 is smaller than the window 32: raise kv_budget or lower kv_window",
     ):
-        make_policy(KVConfig(policy, budget=16))
-    make_policy(KVConfig(policy, budget=16, window=16))
-    make_policy(KVConfig("streaming_llm", budget=16))  # it has no window
+        make_method(KVConfig(policy, budget=16))
+    make_method(KVConfig(policy, budget=16, window=16))
+    make_method(KVConfig("streaming_llm", budget=16))  # has no window
 
 
 @pytest.mark.parametrize("options", ALL, ids=lambda o: f"{o.policy}-{o.safeguard}")
-def test_policies_are_values(options: Options):
-    """Static arguments of the prefill: equal options share one program."""
-    one, other = (make_policy(KVConfig(**asdict(options))) for _ in range(2))
+def test_methods_are_values(options: Options):
+    """Methods are static arguments of the prefill: equal options share one program."""
+    one, other = (make_method(KVConfig(**asdict(options))) for _ in range(2))
     assert one == other
     assert hash(one) == hash(other)

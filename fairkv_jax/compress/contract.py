@@ -1,0 +1,162 @@
+"""What a compression method is: the interfaces between the prefill, scorers and allocators.
+
+The prefill runs a prompt layer by layer, each layer in chunks of tokens. For each layer it calls
+
+    stats  = scorer.init(shape)                                 before the layer's first chunk
+    stats  = scorer.observe(stats, chunk)                       after each chunk
+    scores = scorer.score(stats, k, v, length, budgets)         once the layer is done
+    keep   = method.select(scores, budgets, length)             all heads together
+
+All but `select` runs per device, over its C head slots, inside `shard_map`.
+"""
+
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, DTypeLike, Float, Int
+
+Stats = Any
+"""What a scorer carries through a layer's chunks: a pytree of arrays whose first axis is slots."""
+
+
+@dataclass(frozen=True)
+class LayerShape:
+    """Sizes of one device's part of a layer."""
+
+    num_slots: int
+    """Head slots (C)."""
+    group_size: int
+    """Query heads per KV head (G)."""
+    head_dim: int
+    """Head width (H)."""
+    num_tokens: int
+    """Prompt tokens (T), padding included."""
+    dtype: DTypeLike
+    """Type of queries, keys and values."""
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """A block of prompt tokens in one layer. A scorer pays only for the fields that it reads."""
+
+    length: Int[Array, ""]
+    """Tokens of the whole prompt."""
+    positions: Int[Array, "b"]
+    """Index of each token in the prompt; entries at or past `length` are padding."""
+    x: Float[Array, "b D"]
+    """Normalised input of the attention block."""
+    q_unrotated: Float[Array, "b C G H"]
+    """Queries before RoPE."""
+    q: Float[Array, "b C G H"]
+    k: Float[Array, "b C H"]
+    v: Float[Array, "b C H"]
+    w_o: Float[Array, "C G H D"]
+    """Output projection of each slot."""
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Scores:
+    """Importance of each token to each head; larger is more important.
+
+    Entries at or past the prompt's length are undefined, and `Method.select` masks them.
+    """
+
+    primary: Float[Array, "heads T"]
+    secondary: Float[Array, "heads T"] | None = None
+    """A second ranking, for allocators that use two."""
+
+
+class Scorer(Protocol):
+    """Scores the tokens of one layer; hashable, since it is a static argument of the prefill."""
+
+    @property
+    def num_sinks(self) -> int:
+        """First tokens of the prompt that every head keeps, as far as its budget goes."""
+        ...
+
+    @property
+    def window(self) -> int:
+        """Last tokens of the prompt that every head keeps, as far as its budget goes."""
+        ...
+
+    def init(self, shape: LayerShape) -> Stats:
+        """Returns the statistics before a layer's first chunk."""
+        ...
+
+    def observe(self, stats: Stats, chunk: Chunk) -> Stats:
+        """Adds a chunk; the statistics keep their shapes and types."""
+        ...
+
+    def score(
+        self,
+        stats: Stats,
+        k: Float[Array, "C T H"],
+        v: Float[Array, "C T H"],
+        length: Int[Array, ""],
+        budgets: Int[Array, "C"],
+    ) -> Scores:
+        """Scores all tokens of the layer; the budgets are at most `length`."""
+        ...
+
+
+class Allocator(Protocol):
+    """Spreads a layer's budget over its heads; hashable."""
+
+    def __call__(self, scores: Scores, budgets: Int[Array, "K"]) -> Bool[Array, "K T"]:
+        """Marks the tokens that each head keeps.
+
+        In `scores.primary`, protected tokens are +inf and padding is -inf. Budgets count the
+        protected tokens, and are at most the prompt's length.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class Method:
+    """A compression method; hashable, since it is a static argument of the prefill."""
+
+    scorer: Scorer
+    allocator: Allocator
+    is_query_agnostic: bool
+    """Whether the scores are meant for questions that are not in the prompt yet.
+
+    Methods that rank tokens by the prompt's last queries are not query-agnostic.
+    """
+    mean_over_heads: bool = False
+    """Whether all heads of a layer share the mean of their scores."""
+
+    def select(
+        self, scores: Scores, budgets: Int[Array, "K"], length: Int[Array, ""]
+    ) -> Bool[Array, "K T"]:
+        """Marks the tokens that each head of a layer keeps.
+
+        A head whose budget covers the prompt keeps all of it.
+        """
+        num_tokens = scores.primary.shape[1]
+        is_prompt = jnp.arange(num_tokens) < length
+        budgets = jnp.minimum(budgets, length)
+        if self.mean_over_heads:
+            scores = jax.tree.map(
+                lambda x: jnp.broadcast_to(jnp.mean(x, 0, keepdims=True), x.shape), scores
+            )
+        primary = jnp.where(self._protected(budgets, length, num_tokens), jnp.inf, scores.primary)
+        primary = jnp.where(is_prompt, primary, -jnp.inf)
+        keep = self.allocator(replace(scores, primary=primary), budgets)
+        return is_prompt & (keep | (budgets >= length)[:, None])
+
+    def _protected(
+        self, budgets: Int[Array, "K"], length: Int[Array, ""], num_tokens: int
+    ) -> Bool[Array, "K T"]:
+        """Marks sinks and window of each head, shrunk to its own budget: the window goes first."""
+        position = jnp.arange(num_tokens)
+        sinks = jnp.minimum(self.scorer.num_sinks, budgets)[:, None]
+        window = jnp.minimum(self.scorer.window, budgets[:, None] - sinks)
+        return (position < sinks) | (position >= length - window)
+
+
+def distinct_scorers(methods: tuple[Method, ...]) -> tuple[Scorer, ...]:
+    """Returns the scorers of these methods, each once."""
+    return tuple(dict.fromkeys(method.scorer for method in methods))
