@@ -37,6 +37,8 @@ def define_flag(
     """
     default = option.default if default is _DECLARED else default
     text = help or option.help
+    if default is None and option.default_text:
+        text += f" Default: {option.default_text}."
     if option.choices:
         choices = list(option.choices)
         return flags.DEFINE_enum(option.name, default, choices, text, flag_values=flag_values)
