@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from fairkv_jax.pallas.ragged_decode import AUTO, Device, append_and_decode
+from fairkv_jax.pallas.ragged_decode import AUTO, Device, PageTable, Pool, append_and_decode
 
 KEY_BLOCK = 256
 """Keys of a prompt that a block of its queries meets at a time."""
@@ -54,18 +54,28 @@ def append_and_attend(
     q: Float[Array, "B C G H"],
     k: Float[Array, "B C H"],
     v: Float[Array, "B C H"],
-    pool: tuple[Float[Array, "pages page_size H"], Float[Array, "pages page_size H"]],
-    layer: tuple[Int[Array, "B C max_pages"], Int[Array, "B C"]],
+    pool: Pool,
+    layer: Int[Array, ""],
     *,
+    page_table: PageTable,
+    lengths: Int[Array, "L B C"],
     backend: str = AUTO,
     device: Device | None = None,
-) -> tuple[Float[Array, "B C G H"], tuple[Array, Array], None]:
+) -> tuple[Float[Array, "B C G H"], Pool, None]:
     """Writes each owned row's new key and value to its page, then attends over the row.
 
-    Rows that a slot does not own have length 0: nothing is written and zeros come out.
+    `lengths` counts the tokens before, in all layers. A row that a slot does not own has length 0:
+    nothing is written, and its output is zero.
     """
-    page_table, lengths = layer
     out, pool = append_and_decode(
-        q, k, v, pool, page_table, lengths, backend=backend, device=device
+        q[:, None],
+        k[:, None],
+        v[:, None],
+        pool,
+        page_table,
+        lengths,
+        layer,
+        backend=backend,
+        device=device,
     )
-    return out, pool, None
+    return out[:, 0], pool, None

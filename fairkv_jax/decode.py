@@ -1,7 +1,9 @@
 """Decode: a token, or some, for every row of the batch, over the ragged paged cache."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,8 +12,8 @@ from jaxtyping import Array, Int, UInt32
 
 from fairkv_jax.attention import append_and_attend
 from fairkv_jax.cache import KVCache
-from fairkv_jax.models.llama import Attend, Llama
-from fairkv_jax.pallas.ragged_decode import AUTO, device_of
+from fairkv_jax.models.llama import Llama
+from fairkv_jax.pallas.ragged_decode import AUTO, PageTable, device_of
 from fairkv_jax.sampling import Sampled, SamplingState, TokenHistory, mask_words, sample
 from fairkv_jax.sampling_params import SamplingParams
 from fairkv_jax.shapes import TENSOR_AXIS
@@ -80,7 +82,7 @@ def _decode_local(
     new_pages: Int[Array, "L b C"],
     num_steps: Int[Array, ""],
     *,
-    attend: Attend,
+    attend: Callable[..., Any],
 ) -> tuple[KVCache, Sampled]:
     """The part of one device, inside `shard_map`."""
     batch = len(rows.positions)
@@ -93,7 +95,7 @@ def _decode_local(
 
     def step(i: Array, carry: tuple[KVCache, Sampled]) -> tuple[KVCache, Sampled]:
         cache, outputs = carry
-        cache, sampled = _one_step(model, cache, rows, i, attend)
+        cache, sampled = _one_step(model, cache, rows, i, attend=attend)
         outputs = jax.tree.map(
             lambda all_steps, new: jax.lax.dynamic_update_index_in_dim(all_steps, new, i, 0),
             outputs,
@@ -107,18 +109,25 @@ def _decode_local(
 
 
 def _one_step(
-    model: Llama, cache: KVCache, rows: DecodeInputs, step: Int[Array, ""], attend: Attend
+    model: Llama,
+    cache: KVCache,
+    rows: DecodeInputs,
+    step: Int[Array, ""],
+    *,
+    attend: Callable[..., Any],
 ) -> tuple[KVCache, Sampled]:
     """The `step`-th token after those that the host knows of."""
     row = jnp.arange(len(rows.positions))
     position = rows.positions + step
     lengths = cache.lengths[:, : len(row)]
+    page_table = PageTable.from_dense(cache.page_table)
+    page_table = replace(page_table, starts=page_table.starts[:, : len(row)])
     x, (k_pages, v_pages), _ = model(
         cache.token_ids[row, position],
         position,
-        attend,
+        partial(attend, page_table=page_table, lengths=lengths),
         (cache.k_pages, cache.v_pages),
-        (cache.page_table[:, : len(row)], lengths),
+        jnp.arange(len(lengths)),
     )
     seen = TokenHistory(cache.token_ids, position + 1)
     sampled = sample(model.logits(x), rows.sampling, rows.place + step, seen, rows.allowed)

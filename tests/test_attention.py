@@ -1,10 +1,14 @@
 """Attention of prefill and decode against NumPy."""
 
+from functools import partial
+
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from fairkv_jax.attention import append_and_attend, attend_to_prompt
+from fairkv_jax.pallas.ragged_decode import PageTable
 from tests.oracle.forward import attention
 
 HEADS, GROUP, WIDTH = 2, 3, 16
@@ -36,7 +40,12 @@ def test_append_writes_owned_rows_only_and_attends_over_the_new_token():
     pages = rng.standard_normal((2, 9, 8, WIDTH), dtype=np.float32)
     q = rng.standard_normal((2, 2, GROUP, WIDTH), dtype=np.float32)
     k, v = rng.standard_normal((2, 2, 2, WIDTH), dtype=np.float32)
-    out, got, _ = jax.jit(append_and_attend)(q, k, v, tuple(pages), (table, lengths))
+    # The first of two layers holds other rows, to which nothing is appended.
+    lists = PageTable.from_dense(jnp.stack([table[::-1], table]))
+    all_lengths = jnp.stack([lengths + 1, lengths])
+    pool = jnp.asarray(pages[0]), jnp.asarray(pages[1])
+    call = partial(append_and_attend, page_table=lists, lengths=all_lengths)
+    out, got, _ = jax.jit(call)(q, k, v, pool, 1)
     expected = pages.copy()
     for row, slot, page, at in ((0, 0, 3, 5), (1, 0, 5, 0), (1, 1, 7, 1)):
         expected[0, page, at], expected[1, page, at] = k[row, slot], v[row, slot]

@@ -50,21 +50,22 @@ def lengths_of(sizes: Sizes, batch: int) -> dict[str, np.ndarray]:
 
 
 def queries(batch: int, width: int) -> jax.Array:
-    return drawn(3, (batch, KV_HEADS, GROUP, width), DTYPE)
+    return drawn(3, (batch, 1, KV_HEADS, GROUP, width), DTYPE)
 
 
 def lower_walk(attend: Attend, lengths: np.ndarray, width: int, cache: CacheShape) -> Lowered:
     """All layers of `lengths` in one program: (q, k_pages, v_pages, table, lengths) -> out."""
 
     def step(q: Any, k_pages: Any, v_pages: Any, table: Any, lengths: Any) -> jax.Array:
-        def layer(q: jax.Array, inputs: Any) -> tuple[jax.Array, None]:
-            out = attend(q, k_pages, v_pages, *inputs)
+        def layer(q: jax.Array, index: jax.Array) -> tuple[jax.Array, None]:
+            out = attend(q, k_pages, v_pages, table, lengths, index)
             # The next layer's queries hang on this one's output, so that none can be left out.
             return (q + 1e-3 * out.astype(q.dtype)).astype(q.dtype), None
 
-        return jax.lax.scan(layer, q, (table, lengths))[0]
+        return jax.lax.scan(layer, q, jnp.arange(len(lengths)))[0]
 
-    q = jax.ShapeDtypeStruct((*lengths.shape[1:], GROUP, width), DTYPE)
+    _, batch, slots = lengths.shape
+    q = jax.ShapeDtypeStruct((batch, 1, slots, GROUP, width), DTYPE)
     pages = cache.pages(width, DTYPE)
     shape = jax.ShapeDtypeStruct(lengths.shape, jnp.int32)
     return jax.jit(step).lower(q, pages, pages, cache.table(lengths), shape)
@@ -78,7 +79,7 @@ def _compare(sizes: Sizes, device: Device, width: int, batch: int) -> Iterator[d
         for name, attend in _padded_peers(sizes, lengths).items():
             programs[name, case] = partial(lower_walk, attend, lengths, width, cache)
     lengths = cases["uniform"]
-    for name, attend in (_ours(device) | _paged_peers(sizes)).items():
+    for name, attend in (_ours(device) | _paged_peers(sizes, cache)).items():
         programs[name, ""] = partial(lower_walk, attend, lengths, width, cache)
     compiled = compile_all(programs)
     k_pages, v_pages = (drawn(seed, cache.pages(width, DTYPE).shape, DTYPE) for seed in (4, 5))
@@ -106,8 +107,10 @@ def _ours(device: Device) -> dict[str, Attend]:
     }
 
 
-def _paged_peers(sizes: Sizes) -> dict[str, Attend]:
-    return {} if sizes.interpret else {"pallas paged_attention": _paged_attention}
+def _paged_peers(sizes: Sizes, cache: CacheShape) -> dict[str, Attend]:
+    if sizes.interpret:
+        return {}
+    return {"pallas paged_attention": partial(_paged_attention, cache.max_pages)}
 
 
 def _padded_peers(sizes: Sizes, lengths: np.ndarray) -> dict[str, Attend]:
@@ -120,22 +123,25 @@ def _padded_peers(sizes: Sizes, lengths: np.ndarray) -> dict[str, Attend]:
     }
 
 
-def _paged_attention(q: Any, k_pages: Any, v_pages: Any, table: Any, lengths: Any) -> jax.Array:
+def _paged_attention(
+    max_pages: int, q: Any, k_pages: Any, v_pages: Any, table: Any, lengths: Any, layer: Any
+) -> jax.Array:
     """JAX's own paged kernel, with (row, KV head) flattened into its batch."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)
         from jax.experimental.pallas.ops.gpu.paged_attention import paged_attention
     splits, block = 4, 4
-    batch, slots, group, width = q.shape
-    padding = -table.shape[-1] % (splits * block)
-    pages = jnp.pad(table.reshape(batch * slots, -1), ((0, 0), (0, padding)))
+    batch, _, slots, group, width = q.shape
+    starts = table.of_layer(layer).starts.reshape(batch * slots, 1)
+    padded = max_pages + -max_pages % (splits * block)
+    pages = table.entries(starts, jnp.arange(padded))
     flat = (q * width**-0.5).reshape(batch * slots, group, width)
     out = paged_attention(
         flat.astype(q.dtype),
         k_pages[None],
         v_pages[None],
         pages,
-        lengths.reshape(-1),
+        lengths[layer].reshape(-1),
         k_splits=splits,
         pages_per_compute_block=block,
     )
@@ -143,13 +149,20 @@ def _paged_attention(q: Any, k_pages: Any, v_pages: Any, table: Any, lengths: An
 
 
 def _padded_attention(
-    implementation: Any, longest: int, q: Any, k_pages: Any, v_pages: Any, table: Any, lengths: Any
+    implementation: Any,
+    longest: int,
+    q: Any,
+    k_pages: Any,
+    v_pages: Any,
+    _table: Any,
+    lengths: Any,
+    layer: Any,
 ) -> jax.Array:
     """Attention over contiguous keys, every (row, KV head) padded to the longest.
 
     The keys are views of the same pool, so that the bytes come from memory as ours do.
     """
-    batch, slots, group, width = q.shape
+    batch, _, slots, group, width = q.shape
     pairs = batch * slots
     size = pairs * longest
     k, v = (
@@ -162,7 +175,7 @@ def _padded_attention(
         q.reshape(pairs, 1, group, width),
         k,
         v,
-        key_value_seq_lengths=lengths.reshape(-1),
+        key_value_seq_lengths=lengths[layer].reshape(-1),
         query_seq_lengths=jnp.ones(pairs, jnp.int32),
         implementation=implementation,
     )

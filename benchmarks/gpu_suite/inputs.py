@@ -1,10 +1,13 @@
 """Random ragged caches for the measurements, with the lengths that real profiles give."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+from fairkv_jax.pallas.ragged_decode import PageTable
 
 PAGE = 16
 
@@ -59,31 +62,34 @@ TINY = Sizes(
 
 @dataclass(frozen=True)
 class CacheShape:
-    """Of the pool and the page table of several `lengths` [L, B, C], so that programs fit all."""
+    """The pool and page table that hold each of several `lengths` [L, B, C], with one program."""
 
     num_pages: int
     max_pages: int
+    """The most pages of one (layer, row, slot)."""
 
     @classmethod
     def of(cls, *lengths: np.ndarray, room: int = 0) -> "CacheShape":
-        """`room` tokens more fit behind every length."""
+        """With space for `room` tokens more behind every length."""
         pages = [-(-(each + room) // PAGE) for each in lengths]
         return cls(max(int(p.sum()) for p in pages), max(int(p.max()) for p in pages))
 
     def pages(self, width: int, dtype: str) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct((self.num_pages, PAGE, width), dtype)
 
-    def table(self, lengths: np.ndarray) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct((*lengths.shape, self.max_pages), jnp.int32)
+    def table(self, lengths: np.ndarray) -> PageTable:
+        """The shapes of the page table of `lengths`."""
+        starts: Any = jax.ShapeDtypeStruct(lengths.shape, jnp.int32)
+        pages: Any = jax.ShapeDtypeStruct((self.num_pages,), jnp.int32)
+        return PageTable(pages, starts)
 
 
-def page_table(seed: int, lengths: np.ndarray, shape: CacheShape, *, room: int = 0) -> jax.Array:
-    """[L, B, C, max_pages]: random pages for every length, none of them shared."""
-    pages = -(-(lengths + room) // PAGE)
-    table = np.zeros(shape.table(lengths).shape, np.int32)
-    used = np.arange(table.shape[-1]) < pages[..., None]
-    table[used] = np.random.default_rng(seed).permutation(shape.num_pages)[: int(pages.sum())]
-    return jnp.asarray(table)
+def page_table(seed: int, lengths: np.ndarray, shape: CacheShape, *, room: int = 0) -> PageTable:
+    """Random pages for every length [L, B, C], none of them shared."""
+    counts = -(-(lengths + room) // PAGE).reshape(-1)
+    starts = (np.cumsum(counts) - counts).reshape(lengths.shape)
+    pages = np.random.default_rng(seed).permutation(shape.num_pages)
+    return PageTable(jnp.asarray(pages, jnp.int32), jnp.asarray(starts, jnp.int32))
 
 
 def drawn(seed: int, shape: tuple[int, ...], dtype: str, scale: float = 1.0) -> jax.Array:

@@ -17,7 +17,7 @@ DTYPE = "bfloat16"
 
 def lower_attention(shape: ModelShape, device: Device, lengths: np.ndarray) -> Lowered:
     """Norm, projections, append and attend, and the output projection of every layer."""
-    _, batch, slots = lengths.shape
+    num_layers, batch, slots = lengths.shape
     group, width = shape.num_heads // shape.num_kv_heads, shape.head_dim
     cache = CacheShape.of(lengths, room=1)
     pages = cache.pages(width, DTYPE)
@@ -25,14 +25,16 @@ def lower_attention(shape: ModelShape, device: Device, lengths: np.ndarray) -> L
     def step(x: Any, pool: Any, qkv: Any, out: Any, table: Any, lengths: Any) -> Any:
         def layer(carry: Any, inputs: Any) -> tuple[Any, None]:
             x, pool = carry
-            qkv, out, table, lengths = inputs
+            qkv, out, index = inputs
             heads = (_normed(x) @ qkv.T).reshape(batch, slots, group + 2, width)
             q, k, v = heads[:, :, :group], heads[:, :, group], heads[:, :, group + 1]
-            o, pool = append_and_decode(q, k, v, pool, table, lengths, backend=AUTO, device=device)
+            new = q[:, None], k[:, None], v[:, None]
+            lists = table, lengths, index
+            o, pool = append_and_decode(*new, pool, *lists, backend=AUTO, device=device)
             x = x + o.astype(x.dtype).reshape(batch, -1) @ out
             return (x, pool), None
 
-        return jax.lax.scan(layer, (x, pool), (qkv, out, table, lengths))[0]
+        return jax.lax.scan(layer, (x, pool), (qkv, out, jnp.arange(num_layers)))[0]
 
     weights = (jax.ShapeDtypeStruct(each, DTYPE) for each in _attention_weights(shape, lengths))
     return jax.jit(step, donate_argnums=1).lower(

@@ -11,7 +11,7 @@ from jax.stages import Lowered
 
 from benchmarks.gpu_suite.inputs import PAGE, Sizes
 from benchmarks.gpu_suite.programs import compile_all, said
-from fairkv_jax.pallas.ragged_decode import BACKENDS, Device, ragged_decode
+from fairkv_jax.pallas.ragged_decode import BACKENDS, Device, PageTable, ragged_decode
 
 LIMITS = {"float32": 1e-5, "float16": 3e-3, "bfloat16": 2e-2}
 MAX_PAGES = 9
@@ -59,7 +59,7 @@ def _case(seed: int, width: int, dtype: str) -> tuple[np.ndarray, ...]:
     edges = [0, 1, PAGE - 1, PAGE, PAGE + 1, full, *rng.integers(0, full, 10)]
     lengths = rng.permutation(np.array(edges, np.int32)).reshape(8, 2)
     table = rng.permutation(lengths.size * MAX_PAGES).reshape(8, 2, MAX_PAGES).astype(np.int32)
-    q = rng.standard_normal((8, 2, 4, width))
+    q = rng.standard_normal((8, 1, 2, 4, width))
     pool = rng.standard_normal((2, table.size, PAGE, width))
     owned = np.zeros(pool.shape[1:3], bool)
     token = np.arange(full)
@@ -77,15 +77,16 @@ def _exact(q: Any, k: Any, v: Any, table: Any, lengths: Any) -> np.ndarray:
         token = np.arange(lengths[row, slot])
         at = table[row, slot, token // PAGE], token % PAGE
         if len(token):
-            scores = q[row, slot] @ k[at].T / np.sqrt(q.shape[-1])
+            scores = q[row, 0, slot] @ k[at].T / np.sqrt(q.shape[-1])
             weights = np.exp(scores - scores.max(-1, keepdims=True))
-            out[row, slot] = weights / weights.sum(-1, keepdims=True) @ v[at]
+            out[row, 0, slot] = weights / weights.sum(-1, keepdims=True) @ v[at]
     return out
 
 
-def _typed(case: tuple[np.ndarray, ...], dtype: str) -> list[jax.Array]:
+def _typed(case: tuple[np.ndarray, ...], dtype: str) -> list[Any]:
     q, k, v, table, lengths = case
-    return [*(jnp.asarray(x, dtype) for x in (q, k, v)), jnp.asarray(table), jnp.asarray(lengths)]
+    page_table = PageTable.from_dense(jnp.asarray(table))
+    return [*(jnp.asarray(x, dtype) for x in (q, k, v)), page_table, jnp.asarray(lengths)]
 
 
 def _lower(case: tuple[np.ndarray, ...], dtype: str, backend: str, device: Device) -> Lowered:

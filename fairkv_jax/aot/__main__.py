@@ -97,14 +97,14 @@ def main(argv: list[str]) -> None:
 def print_kernels(target: Target) -> int:
     """A table of registers and spilled bytes; 1 where something spills."""
     print(f"{target.architecture}, {_BACKEND.value}\n")
-    print("type | width | group | registers, spilled bytes\n--- | --- | --- | ---")
+    print("type | head_dim | group | registers, spilled bytes\n--- | --- | --- | ---")
     spilling = False
-    for dtype, width, group, report in compile_all(_BACKEND.value, target):
+    for dtype, head_dim, group, report in compile_all(_BACKEND.value, target):
         said = report
         if isinstance(report, Report):
             said = "; ".join(f"{k.name} {k.registers}, {k.spill_bytes}" for k in report.own_kernels)
             spilling |= bool(report.spilling)
-        print(f"{dtype} | {width} | {group} | {said}", flush=True)
+        print(f"{dtype} | {head_dim} | {group} | {said}", flush=True)
     return int(spilling)
 
 

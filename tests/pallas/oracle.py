@@ -1,21 +1,26 @@
 """Paged decode attention in float64 NumPy, written from the formula, and random cases for it."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from fairkv_jax.pallas.ragged_decode import PageTable
+
 
 @dataclass(frozen=True)
 class Case:
-    """Inputs in their own type; whatever no row owns holds NaN."""
+    """Inputs in their own type; pages and list entries that no row owns hold NaN and -1."""
 
     q: jax.Array
     k_pages: jax.Array
     v_pages: jax.Array
-    page_table: jax.Array
+    page_table: PageTable
     lengths: jax.Array
+    layer: int | None = None
+    scales: tuple[jax.Array, jax.Array] | None = None
 
     @classmethod
     def random(
@@ -23,74 +28,135 @@ class Case:
         seed: int,
         *,
         batch: int = 3,
+        num_queries: int = 1,
         slots: int = 2,
         group: int = 4,
-        width: int = 64,
+        head_dim: int = 64,
         page_size: int = 16,
         max_pages: int = 8,
         dtype: str = "float32",
         room: int = 0,
+        layers: int | None = None,
     ) -> "Case":
-        """Lengths at the edges first (the table less `room`, none, around a page, one)."""
+        """Lengths at the edges first (`max_pages` pages less `room`, none, around a page, one).
+
+        With `layers`, the arrays of all layers and the last one as the layer.
+        """
         rng = np.random.default_rng(seed)
         pairs = batch * slots
         full = max_pages * page_size - room
         edges = [full, 0, page_size + 1, page_size, page_size - 1, 1]
-        lengths = np.concatenate([edges, rng.integers(0, full + 1, pairs)])[:pairs]
-        lengths = rng.permutation(lengths).reshape(batch, slots).astype(np.int32)
-        num_pages = pairs * max_pages + 3
-        table = rng.permutation(num_pages)[: pairs * max_pages]
-        table = table.reshape(batch, slots, max_pages).astype(np.int32)
-        pool = rng.standard_normal((2, num_pages, page_size, width))
+
+        def draw() -> np.ndarray:
+            lengths = np.concatenate([edges, rng.integers(0, full + 1, pairs)])[:pairs]
+            return rng.permutation(lengths).reshape(batch, slots)
+
+        lengths = draw() if layers is None else np.stack([draw() for _ in range(layers)])
+        q = rng.standard_normal((batch, num_queries, slots, group, head_dim))
+        return cls.of(rng, q, lengths, page_size, dtype=dtype, room=room)
+
+    @classmethod
+    def of(
+        cls,
+        rng: np.random.Generator,
+        q: np.ndarray,
+        lengths: np.ndarray,
+        page_size: int,
+        *,
+        dtype: str = "float32",
+        room: int = 0,
+    ) -> "Case":
+        """Pages for `lengths` [B,C] or [L,B,C] and `room` tokens more, in random order."""
+        num_entries = -(-(lengths + room * (lengths > 0)) // page_size)
+        num_pages = int(num_entries.sum()) + 3
+        numbers = iter(rng.permutation(num_pages).tolist())
+        # The lists lie in random order too, and entries that nobody uses between them.
+        pages, starts = [-1], np.zeros(lengths.shape, np.int32)
+        for index in rng.permutation(lengths.size):
+            where = np.unravel_index(index, lengths.shape)
+            starts[where] = len(pages)
+            pages += [next(numbers) for _ in range(num_entries[where])] + [-1] * int(
+                rng.integers(2)
+            )
+        pool = rng.standard_normal((2, num_pages, page_size, q.shape[-1]))
         owned = np.zeros((num_pages, page_size), bool)
-        for row, slot in np.ndindex(batch, slots):
-            token = np.arange(int(lengths[row, slot]))
-            owned[table[row, slot, token // page_size], token % page_size] = True
+        for where in np.ndindex(lengths.shape):
+            token = np.arange(int(lengths[where]))
+            owned[np.array(pages)[starts[where] + token // page_size], token % page_size] = True
         pool[:, ~owned] = np.nan
-        q = rng.standard_normal((batch, slots, group, width))
-        q, k_pages, v_pages = (jnp.asarray(x, dtype) for x in (q, *pool))
-        return cls(q, k_pages, v_pages, jnp.asarray(table), jnp.asarray(lengths))
+        queries, k_pages, v_pages = (jnp.asarray(x, dtype) for x in (q, *pool))
+        table = PageTable(jnp.asarray(pages, jnp.int32), jnp.asarray(starts))
+        layer = None if lengths.ndim == 2 else len(lengths) - 1
+        counts = jnp.asarray(lengths, jnp.int32)
+        return cls(queries, k_pages, v_pages, table, counts, layer)
 
     @property
-    def arrays(self) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array, jax.Array]:
+    def arrays(self) -> tuple[Any, ...]:
         """In the order of the kernels' arguments."""
-        return self.q, self.k_pages, self.v_pages, self.page_table, self.lengths
+        return self.q, self.k_pages, self.v_pages, self.page_table, self.lengths, self.layer
+
+    @property
+    def lengths_here(self) -> np.ndarray:
+        """[B, C] lengths in the case's layer."""
+        lengths = np.asarray(self.lengths)
+        return lengths if self.layer is None else lengths[self.layer]
 
     def new_tokens(self, seed: int) -> tuple[jax.Array, jax.Array]:
-        """A key and a value for every (row, slot)."""
+        """A key and a value for every (row, query, slot)."""
         rng = np.random.default_rng(seed)
-        shape = (*self.lengths.shape, self.q.shape[-1])
-        k, v = rng.standard_normal((2, *shape))
+        batch, num_queries, slots, _, head_dim = self.q.shape
+        k, v = rng.standard_normal((2, batch, num_queries, slots, head_dim))
         return jnp.asarray(k, self.q.dtype), jnp.asarray(v, self.q.dtype)
+
+    def places(self, row: int, slot: int, token: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The page and the place in it of tokens in the case's layer."""
+        page_size = self.k_pages.shape[1]
+        starts = np.asarray(self.page_table.starts)
+        starts = starts if self.layer is None else starts[self.layer]
+        entry = starts[row, slot] + token // page_size
+        return np.asarray(self.page_table.pages)[entry], token % page_size
 
 
 def attend(case: Case) -> np.ndarray:
-    """softmax(q k^T / sqrt(H)) v of every (row, slot) over its own tokens; zeros without any."""
+    """softmax(q k^T / sqrt(H)) v of each query over the tokens up to its own; zeros without any."""
     q, k_pages, v_pages = (np.asarray(x, np.float64) for x in (case.q, case.k_pages, case.v_pages))
-    table, lengths = np.asarray(case.page_table), np.asarray(case.lengths)
-    page_size, out = k_pages.shape[1], np.zeros(q.shape)
-    for row, slot in np.ndindex(*lengths.shape):
-        token = np.arange(int(lengths[row, slot]))
-        if not len(token):
+    if case.scales is not None:
+        k_scales, v_scales = (np.asarray(x, np.float64)[..., None] for x in case.scales)
+        k_pages, v_pages = k_pages * k_scales, v_pages * v_scales
+    num_queries, out = q.shape[1], np.zeros(q.shape)
+    for row, query, slot in np.ndindex(*q.shape[:3]):
+        num_seen = int(case.lengths_here[row, slot]) - num_queries + 1 + query
+        if num_seen <= 0:
             continue
-        at = table[row, slot, token // page_size], token % page_size
-        scores = q[row, slot] @ k_pages[at].T / np.sqrt(q.shape[-1])
+        at = case.places(row, slot, np.arange(num_seen))
+        scores = q[row, query, slot] @ k_pages[at].T / np.sqrt(q.shape[-1])
         weights = np.exp(scores - scores.max(-1, keepdims=True))
-        out[row, slot] = weights / weights.sum(-1, keepdims=True) @ v_pages[at]
+        out[row, query, slot] = weights / weights.sum(-1, keepdims=True) @ v_pages[at]
     return out
 
 
 def append(case: Case, k: jax.Array, v: jax.Array) -> Case:
-    """The case after every owned row's new token has been written behind its others."""
+    """The case after every owned row's new tokens have been written behind its others."""
     k_pages, v_pages = np.array(case.k_pages), np.array(case.v_pages)
-    table, lengths = np.asarray(case.page_table), np.asarray(case.lengths)
-    page_size = k_pages.shape[1]
-    for row, slot in np.argwhere(lengths > 0):
-        length = int(lengths[row, slot])
-        at = table[row, slot, length // page_size], length % page_size
-        k_pages[at], v_pages[at] = k[row, slot], v[row, slot]
-    lengths = jnp.asarray(lengths + (lengths > 0))
-    return Case(case.q, jnp.asarray(k_pages), jnp.asarray(v_pages), case.page_table, lengths)
+    for row, slot in np.argwhere(case.lengths_here > 0):
+        for query in range(k.shape[1]):
+            at = case.places(row, slot, case.lengths_here[row, slot] + np.array(query))
+            k_pages[at], v_pages[at] = k[row, query, slot], v[row, query, slot]
+    lengths, here = np.array(case.lengths), case.lengths_here
+    lengths[... if case.layer is None else case.layer] = here + k.shape[1] * (here > 0)
+    return replace(
+        case,
+        k_pages=jnp.asarray(k_pages),
+        v_pages=jnp.asarray(v_pages),
+        lengths=jnp.asarray(lengths),
+    )
+
+
+def assert_same_pages(pool: tuple[jax.Array, jax.Array], expected: Case) -> None:
+    """Every entry of the pool is equal, NaN included."""
+    for pages, wanted in zip(pool, (expected.k_pages, expected.v_pages), strict=True):
+        # As float32: NumPy knows no NaN in bfloat16.
+        np.testing.assert_array_equal(np.asarray(pages, np.float32), np.asarray(wanted, np.float32))
 
 
 def relative_error(out: jax.Array, expected: np.ndarray) -> float:

@@ -1,8 +1,8 @@
-"""The pieces of every (row, slot) merged by the log-sum-exp rule: the last kernel of a GPU backend.
+"""Merges the pieces of every (row, slot) pair by the log-sum-exp rule: a backend's last kernel.
 
-With unnormalised outputs o_i, peaks m_i and masses l_i, in base 2:
+With unnormalised outputs acc_i, maxima m_i and sums of weights l_i, in base 2:
 
-    m = max_i m_i      o = sum_i 2^(m_i - m) o_i / sum_i 2^(m_i - m) l_i
+    m = max_i m_i      o = sum_i 2^(m_i - m) acc_i / sum_i 2^(m_i - m) l_i
 """
 
 from functools import partial
@@ -28,61 +28,63 @@ _ELEMENTS = 4096
 
 
 def merge_pieces(
-    q: Float[Array, "B C G H"],
-    outputs: Float[Array, "rows H"],
-    peaks: Float[Array, "rows"],
-    masses: Float[Array, "rows"],
-    lengths: Int[Array, "B C"],
+    q: Float[Array, "B 1 C G H"],
+    acc: Float[Array, "rows H"],
+    m: Float[Array, "rows"],
+    l: Float[Array, "rows"],
+    lengths: Int[Array, "*L B C"],
+    layer: Int[Array, "1"],
     sizes: Sizes,
     *,
     interpret: bool = False,
-) -> Float[Array, "B C G H"]:
+) -> Float[Array, "B 1 C G H"]:
     """The attention of every pair, in the queries' type; zeros for a pair without tokens.
 
-    Every piece has as many rows, of which the first G hold its query heads.
+    All pieces have the same number of rows, the first G of which hold their query heads.
     """
     (out,) = launch(
-        partial(_merge, sizes=sizes, rows_a_piece=len(peaks) // sizes.pieces),
+        partial(_merge, sizes=sizes, rows_per_piece=len(m) // sizes.pieces),
         "merge_pieces",
         sizes.pairs,
-        (jax.ShapeDtypeStruct((sizes.pairs * sizes.group, sizes.width), q.dtype),),
+        (jax.ShapeDtypeStruct((sizes.pairs * sizes.group, sizes.head_dim), q.dtype),),
         interpret=interpret,
-    )(lengths.reshape(-1), outputs, peaks, masses)
+    )(lengths.reshape(-1), layer, acc, m, l)
     return out.reshape(q.shape)
 
 
 def _merge(
     lengths_ref: Any,
-    o_ref: Any,
-    peak_ref: Any,
-    mass_ref: Any,
+    layer_ref: Any,
+    acc_ref: Any,
+    m_ref: Any,
+    l_ref: Any,
     out_ref: Any,
     *,
     sizes: Sizes,
-    rows_a_piece: int,
+    rows_per_piece: int,
 ) -> None:
-    """The pieces of one pair, a block of them at a time so that their loads overlap."""
+    """Merges the pieces of one pair, a block of them at a time so that their loads overlap."""
     pair = pl.program_id(0)
-    first, count = Pieces.of(lengths_ref, sizes).span(pair)
-    group, width = power_of_two(sizes.group), power_of_two(sizes.width)
-    block = max(1, _ELEMENTS // (group * width))
+    first, count = Pieces.of(lengths_ref, layer_ref, sizes).span(pair)
+    group, head_dim = power_of_two(sizes.group), power_of_two(sizes.head_dim)
+    block = max(1, _ELEMENTS // (group * head_dim))
     is_group = jnp.arange(group) < sizes.group
 
     def step(i: Array, state: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
-        total, peak, mass = state
+        acc, m, l = state
         piece = i * block + jnp.arange(block)
-        row = (first + piece)[:, None] * rows_a_piece + jnp.arange(group)[None, :]
+        row = (first + piece)[:, None] * rows_per_piece + jnp.arange(group)[None, :]
         mask = (piece < count)[:, None] & is_group[None, :]
-        peaks = plt.load(peak_ref.at[row], mask=mask, other=NEVER)
-        masses = plt.load(mass_ref.at[row], mask=mask, other=0.0)
-        totals = load(o_ref, row, mask, sizes.width)
-        new_peak = jnp.maximum(peak, jnp.max(peaks, axis=0))
-        weights, decay = jnp.exp2(peaks - new_peak[None, :]), jnp.exp2(peak - new_peak)
-        total = total * decay[:, None] + jnp.sum(totals * weights[:, :, None], axis=0)
-        return total, new_peak, mass * decay + jnp.sum(masses * weights, axis=0)
+        block_m = plt.load(m_ref.at[row], mask=mask, other=NEVER)
+        block_l = plt.load(l_ref.at[row], mask=mask, other=0.0)
+        block_acc = load(acc_ref, row, mask, sizes.head_dim)
+        new_m = jnp.maximum(m, jnp.max(block_m, axis=0))
+        weights, decay = jnp.exp2(block_m - new_m[None, :]), jnp.exp2(m - new_m)
+        acc = acc * decay[:, None] + jnp.sum(block_acc * weights[:, :, None], axis=0)
+        return acc, new_m, l * decay + jnp.sum(block_l * weights, axis=0)
 
-    start = (jnp.zeros((group, width)), jnp.full((group,), NEVER), jnp.zeros((group,)))
-    total, _, mass = jax.lax.fori_loop(0, ceil_div(count, block), step, start)
-    out = total / jnp.where(mass == 0, 1.0, mass)[:, None]
+    start = (jnp.zeros((group, head_dim)), jnp.full((group,), NEVER), jnp.zeros((group,)))
+    acc, _, l = jax.lax.fori_loop(0, ceil_div(count, block), step, start)
+    out = acc / jnp.where(l == 0, 1.0, l)[:, None]
     rows = pair * sizes.group + jnp.arange(group)
-    store(out_ref, rows, out.astype(out_ref.dtype), is_group, sizes.width)
+    store(out_ref, rows, out.astype(out_ref.dtype), is_group, sizes.head_dim)

@@ -1,19 +1,19 @@
 """Ragged decode attention for Hopper: a Pallas kernel lowered through Mosaic GPU.
 
-One program a piece (`pieces.py`), listed by a small kernel in front, because Mosaic has no prefix
-sum to find them with. A program is one warpgroup. It keeps `num_stages` tiles of keys and values in
-flight through shared memory, each page fetched by one TMA copy of its keys and one of its values,
-with a barrier a stage:
+Every piece (`pieces.py`) is one program. A small kernel lists the pieces first, because Mosaic has
+no prefix sum to find them with. A program is one warpgroup. It keeps `num_stages` tiles of keys and
+values in flight through shared memory; one TMA copy fetches the keys of a page and one its values,
+and every stage has a barrier:
 
     page table  ->  TMA copies  ->  keys, values [stage, token, H]  ->  wgmma  ->  the next copies
 
 wgmma multiplies 64 rows at a time, and a group has at most 16 query heads, so the products are
-turned round: tokens are the rows of K q^T, the head width is the rows of V^T p^T, and the group,
-padded to 8 or 16 columns, is what would otherwise have been padded to 64 rows. Tensor cores would
-wait for the memory either way; turned round, the softmax has 4 to 8 times fewer entries too.
+transposed: K q^T has a row per token, V^T p^T has a row per dimension of the head, and the group is
+padded to 8 or 16 columns instead of 64 rows. Tensor cores would wait for the memory either way, but
+the transposed softmax also has 4 to 8 times fewer entries.
 
-Pieces are merged by the Triton path's kernel (`merge.py`). Compiled for sm_90a and interpreted on
-CPU; not yet run on a GPU.
+The kernel of `merge.py` merges the pieces. This kernel has been compiled for sm_90a and interpreted
+on CPU, but has not yet run on a GPU.
 """
 
 import math
@@ -34,34 +34,35 @@ from fairkv_jax.pallas.ragged_decode.mosaic_pipeline import (
     Shapes,
     Work,
 )
-from fairkv_jax.pallas.ragged_decode.pieces import Sizes, list_pieces
+from fairkv_jax.pallas.ragged_decode.page_table import PageTable, of_layer
+from fairkv_jax.pallas.ragged_decode.pieces import Sizes, layer_index, list_pieces
 from fairkv_jax.pallas.ragged_decode.reference import Pool, append
 from fairkv_jax.pallas.ragged_decode.tiles import MosaicTile
 
 
 def ragged_decode(
-    q: Float[Array, "B C G H"],
+    q: Float[Array, "B 1 C G H"],
     k_pages: Float[Array, "pages page_size H"],
     v_pages: Float[Array, "pages page_size H"],
-    page_table: Int[Array, "B C max_pages"],
-    lengths: Int[Array, "B C"],
+    page_table: PageTable,
+    lengths: Int[Array, "*L B C"],
+    layer: Int[Array, ""] | int | None = None,
     *,
     tile: MosaicTile,
     interpret: bool = False,
-) -> Float[Array, "B C G H"]:
-    """Softmax attention of one query token per row over that row's cached tokens.
+) -> Float[Array, "B 1 C G H"]:
+    """Softmax attention of one query token per row over the row's cached tokens.
 
     Raises:
-        NotImplementedError: the kernel cannot take this type, group, head width, page size or
-            batch, or this JAX is too old for it.
+        NotImplementedError: The kernel cannot take this number of queries, type, group, head
+            dimension, page size or batch, or this JAX is too old for it.
     """
     shapes = Shapes.of(Sizes.of(q, k_pages, page_table, tile), q.dtype)
-    sizes, columns = shapes.sizes, shapes.columns
-    pieces = list_pieces(lengths, sizes, interpret=interpret)
-    queries = q.reshape(sizes.pairs, sizes.group, sizes.width)
+    sizes, columns, layer = shapes.sizes, shapes.columns, layer_index(layer)
+    pieces = list_pieces(lengths, page_table.starts, layer, sizes, interpret=interpret)
+    queries = q.reshape(sizes.pairs, sizes.group, sizes.head_dim)
     queries = jnp.pad(queries, ((0, 0), (0, columns - sizes.group), (0, 0)))
-    table = page_table.reshape(sizes.pairs, sizes.max_pages)
-    outputs, peaks, masses = plgpu.kernel(
+    acc, m, l = plgpu.kernel(
         partial(_attend, shapes=shapes),
         out_type=shapes.outputs,
         scratch_types=shapes.buffers,
@@ -72,26 +73,28 @@ def ragged_decode(
             approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane
         ),
         interpret=INTERPRETER() if interpret else None,
-    )(queries, k_pages, v_pages, table, pieces)
-    rows = outputs.reshape(-1, sizes.width), peaks.reshape(-1), masses.reshape(-1)
-    return merge_pieces(q, *rows, lengths, sizes, interpret=interpret)
+    )(queries, k_pages, v_pages, page_table.pages, pieces)
+    rows = acc.reshape(-1, sizes.head_dim), m.reshape(-1), l.reshape(-1)
+    return merge_pieces(q, *rows, lengths, layer, sizes, interpret=interpret)
 
 
 def append_and_decode(
-    q: Float[Array, "B C G H"],
-    k: Float[Array, "B C H"],
-    v: Float[Array, "B C H"],
+    q: Float[Array, "B 1 C G H"],
+    k: Float[Array, "B 1 C H"],
+    v: Float[Array, "B 1 C H"],
     pool: Pool,
-    page_table: Int[Array, "B C max_pages"],
-    lengths: Int[Array, "B C"],
+    page_table: PageTable,
+    lengths: Int[Array, "*L B C"],
+    layer: Int[Array, ""] | int | None = None,
     *,
     tile: MosaicTile,
     interpret: bool = False,
-) -> tuple[Float[Array, "B C G H"], Pool]:
+) -> tuple[Float[Array, "B 1 C G H"], Pool]:
     """Writes each owned row's new key and value to its page, and attends over them too.
 
     XLA writes them in place, before the kernel reads the pages. Errors as `ragged_decode`.
     """
+    page_table, lengths = page_table.of_layer(layer), of_layer(lengths, layer)
     pool, lengths = append(k, v, pool, page_table, lengths)
     return ragged_decode(q, *pool, page_table, lengths, tile=tile, interpret=interpret), pool
 
@@ -100,20 +103,20 @@ def _attend(
     q_ref: Any,
     k_ref: Any,
     v_ref: Any,
-    table_ref: Any,
+    pages_ref: Any,
     pieces_ref: Any,
-    o_ref: Any,
-    peak_ref: Any,
-    mass_ref: Any,
+    acc_ref: Any,
+    m_ref: Any,
+    l_ref: Any,
     *,
     shapes: Shapes,
     **buffers: Any,
 ) -> None:
-    """One piece: an online softmax over its tiles, in base 2."""
+    """Attends over one piece: an online softmax over its tiles, in base 2."""
     item = jax.lax.axis_index("piece")
-    pair, begin, end, length = (pieces_ref[item, field] for field in range(4))
+    pair, begin, end, length, start = (pieces_ref[item, field] for field in range(5))
     smem = Buffers(**buffers)
-    work = Work(shapes, smem, k_ref, v_ref, table_ref, pair, begin, end, length)
+    work = Work(shapes, smem, k_ref, v_ref, pages_ref, start, begin, end, length)
 
     @pl.when(begin < end)
     def run() -> None:
@@ -127,45 +130,45 @@ def _attend(
 
         plgpu.barrier_wait(smem.q_landed)
         state = jax.lax.fori_loop(begin, end, partial(_tile, work=work), _start(shapes))
-        total, peak, mass = state
-        smem.output.transpose((1, 0))[...] = _turned(total)
-        smem.peak[...] = peak
-        smem.mass[...] = mass.sum(axis=0)
+        acc, m, l = state
+        smem.acc.transpose((1, 0))[...] = _transposed(acc)
+        smem.m[...] = m
+        smem.l[...] = l.sum(axis=0)
         plgpu.commit_smem()
-        plgpu.copy_smem_to_gmem(smem.output, o_ref.at[item])
-        plgpu.copy_smem_to_gmem(smem.peak, peak_ref.at[item])
-        plgpu.copy_smem_to_gmem(smem.mass, mass_ref.at[item])
+        plgpu.copy_smem_to_gmem(smem.acc, acc_ref.at[item])
+        plgpu.copy_smem_to_gmem(smem.m, m_ref.at[item])
+        plgpu.copy_smem_to_gmem(smem.l, l_ref.at[item])
         plgpu.wait_smem_to_gmem(0)
 
 
 def _tile(i: Array, state: tuple[Array, Array, Array], *, work: Work) -> Any:
     """Adds the tokens of tile i, and fetches the tile that takes its stage next.
 
-    The state: output [H, columns], peak [columns], and mass [tokens, columns], whose rows are
-    summed in the end.
+    The state is acc [H, columns], m [columns] and l [tokens, columns], whose rows are summed at the
+    end.
     """
-    total, peak, mass = state
+    acc, m, l = state
     smem, sizes = work.buffers, work.shapes.sizes
     stage, next_tile = work.stage(i), i + sizes.tile.num_stages
-    next_pages = work.pages(next_tile)  # early: their loads are waited for at the end
+    next_pages = work.pages(next_tile)  # early, because the loads are needed only at the end
     first = i * sizes.tile.block_tokens
     block = (sizes.tile.block_tokens, work.shapes.columns)
 
     plgpu.barrier_wait(smem.k_landed.at[stage])
     scores = _product(smem.k.at[stage], smem.q.transpose((1, 0)))
-    scores = scores * (sizes.width**-0.5 * math.log2(math.e))
+    scores = scores * (sizes.head_dim**-0.5 * math.log2(math.e))
     scores = jnp.where(first + _row_of(block) < work.length, scores, NEVER)
-    new_peak = jnp.maximum(peak, scores.max(axis=0))
-    weights = jnp.exp2(scores - _as_row(new_peak, block))
-    decay = jnp.exp2(peak - new_peak)
-    smem.weights.transpose((1, 0))[...] = _turned(weights.astype(work.shapes.dtype))
+    new_m = jnp.maximum(m, scores.max(axis=0))
+    weights = jnp.exp2(scores - _as_row(new_m, block))
+    decay = jnp.exp2(m - new_m)
+    smem.weights.transpose((1, 0))[...] = _transposed(weights.astype(work.shapes.dtype))
 
     plgpu.barrier_wait(smem.v_landed.at[stage])
 
     @pl.when(first + sizes.tile.block_tokens > work.length)
     def clear_tail() -> None:
-        # Weights there are 0, but what lies in a page behind the length may be no number.
-        for column in range(0, sizes.width, TILE_COLUMNS):  # by parts, to take few registers
+        # Weights behind the length are 0, but the values there may be NaN.
+        for column in range(0, sizes.head_dim, TILE_COLUMNS):  # in parts, to use few registers
             part = smem.v.at[stage, :, pl.ds(column, TILE_COLUMNS)]
             values = plgpu.layout_cast(part[...], plgpu.Layout.WGMMA)
             is_token = first + _row_of(values.shape) < work.length
@@ -178,22 +181,22 @@ def _tile(i: Array, state: tuple[Array, Array, Array], *, work: Work) -> Any:
     def fetch() -> None:
         work.fetch(next_tile, next_pages)
 
-    total = total * _as_row(decay, total.shape) + values
-    return total, new_peak, mass * _as_row(decay, block) + weights
+    acc = acc * _as_row(decay, acc.shape) + values
+    return acc, new_m, l * _as_row(decay, block) + weights
 
 
 def _start(shapes: Shapes) -> tuple[Array, Array, Array]:
     wgmma, columns = plgpu.Layout.WGMMA, shapes.columns
-    peak = jnp.full((columns,), NEVER, jnp.float32)
+    m = jnp.full((columns,), NEVER, jnp.float32)
     return (
-        plgpu.layout_cast(jnp.zeros((shapes.sizes.width, columns)), wgmma),
-        plgpu.layout_cast(peak, wgmma.reduce(0)),
+        plgpu.layout_cast(jnp.zeros((shapes.sizes.head_dim, columns)), wgmma),
+        plgpu.layout_cast(m, wgmma.reduce(0)),
         plgpu.layout_cast(jnp.zeros((shapes.sizes.tile.block_tokens, columns)), wgmma),
     )
 
 
 def _product(a_ref: Any, b_ref: Any) -> Array:
-    """a b in float32; it has been computed, and the buffers may be written, when this returns."""
+    """a b in float32; once this returns, the buffers of a and b may be overwritten."""
 
     def multiply(sum_ref: Any) -> Array:
         plgpu.wgmma(sum_ref, a_ref, b_ref)
@@ -211,6 +214,6 @@ def _as_row(x: Array, shape: tuple[int, ...]) -> Array:
     return jax.lax.broadcast_in_dim(x, shape, [1])
 
 
-def _turned(x: Array) -> Array:
-    """In the registers that a store into a transposed buffer takes."""
+def _transposed(x: Array) -> Array:
+    """`x` in the register layout that a store into a transposed buffer takes."""
     return plgpu.layout_cast(x, plgpu.Layout.WGMMA_TRANSPOSED)

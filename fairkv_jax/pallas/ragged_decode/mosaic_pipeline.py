@@ -1,4 +1,4 @@
-"""What a program of the Mosaic GPU kernel holds in shared memory, and how pages come there."""
+"""The shared memory of a program of the Mosaic GPU kernel, and the copies of pages into it."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -12,19 +12,19 @@ from jaxtyping import Array
 from fairkv_jax.pallas.ragged_decode.pieces import Sizes
 
 INTERPRETER: Any = getattr(plgpu, "InterpretGPUParams", None)
-"""None where JAX is older than 0.11.2, and so lacks other parts that the kernel needs."""
+"""None where JAX is older than 0.11.2, which lacks other parts that the kernel needs too."""
 _DTYPES = ("bfloat16", "float16")
 _ROWS = 64  # of wgmma
 _COLUMNS = 8  # wgmma takes a multiple of it
 _SWIZZLE = 128  # bytes; TMA and wgmma agree on where a tile's rows lie in shared memory
 TILE_COLUMNS = 64
-"""Of 16 bits: the width of a swizzled tile."""
-_SHARED_BYTES = 227 * 1024  # of a program on Hopper
+"""Columns of a swizzled tile, of 16 bits each."""
+_SHARED_BYTES = 227 * 1024  # the most that a program may use on Hopper
 
 
 @dataclass(frozen=True)
 class Shapes:
-    """What the kernel is made of."""
+    """The shapes of the kernel's outputs and buffers."""
 
     sizes: Sizes
     dtype: Any
@@ -37,8 +37,8 @@ class Shapes:
             raise NotImplementedError(f"needs JAX 0.11.2 or newer, this is {jax.__version__}")
         if dtype.name not in _DTYPES:
             raise NotImplementedError(f"queries and pages of {dtype}, not one of {_DTYPES}")
-        if sizes.width % _ROWS:
-            raise NotImplementedError(f"head width {sizes.width}, not a multiple of {_ROWS}")
+        if sizes.head_dim % _ROWS:
+            raise NotImplementedError(f"head_dim {sizes.head_dim}, not a multiple of {_ROWS}")
         if block % _ROWS:
             raise NotImplementedError(f"blocks of {block} tokens, not a multiple of {_ROWS}")
         if sizes.page_size % 8 or (block % sizes.page_size and sizes.page_size % block):
@@ -54,40 +54,42 @@ class Shapes:
 
     @property
     def columns(self) -> int:
-        """The group, padded."""
+        """The group, padded to what wgmma takes."""
         return _COLUMNS * pl.cdiv(self.sizes.group, _COLUMNS)
 
     @property
     def copy_tokens(self) -> int:
-        """A page, or as much of a larger one as a block takes."""
+        """Tokens of one copy: a page, or the part of a larger page that a block takes."""
         return min(self.sizes.page_size, self.sizes.tile.block_tokens)
 
     @property
     def copies(self) -> int:
-        """Of keys, and as many of values, a block."""
+        """Copies of keys per block; there are as many of values."""
         return self.sizes.tile.block_tokens // self.copy_tokens
 
     @property
     def outputs(self) -> list[jax.ShapeDtypeStruct]:
-        """Of every piece and column: the unnormalised output, the peak, the mass."""
+        """`acc`, `m` and `l` of every piece and column."""
         scalar = jax.ShapeDtypeStruct((self.sizes.pieces, self.columns), jnp.float32)
-        return [jax.ShapeDtypeStruct((*scalar.shape, self.sizes.width), jnp.float32)] + [scalar] * 2
+        return [jax.ShapeDtypeStruct((*scalar.shape, self.sizes.head_dim), jnp.float32)] + [
+            scalar
+        ] * 2
 
     @property
     def buffers(self) -> dict[str, Any]:
-        """Shared memory and barriers, by the name of `Buffers`' field."""
-        tile, width = self.sizes.tile, self.sizes.width
-        cached = _shared((tile.num_stages, tile.block_tokens, width), self.dtype)
+        """Shared memory and barriers, by the names of the fields of `Buffers`."""
+        tile, head_dim = self.sizes.tile, self.sizes.head_dim
+        cached = _shared((tile.num_stages, tile.block_tokens, head_dim), self.dtype)
         landed = plgpu.Barrier(num_arrivals=self.copies, num_barriers=tile.num_stages)
         scalar = plgpu.SMEM((self.columns,), jnp.float32)
         return {
-            "q": _shared((self.columns, width), self.dtype),
+            "q": _shared((self.columns, head_dim), self.dtype),
             "k": cached,
             "v": cached,
             "weights": _shared((self.columns, tile.block_tokens), self.dtype),
-            "output": _shared((self.columns, width), jnp.float32),
-            "peak": scalar,
-            "mass": scalar,
+            "acc": _shared((self.columns, head_dim), jnp.float32),
+            "m": scalar,
+            "l": scalar,
             "q_landed": plgpu.Barrier(),
             "k_landed": landed,
             "v_landed": landed,
@@ -95,24 +97,24 @@ class Shapes:
 
     @property
     def shared_bytes(self) -> int:
-        """Of a program, with what Mosaic takes for reductions and barriers."""
-        tile, columns, width = self.sizes.tile, self.columns, self.sizes.width
-        cached = 2 * tile.num_stages * tile.block_tokens * width
-        items = cached + columns * (width + tile.block_tokens)
-        return items * self.dtype.itemsize + 4 * columns * (width + 2) + 4096
+        """Bytes of a program, with those that Mosaic takes for reductions and barriers."""
+        tile, columns, head_dim = self.sizes.tile, self.columns, self.sizes.head_dim
+        cached = 2 * tile.num_stages * tile.block_tokens * head_dim
+        items = cached + columns * (head_dim + tile.block_tokens)
+        return items * self.dtype.itemsize + 4 * columns * (head_dim + 2) + 4096
 
 
 @dataclass(frozen=True)
 class Buffers:
-    """A program's shared memory and barriers."""
+    """The shared memory and barriers of a program."""
 
     q: Any
     k: Any
     v: Any
     weights: Any
-    output: Any
-    peak: Any
-    mass: Any
+    acc: Any
+    m: Any
+    l: Any
     q_landed: Any
     k_landed: Any
     v_landed: Any
@@ -120,29 +122,35 @@ class Buffers:
 
 @dataclass(frozen=True)
 class Work:
-    """One program's piece, what it reads, and where."""
+    """The piece of one program, and the arrays that it reads."""
 
     shapes: Shapes
     buffers: Buffers
     k_ref: Any
     v_ref: Any
-    table_ref: Any
-    pair: Array
+    pages_ref: Any
+    start: Array
+    """Where the pair's entries begin in the list of pages."""
     begin: Array
     end: Array
+    """The first tile of the piece and the first one behind it."""
     length: Array
+    """Tokens of the pair."""
 
     def stage(self, tile: Array) -> Array:
+        """The stage of shared memory that a tile is copied to."""
         return jax.lax.rem(tile - self.begin, jnp.int32(self.shapes.sizes.tile.num_stages))
 
     def pages(self, tile: Array) -> list[Array]:
-        """Of a tile; behind the length, where the table holds nothing, the pair's last one."""
+        """The pages of a tile; behind the length, the pair's last page. Reads stay in the list."""
         page_size = self.shapes.sizes.page_size
         last = jax.lax.div(self.length - 1, jnp.int32(page_size))
         first = tile * self.shapes.sizes.tile.block_tokens
         tokens = [first + i * self.shapes.copy_tokens for i in range(self.shapes.copies)]
         at = [jax.lax.div(token, jnp.int32(page_size)) for token in tokens]
-        return [self.table_ref[self.pair, jnp.minimum(page, last)] for page in at]
+        end = self.shapes.sizes.num_entries - 1
+        entries = [jnp.clip(self.start + jnp.minimum(page, last), 0, end) for page in at]
+        return [self.pages_ref[entry] for entry in entries]
 
     def fetch(self, tile: Array, pages: list[Array]) -> None:
         """Starts the copies of a tile's keys and values into its stage."""
@@ -159,7 +167,7 @@ class Work:
 
 
 def _shared(shape: tuple[int, ...], dtype: Any) -> Any:
-    """Shared memory laid out as wgmma and TMA take it: 8 rows x 128 bytes, swizzled."""
+    """Shared memory in the layout that wgmma and TMA take: 8 rows x 128 bytes, swizzled."""
     layout: Any = plgpu
     tiling = layout.TilingTransform((8, _SWIZZLE // jnp.dtype(dtype).itemsize))
     return plgpu.SMEM(shape, dtype, transforms=(tiling, layout.SwizzleTransform(_SWIZZLE)))

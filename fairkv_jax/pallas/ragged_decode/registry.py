@@ -28,15 +28,16 @@ def _by_reference(operation: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _by_kernel(backend: str, tile_type: type[Tile], operation: str) -> Callable[..., Any]:
-    """On CPU the kernels are interpreted, which shows what they compute, not how fast.
+    """Calls a kernel with the device's tile; on CPU it is interpreted, for tests.
 
-    A backend's file is imported when it is first called: what it needs of JAX takes its time to
-    load, and not every installation has it.
+    The backend's file is imported at the first call, because the parts of JAX that it needs are
+    slow to load and missing from some installations.
     """
 
     def call(q: Array, *args: Any) -> Any:
         *arrays, device = args
-        tile = tile_type(**device_tiles(device.kind).get(backend, q.dtype.itemsize, q.shape[-1]))
+        tiles = device_tiles(device.kind)
+        tile = tile_type(**tiles.get(backend, q.dtype.itemsize, q.shape[-1]))
         try:
             kernels = import_module(f"fairkv_jax.pallas.ragged_decode.{backend}")
         except ImportError as error:
@@ -48,10 +49,15 @@ def _by_kernel(backend: str, tile_type: type[Tile], operation: str) -> Callable[
 
 
 def _kernels(backend: str, tile_type: type[Tile]) -> Implementation:
-    return Implementation(
-        _by_kernel(backend, tile_type, "ragged_decode"),
-        _by_kernel(backend, tile_type, "append_and_decode"),
-    )
+    decode = _by_kernel(backend, tile_type, "ragged_decode")
+
+    def decode_unscaled(*args: Any) -> Any:
+        *arrays, scales, device = args
+        if scales is not None:
+            raise NotImplementedError("int8 pages: the kernels read floating-point pages only")
+        return decode(*arrays, device)
+
+    return Implementation(decode_unscaled, _by_kernel(backend, tile_type, "append_and_decode"))
 
 
 IMPLEMENTATIONS = {

@@ -1,8 +1,8 @@
 """Tile sizes as data: one JSON file per kind of device, in the folder `devices/` beside this.
 
-A file names the kinds that it is for (`match`, found in JAX's `device_kind`), the order in which
-implementations are tried there, and one tile per item size and head width. `source` says whether
-the figures were measured or reckoned.
+A file names the kinds that it is for (`match`, a substring of JAX's `device_kind`), the order in
+which implementations are tried there, and one tile per item size and head dimension. `source` says
+whether the figures were measured or estimated.
 """
 
 import json
@@ -17,7 +17,7 @@ _DEFAULT = "default"
 
 @dataclass(frozen=True)
 class Device:
-    """What dispatch needs to know of a device, as JAX names it."""
+    """The platform and kind of a device, as JAX names them."""
 
     platform: str
     """"cpu" or "gpu"."""
@@ -33,51 +33,51 @@ class Tile:
     num_stages: int
     """Blocks in flight: the depth of the pipeline."""
     programs: int
-    """Pieces that the work is cut into, beside one more per pair: a few for every one of the
-    programs that the device holds at a time, so that the last ones to end leave little idle."""
+    """Pieces that the work is cut into, plus at most one per pair: several times the number of
+    programs that the device runs at once, so that little of it is idle at the end."""
     min_blocks: int
-    """The least blocks a piece, so that short work is not cut into shreds."""
+    """The fewest blocks of a piece, so that short work is not cut too finely."""
 
 
 @dataclass(frozen=True)
 class TritonTile(Tile):
-    """Of the Triton-style kernel: blocks of a power of 2, at least 16."""
+    """The tile of the Triton kernel, whose blocks are a power of 2, at least 16."""
 
     num_warps: int
 
 
 @dataclass(frozen=True)
 class MosaicTile(Tile):
-    """Of the Mosaic GPU kernel: blocks of a multiple of 64, the rows of Hopper's wgmma."""
+    """The tile of the Mosaic GPU kernel, whose blocks are a multiple of the 64 rows of wgmma."""
 
 
 @dataclass(frozen=True)
 class DeviceTiles:
-    """One file's contents."""
+    """The contents of one file."""
 
     match: str
     order: tuple[str, ...]
     source: str
     tiles: Mapping[str, Mapping[str, Mapping[str, int]]]
 
-    def get(self, backend: str, itemsize: int, width: int) -> Mapping[str, int]:
-        """The tile of a backend for items of `itemsize` bytes and the next width that is listed.
+    def get(self, backend: str, itemsize: int, head_dim: int) -> Mapping[str, int]:
+        """The tile of a backend for items of `itemsize` bytes and the next listed head dimension.
 
         Raises:
-            NotImplementedError: none is listed.
+            NotImplementedError: None is listed.
         """
         listed = self.tiles.get(backend, {}).get(str(itemsize), {})
-        fits: list[int] = [int(at) for at in listed if int(at) >= width]
+        fits: list[int] = [int(at) for at in listed if int(at) >= head_dim]
         if not fits:
             raise NotImplementedError(
-                f"no {backend} tile for items of {itemsize} bytes, head width {width}"
+                f"no {backend} tile for items of {itemsize} bytes, head_dim {head_dim}"
             )
         entry: Any = listed[str(min(fits))]
         return entry
 
 
 def device_tiles(kind: str) -> DeviceTiles:
-    """The tiles of that kind of device, or those for devices that nobody has listed."""
+    """The tiles of that kind of device, or the default ones where no file names it."""
     files = _files()
     name = next((name for name, tiles in files.items() if tiles.match in kind), _DEFAULT)
     return files[name]
@@ -85,7 +85,7 @@ def device_tiles(kind: str) -> DeviceTiles:
 
 @cache
 def _files() -> dict[str, DeviceTiles]:
-    """All files; the default matches no kind by its name."""
+    """All files by name; the default matches no kind."""
     folder = resources.files("fairkv_jax.pallas.ragged_decode") / "devices"
     files = {}
     for path in sorted(folder.iterdir(), key=lambda path: path.name):

@@ -1,4 +1,4 @@
-"""Blocks of rows in kernels lowered through Triton, and how such kernels are launched."""
+"""Loads, stores and launches of kernels that are lowered through Triton."""
 
 from typing import Any
 
@@ -19,7 +19,7 @@ def launch(
     num_stages: int = 1,
     **options: Any,
 ) -> Any:
-    """A kernel over whole arrays, which it indexes itself."""
+    """Returns a call of a kernel that takes whole arrays and indexes them itself."""
     return pl.pallas_call(
         kernel,
         out_shape=outputs,
@@ -30,24 +30,25 @@ def launch(
     )
 
 
-def load(ref: Any, rows: Array, mask: Array, width: int) -> Array:
-    """ref[rows], zeros where the mask is false or a padded column lies."""
-    at, mask = _columns(ref, rows, mask, width)
+def load(ref: Any, rows: Array, mask: Array, head_dim: int) -> Array:
+    """ref[rows], with zeros where the mask is false and in padded columns."""
+    at, mask = _columns(ref, rows, mask, head_dim)
     return plt.load(at, mask=mask, other=0)
 
 
-def store(ref: Any, rows: Array, value: Array, mask: Array, width: int) -> None:
-    at, mask = _columns(ref, rows, mask, width)
+def store(ref: Any, rows: Array, value: Array, mask: Array, head_dim: int) -> None:
+    """ref[rows] = value where the mask is true."""
+    at, mask = _columns(ref, rows, mask, head_dim)
     plt.store(at, value, mask=mask)
 
 
-def _columns(ref: Any, rows: Array, mask: Array, width: int) -> tuple[Any, Array]:
-    """Rows with all their columns; Triton's blocks are powers of 2, so a width of 96 takes 128."""
-    shape = (*rows.shape, power_of_two(width))
+def _columns(ref: Any, rows: Array, mask: Array, head_dim: int) -> tuple[Any, Array]:
+    """Rows with all their columns, padded to a power of 2, which Triton's blocks must be."""
+    shape = (*rows.shape, power_of_two(head_dim))
     column = jnp.broadcast_to(jnp.arange(shape[-1]), shape)
     mask = jnp.broadcast_to(mask[..., None], shape)
-    if shape[-1] > width:
-        mask &= column < width
+    if shape[-1] > head_dim:
+        mask &= column < head_dim
     return ref.at[jnp.broadcast_to(rows[..., None], shape), column], mask
 
 
