@@ -1,4 +1,4 @@
-"""What balance is worth: strategies x devices x budgets x models, at equal batch and equal memory.
+"""Compares strategies over devices, budgets and models, at equal batch and at equal memory.
 
     python -m benchmarks.balance --imbalance 0.6 --output_dir benchmarks/results
 
@@ -19,17 +19,19 @@ from fairkv_jax.plan import HARDWARE, SHAPES, CostModel, Plan, Profile, make_pla
 from fairkv_jax.profile import synthetic_profile
 
 _MODELS = flags.DEFINE_list(
-    "models", ["llama-3-8b", "mistral-small-24b", "llama-3.3-70b"], "Shapes."
+    "models", ["llama-3-8b", "mistral-small-24b", "llama-3.3-70b"], "Shapes of models."
 )
-_DEVICES = flags.DEFINE_list("devices", ["2", "4", "8"], "Devices on the tensor axis.")
+_DEVICES = flags.DEFINE_list("devices", ["2", "4", "8"], "Numbers of devices.")
 _BUDGETS = flags.DEFINE_list(
-    "budgets", ["128", "256", "512", "1024", "2048"], "Kept tokens a head on average."
+    "budgets", ["128", "256", "512", "1024", "2048"], "Tokens kept per head on average."
 )
-_BATCH = flags.DEFINE_integer("batch", 64, "Rows, where strategies are compared at equal batch.")
-_HARDWARE = flags.DEFINE_enum("hardware", "H100", list(HARDWARE), "Speed and memory of a device.")
-_IMBALANCE = flags.DEFINE_float("imbalance", 0.6, "Std / mean of a layer's heads, on average.")
-_SEED = flags.DEFINE_integer("seed", 0, "Of the synthetic profiles.")
-_OUTPUT = flags.DEFINE_string("output_dir", "benchmarks/results", "Where the files go.")
+_BATCH = flags.DEFINE_integer("batch", 64, "Rows of the batch, for the comparison at equal batch.")
+_HARDWARE = flags.DEFINE_enum(
+    "hardware", "H100", list(HARDWARE), "Speed and memory of the devices."
+)
+_IMBALANCE = flags.DEFINE_float("imbalance", 0.6, "Mean std / mean of a layer's heads.")
+_SEED = flags.DEFINE_integer("seed", 0, "Random seed of the synthetic profiles.")
+_OUTPUT = flags.DEFINE_string("output_dir", "benchmarks/results", "Folder of the results.")
 
 COMPARED = {
     "static": ("static", "equal"),

@@ -1,10 +1,10 @@
-"""How fast checkpoints load, beside reading their files, and what memory that takes of the host.
+"""Measures how fast checkpoints load, compared with reading their files, and the host memory used.
 
     python -m benchmarks.load --output benchmarks/results/load
 
-makes a synthetic model of random weights in safetensors, converts it to Orbax, and then lets three
-take turns: reading the files into memory, and loading each checkpoint onto CPU devices. Once with
-the files in the system's page cache and once with them dropped from it.
+makes a synthetic model of random weights in safetensors, converts it to Orbax, and alternates
+reading the files into memory with loading each checkpoint onto CPU devices. All are timed once with
+the files in the system's page cache and once without.
 """
 
 import json
@@ -21,12 +21,14 @@ from absl import app, flags
 
 from fairkv_jax.command_line import with_underscores
 
-_GIGABYTES = flags.DEFINE_float("gigabytes", 2.0, "Size of the weights, about, in 10^9 bytes.")
+_GIGABYTES = flags.DEFINE_float("gigabytes", 2.0, "Approximate size of the weights in 10^9 bytes.")
 _DEVICES = flags.DEFINE_integer("devices", 2, "CPU devices that share the model.")
-_REPEATS = flags.DEFINE_integer("repeats", 7, "Timed runs; the median counts.")
-_FOLDER = flags.DEFINE_string("folder", None, "Where to make the files; a temporary one if unset.")
+_REPEATS = flags.DEFINE_integer("repeats", 7, "Number of timed runs; the median is reported.")
+_FOLDER = flags.DEFINE_string("folder", None, "Folder of the files; default: a temporary one.")
 _OUTPUT = flags.DEFINE_string("output", None, "Path of the results, without .json and .md.")
-_MEASURE = flags.DEFINE_string("measure_memory", None, "Only load this checkpoint and print bytes.")
+_MEASURE = flags.DEFINE_string(
+    "measure_memory", None, "Only load this checkpoint and print the bytes."
+)
 
 _LAYER_BYTES = 2 * (2 * 2048 * (2048 + 256) + 3 * 2048 * 5632)
 _CONFIG = {
@@ -41,7 +43,7 @@ _CONFIG = {
     "tie_word_embeddings": False,
     "eos_token_id": 0,
 }
-"""TinyLlama's widths; the number of layers makes the size."""
+"""The widths of TinyLlama; the number of layers follows from the size."""
 
 
 def write_synthetic(folder: Path, num_bytes: float) -> Path:

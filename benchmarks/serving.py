@@ -1,14 +1,14 @@
-"""Load on a running server: times to the first token, between tokens and in all, and tokens/s.
+"""Measures a running server under load: time to first token, inter-token latency, tokens/s.
 
     python -m benchmarks.serving --max-concurrency 8 --num-prompts 64             # closed loop
     python -m benchmarks.serving --request-rate 2 --num-prompts 100               # open loop
     python -m benchmarks.serving --stall --num-streams 4 --input-len 8000         # see below
 
-A closed loop sends the next request when one has ended; an open loop sends them at random moments,
-as a Poisson process of that rate, whatever the server does. With `--stall`, streams run quietly for
-a while, and then a long prompt arrives: how much longer do they wait for their tokens meanwhile?
+A closed loop sends the next request when one has ended. An open loop sends requests as a Poisson
+process of the given rate, whatever the server does. With `--stall`, streams run alone for a while,
+and then a long prompt arrives: the result says how much longer they wait for their tokens.
 
-Prompts are random tokens. The options are those of `vllm bench serve` where it has them.
+Prompts are random tokens. Options have the names that they have in `vllm bench serve`.
 """
 
 import asyncio
@@ -28,20 +28,20 @@ from benchmarks.streams import Answer, headers, random_prompt, stream, summary_m
 from fairkv_jax.command_line import with_underscores
 
 _URL = flags.DEFINE_string("base_url", "http://127.0.0.1:8000", "Address of the server.")
-_KEY = flags.DEFINE_string("api_key", None, "Key, if the server asks for one.")
-_PROMPTS = flags.DEFINE_integer("num_prompts", 64, "Requests in all.", lower_bound=1)
-_RATE = flags.DEFINE_float("request_rate", math.inf, "Requests a second; inf: all at once.")
-_BURST = flags.DEFINE_float("burstiness", 1.0, "1 is Poisson; less comes in bursts, more evenly.")
-_AT_ONCE = flags.DEFINE_integer("max_concurrency", None, "Most requests at a time.")
-_INPUT = flags.DEFINE_integer("input_len", 256, "Tokens of a prompt.", lower_bound=1)
+_KEY = flags.DEFINE_string("api_key", None, "API key of the server.")
+_PROMPTS = flags.DEFINE_integer("num_prompts", 64, "Number of requests.", lower_bound=1)
+_RATE = flags.DEFINE_float("request_rate", math.inf, "Requests per second; inf: all at once.")
+_BURST = flags.DEFINE_float("burstiness", 1.0, "Burstiness of arrivals; 1: Poisson.")
+_AT_ONCE = flags.DEFINE_integer("max_concurrency", None, "Maximum concurrent requests.")
+_INPUT = flags.DEFINE_integer("input_len", 256, "Tokens per prompt.", lower_bound=1)
 _OUTPUT_LEN = flags.DEFINE_integer("output_len", 64, "Generated tokens.", lower_bound=1)
-_RANGE = flags.DEFINE_float("range_ratio", 0.0, "Lengths vary by this part, up and down.", 0, 1)
-_SEED = flags.DEFINE_integer("seed", 0, "Of prompts, lengths and arrivals.")
-_WARM = flags.DEFINE_integer("num_warmups", 1, "Requests before any is measured.")
-_STALL = flags.DEFINE_boolean("stall", False, "Measure what a long prompt does to running streams.")
-_STREAMS = flags.DEFINE_integer("num_streams", 4, "Streams that run while it arrives.")
-_QUIET = flags.DEFINE_float("quiet_seconds", 10.0, "How long they run before it does, and after.")
-_RESULT = flags.DEFINE_string("output", None, "Where to write the JSON.")
+_RANGE = flags.DEFINE_float("range_ratio", 0.0, "Relative variation of lengths.", 0, 1)
+_SEED = flags.DEFINE_integer("seed", 0, "Random seed of prompts, lengths and arrivals.")
+_WARM = flags.DEFINE_integer("num_warmups", 1, "Requests that are sent before measuring.")
+_STALL = flags.DEFINE_boolean("stall", False, "Measure how a long prompt delays streams.")
+_STREAMS = flags.DEFINE_integer("num_streams", 4, "Streams that run while the long prompt arrives.")
+_QUIET = flags.DEFINE_float("quiet_seconds", 10.0, "Seconds before the long prompt, and after.")
+_RESULT = flags.DEFINE_string("output", None, "Path of a copy of the JSON.")
 
 
 def body(prompt: list[int], output_len: int) -> dict[str, Any]:
@@ -49,13 +49,13 @@ def body(prompt: list[int], output_len: int) -> dict[str, Any]:
 
 
 def lengths(chance: np.random.Generator, mean: int) -> int:
-    """Uniform around the mean."""
+    """Draws a length uniformly around the mean."""
     low, high = mean * (1 - _RANGE.value), mean * (1 + _RANGE.value)
     return max(1, int(chance.integers(math.floor(low), math.floor(high), endpoint=True)))
 
 
 async def load(client: httpx.AsyncClient, ids: range) -> dict[str, Any]:
-    """All requests; what they took."""
+    """Sends all requests and summarises their latencies."""
     chance = np.random.default_rng(_SEED.value)
     requests = [
         (

@@ -1,9 +1,10 @@
-"""Many requests of every kind on a running server, some of which are given up: what stays behind?
+"""Sends many requests of every kind to a running server and checks that nothing stays behind.
 
     python -m benchmarks.soak --num-requests 2000 --cancelled 0.2
 
-Lengths, parameters and the number of requests at a time are random. The exit status is 1 if one was
-answered 5xx, if something was compiled, or if pages are still taken when all have ended.
+Lengths, parameters and the number of concurrent requests are random, and some requests are
+cancelled. The exit status is 1 if a request was answered 5xx, if anything was compiled, or if pages
+are in use after all requests have ended.
 """
 
 import asyncio
@@ -18,13 +19,15 @@ from benchmarks.mixed_requests import is_sound, soak
 from fairkv_jax.command_line import with_underscores
 
 _URL = flags.DEFINE_string("base_url", "http://127.0.0.1:8000", "Address of the server.")
-_KEY = flags.DEFINE_string("api_key", None, "Key, if the server asks for one.")
-_REQUESTS = flags.DEFINE_integer("num_requests", 2000, "Requests in all.", lower_bound=2)
-_CANCELLED = flags.DEFINE_float("cancelled", 0.2, "Part of them that is given up.", 0, 1)
-_AT_ONCE = flags.DEFINE_integer("max_concurrency", 16, "Most requests at a time.", lower_bound=1)
-_OUTPUT_LEN = flags.DEFINE_integer("output_len", 16, "Most generated tokens.", lower_bound=1)
-_SEED = flags.DEFINE_integer("seed", 0, "Of all that is random.")
-_RESULT = flags.DEFINE_string("output", None, "Where to write the JSON.")
+_KEY = flags.DEFINE_string("api_key", None, "API key of the server.")
+_REQUESTS = flags.DEFINE_integer("num_requests", 2000, "Number of requests.", lower_bound=2)
+_CANCELLED = flags.DEFINE_float("cancelled", 0.2, "Fraction of requests that are cancelled.", 0, 1)
+_AT_ONCE = flags.DEFINE_integer(
+    "max_concurrency", 16, "Maximum concurrent requests.", lower_bound=1
+)
+_OUTPUT_LEN = flags.DEFINE_integer("output_len", 16, "Maximum generated tokens.", lower_bound=1)
+_SEED = flags.DEFINE_integer("seed", 0, "Random seed.")
+_RESULT = flags.DEFINE_string("output", None, "Path of a copy of the JSON.")
 
 
 def main(argv: list[str]) -> int:

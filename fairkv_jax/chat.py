@@ -1,6 +1,6 @@
 """Talk to a running server in the terminal: `python -m fairkv_jax.chat --help`.
 
-Standard library only: it needs neither JAX nor a model. Ctrl-C ends an answer, Ctrl-D the talk.
+It needs neither JAX nor a model. Ctrl-C stops an answer, Ctrl-D ends the conversation.
 """
 
 import http.client
@@ -18,20 +18,26 @@ from absl import app, flags
 
 from fairkv_jax.command_line import with_underscores
 
-_URL = flags.DEFINE_string("base_url", "http://127.0.0.1:8000", "address of the server")
-_KEY = flags.DEFINE_string("api_key", None, "key; else the first one in $FAIRKV_API_KEY")
-_MODEL = flags.DEFINE_string("model", None, "a name that the server knows")
-_SYSTEM = flags.DEFINE_string("system", None, "what the model is told first")
+_URL = flags.DEFINE_string("base_url", "http://127.0.0.1:8000", "Address of the server.")
+_KEY = flags.DEFINE_string("api_key", None, "API key; default: the first one in $FAIRKV_API_KEY.")
+_MODEL = flags.DEFINE_string("model", None, "Model name; default: the server's first one.")
+_SYSTEM = flags.DEFINE_string("system", None, "System message at the start of the conversation.")
 _SAMPLING = {
-    "max_tokens": flags.DEFINE_integer("max_tokens", None, "most tokens of an answer"),
-    "temperature": flags.DEFINE_float("temperature", None, "0 is greedy"),
-    "top_p": flags.DEFINE_float("top_p", None, "part of the probability that is sampled from"),
-    "top_k": flags.DEFINE_integer("top_k", None, "tokens that are sampled from"),
-    "min_p": flags.DEFINE_float("min_p", None, "least probability beside the likeliest token's"),
-    "seed": flags.DEFINE_integer("seed", None, "makes answers repeatable"),
-    "kv_budget": flags.DEFINE_integer("kv_budget", None, "kept tokens a head"),
+    "max_tokens": flags.DEFINE_integer("max_tokens", None, "Maximum tokens per answer."),
+    "temperature": flags.DEFINE_float("temperature", None, "Sampling temperature; 0: greedy."),
+    "top_p": flags.DEFINE_float(
+        "top_p", None, "Cumulative probability of the tokens sampled from."
+    ),
+    "top_k": flags.DEFINE_integer("top_k", None, "Number of tokens sampled from."),
+    "min_p": flags.DEFINE_float(
+        "min_p", None, "Minimum probability, relative to the most likely token's."
+    ),
+    "seed": flags.DEFINE_integer("seed", None, "Random seed, which makes answers repeatable."),
+    "kv_budget": flags.DEFINE_integer(
+        "kv_budget", None, "Tokens kept per head; at most the server's."
+    ),
 }
-_CA = flags.DEFINE_string("ssl_cafile", None, "certificate to trust, for https")
+_CA = flags.DEFINE_string("ssl_cafile", None, "PEM file of the certificate to trust, for HTTPS.")
 
 HELP = "/reset forgets what was said, /quit ends, Ctrl-C stops an answer"
 

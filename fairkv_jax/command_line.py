@@ -26,20 +26,20 @@ def define_flag(
     option: Option,
     *,
     default: Any = _DECLARED,
-    help: str | None = None,
     flag_values: flags.FlagValues = flags.FLAGS,
 ) -> flags.FlagHolder[Any]:
     """Defines the absl flag of an option.
 
     Args:
         default: replaces the default of the option.
-        help: replaces the help text of the option.
     """
-    default = option.default if default is _DECLARED else default
-    text = help or option.help
+    value: Any = option.default if default is _DECLARED else default
+    text = option.help
+    if value is None and option.default_text:
+        text += f" Default: {option.default_text}."
     if option.choices:
         choices = list(option.choices)
-        return flags.DEFINE_enum(option.name, default, choices, text, flag_values=flag_values)
+        return flags.DEFINE_enum(option.name, value, choices, text, flag_values=flag_values)
     define: Any = {
         bool: flags.DEFINE_boolean,
         int: flags.DEFINE_integer,
@@ -48,16 +48,14 @@ def define_flag(
         tuple: flags.DEFINE_string,  # read by `string_list`
     }[option.type]
     if option.type is tuple:
-        default = ",".join(default)
-    return define(option.name, default, text, flag_values=flag_values)
+        value = ",".join(value or ())
+    return define(option.name, value, text, flag_values=flag_values)
 
 
-def engine_flag(
-    name: str, *, default: Any = _DECLARED, help: str | None = None
-) -> flags.FlagHolder[Any]:
+def engine_flag(name: str, *, default: Any = _DECLARED) -> flags.FlagHolder[Any]:
     """Defines the flag of an engine option in absl's global registry; see `define_flag`."""
     (option,) = (option for option in ENGINE_OPTIONS if option.name == name)
-    return define_flag(option, default=default, help=help)
+    return define_flag(option, default=default)
 
 
 def with_underscores(argument: str) -> str:

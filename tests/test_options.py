@@ -90,6 +90,7 @@ def test_flags_carry_the_declared_type_default_and_help():
         "racks": "a,b",
         "timer": None,
     }
+    assert values["oven_heat"].help == "Degrees. Default: by dish."
     assert values["oven_mode"].help == "<fan|grill>: Mode."
     with pytest.raises(flags.IllegalFlagValueError, match=r"one of <fan\|grill>"):
         values(["oven", "--oven_mode=boil"])

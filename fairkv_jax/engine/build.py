@@ -35,11 +35,11 @@ from fairkv_jax.plan import ModelShape, Plan, Profile
 _CPU_KV_BYTES = 1 << 30
 _PREFILL_CHUNK_SIZES = {"cpu": 128}
 _DEFAULT_PREFILL_CHUNK_SIZE = 1024
-"""CPUs compute short chunks without loss, and other requests wait for one chunk at least."""
+"""On CPUs short chunks cost no throughput, and other requests wait less between decode steps."""
 _CPU_ROWS = 8
 _GPU_ROWS = 256
 _ROW_TOKENS = 512
-"""A row of the default batch is useful only if the pool can hold this many tokens for it."""
+"""Tokens that the pool must be able to hold for each row of the default batch."""
 
 
 def build_engine(
@@ -74,14 +74,14 @@ def build_engine(
 def default_max_num_seqs(
     platform: str, slots_per_device: int, pool_tokens: int, max_model_len: int
 ) -> int:
-    """Returns the number of rows of the decode batch where users do not choose it.
+    """Returns the default number of rows of the decode batch.
 
-    On CPU it is small, because every row costs time. On GPUs it is as large as the decode kernels
-    take, and as the pool can hold with a useful number of tokens per row.
+    It is small on CPUs, where every row costs time. On GPUs it is 256, or fewer if the decode
+    kernels take no more (row, slot) pairs, or if the pool cannot hold 512 tokens per row.
 
     Args:
-        slots_per_device: head slots per layer and device; the kernels limit (row, slot) pairs.
-        pool_tokens: tokens of one sequence, in all layers and heads, that the pool can hold.
+        slots_per_device: head slots per layer and device.
+        pool_tokens: tokens that the pool can hold, each in all layers and KV heads.
     """
     if platform == "cpu":
         return _CPU_ROWS
@@ -99,7 +99,7 @@ def _kv_config(fields: dict[str, Any]) -> KVConfig:
 
 
 def _check_names(fields: dict[str, Any]) -> None:
-    """Checks names that only the devices' code knows, before anything is loaded."""
+    """Refuses an unknown attention backend or dtype before anything is loaded."""
     check_backend(fields.get("attention_backend", EngineConfig.attention_backend))
     dtype = fields.get("dtype", "auto")
     if dtype not in DTYPES:
@@ -134,8 +134,8 @@ def _plan_and_size(
 ) -> tuple[Plan, EngineConfig]:
     """Returns the plan, and the configuration with the sizes of the pool and the batch.
 
-    The plan depends on the batch, and both sizes depend on how many slots the plan needs. So
-    planning starts with the largest default batch and repeats while a smaller one is needed.
+    The plan depends on the batch size, and both sizes depend on the slots that the plan needs.
+    Planning therefore starts with the largest default batch, and repeats if it does not fit.
 
     Args:
         fixed: fields of `engine_config` that the user has set.

@@ -192,7 +192,6 @@ def test_a_client_that_hangs_up_frees_its_pages(client: httpx.Client, stream: bo
 @pytest.mark.parametrize(
     ("flags", "sentence"),
     [
-        (["--kv-policy=h2o"], "h2o"),
         (["--head-plan=unfair"], "unfair"),
         (["--kv-budget=16"], "16"),
         (["--model=nowhere.gguf"], "nowhere.gguf"),
