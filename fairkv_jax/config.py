@@ -38,6 +38,12 @@ class ModelConfig:
     """Whether every query and key head is normalised before its rotation (Qwen 3)."""
     rope_divisors: tuple[float, ...] | None = None
     """What each of the H/2 rotary frequencies is divided by (Llama 3.1); None: they stay."""
+    activation: str = "silu"
+    """The activation of the MLP's gate: "silu", or "gelu_tanh" (Gemma)."""
+    norm_offset: float = 0.0
+    """What is added to the weights of norms before they scale (1 in Gemma)."""
+    scale_embeddings: bool = False
+    """Whether embeddings are multiplied by the square root of the hidden size (Gemma)."""
 
     def __post_init__(self) -> None:
         if self.num_heads % self.num_kv_heads:

@@ -28,8 +28,8 @@ from fairkv_jax.attention import KEY_BLOCK, attend_to_prompt
 from fairkv_jax.cache import KVCache
 from fairkv_jax.compress import Policy
 from fairkv_jax.compress.scorers import window_start
-from fairkv_jax.models import Llama
-from fairkv_jax.models.llama import round_up
+from fairkv_jax.models.model import Model
+from fairkv_jax.models.params import round_up
 from fairkv_jax.sampling import Sampled, ranked_logprobs
 from fairkv_jax.shapes import TENSOR_AXIS
 from fairkv_jax.sharding.load_weights import partition_specs
@@ -116,7 +116,7 @@ def kept_tokens(prefix: CompressedPrefix, layout: SlotLayout, *, positions: bool
 
 @partial(jax.jit, static_argnames=("mesh", "block", "window", "packed_size"))
 def start_prefill(
-    model: Llama, tokens: Int[Array, "T"], *, mesh: Mesh, block: int, window: int, packed_size: int
+    model: Model, tokens: Int[Array, "T"], *, mesh: Mesh, block: int, window: int, packed_size: int
 ) -> PrefillCarry:
     """The state of a prompt that has passed no layer.
 
@@ -124,10 +124,10 @@ def start_prefill(
     heads.
     """
 
-    def local(model: Llama, tokens: Array) -> PrefillCarry:
+    def local(model: Model, tokens: Array) -> PrefillCarry:
         config, dtype = model.config, model.dtype
         num_tokens = _padded(tokens.shape[0], block)
-        slots = model.layers.attention.out[...].shape[1]
+        slots = model.slots_per_device
         keys = jnp.zeros((slots, num_tokens, config.head_dim), dtype)
         queries = (slots, config.group_size, min(window, num_tokens), config.head_dim)
         # What the policy may keep is bounded over all heads, and by what the slots hold.
@@ -161,7 +161,7 @@ def start_prefill(
 
 @partial(jax.jit, static_argnames=("mesh", "policies", "block"), donate_argnums=1)
 def advance_prefill(
-    model: Llama,
+    model: Model,
     state: PrefillCarry,
     length: Int[Array, ""],
     budgets: Int[Array, "L K"],
@@ -181,7 +181,7 @@ def advance_prefill(
     """
 
     def local(
-        model: Llama, state: PrefillCarry, head_of_slot: Array, *whole: Array
+        model: Model, state: PrefillCarry, head_of_slot: Array, *whole: Array
     ) -> PrefillCarry:
         return _advance_local(model, state, head_of_slot, *whole, policies=policies, block=block)
 
@@ -203,7 +203,7 @@ def advance_prefill(
 
 @partial(jax.jit, static_argnames=("mesh", "block"))
 def score_prompt(
-    model: Llama,
+    model: Model,
     hidden: Float[Array, "T D"],
     tokens: Int[Array, "bucket"],
     start: Int[Array, ""],
@@ -217,7 +217,7 @@ def score_prompt(
     been chosen; what is said of the last token of the prompt and of the padding means nothing.
     """
 
-    def local(model: Llama, hidden: Array, tokens: Array, start: Array) -> Sampled:
+    def local(model: Model, hidden: Array, tokens: Array, start: Array) -> Sampled:
         padding = hidden.shape[0] - tokens.shape[0] + 1
         following = jnp.pad(tokens[1:], (0, padding))
         chosen = jax.lax.dynamic_slice_in_dim(following, start, block)
@@ -247,7 +247,7 @@ def _padded(num_tokens: int, block: int) -> int:
 
 
 def _advance_local(
-    model: Llama,
+    model: Model,
     state: PrefillCarry,
     head_of_slot: Int[Array, "L C"],
     first_slot: Int[Array, "L K"],

@@ -8,7 +8,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.stages import Lowered
 
@@ -16,7 +15,8 @@ from fairkv_jax.cache import KVCache
 from fairkv_jax.compress import make_policy
 from fairkv_jax.config import KVConfig, ModelConfig
 from fairkv_jax.decode import decode_step, idle_inputs
-from fairkv_jax.models import Llama
+from fairkv_jax.models import decoder
+from fairkv_jax.models.model import Model
 from fairkv_jax.plan import ModelShape, Plan, Profile
 from fairkv_jax.prefill import PrefillCarry, advance_prefill, start_prefill
 from fairkv_jax.shapes import TENSOR_AXIS
@@ -121,12 +121,10 @@ def lower_prefill(setup: Setup, mesh: Mesh, num_tokens: int, kv_config: KVConfig
     )
 
 
-def abstract_model(setup: Setup, mesh: Mesh) -> Llama:
+def abstract_model(setup: Setup, mesh: Mesh) -> Model:
     """The parameters' shapes, placed as `load_model` places them."""
-    layout, dtype = setup.layout, jnp.dtype(setup.dtype)
-    shapes = nnx.eval_shape(
-        lambda: Llama(setup.config, layout.num_slots, layout.num_devices, dtype)
-    )
+    layout = setup.layout
+    shapes = decoder.abstract_model(setup.config, layout.num_slots, layout.num_devices, setup.dtype)
     return jax.tree.map(
         lambda x, spec: _array(mesh, x.shape, x.dtype, spec), shapes, partition_specs(shapes)
     )

@@ -9,10 +9,10 @@ import jax.numpy as jnp
 
 from fairkv_jax.checkpoint import Checkpoint, open_checkpoint
 from fairkv_jax.checkpoint.fetch import DEMO_MODEL
-from fairkv_jax.checkpoint.needs import device_bytes
 from fairkv_jax.compress import make_policy
 from fairkv_jax.config import EngineConfig, KVConfig, ModelConfig
 from fairkv_jax.engine.llm_engine import LLMEngine
+from fairkv_jax.models.params import device_bytes
 from fairkv_jax.pallas.ragged_decode import AUTO, check_backend
 from fairkv_jax.plan import (
     HARDWARE,
@@ -131,7 +131,9 @@ def build_engine(
         head_plan, profile, checkpoint.name, cost, tensor_parallel_size, max_extra_replicas
     )
     if kv_cache_memory_bytes is None:
-        weights = device_bytes(config, plan, itemsize, int8=quantization == "int8")
+        weights = device_bytes(
+            config, plan.slots, plan.num_devices, itemsize, int8=quantization == "int8"
+        )
         prefill = _prefill_bytes(shape, kv_config, engine_config.max_model_len, itemsize)
         taken = plan.num_devices * (sum(weights.values()) + prefill)
         num_bytes = _kv_bytes(taken, plan.num_devices, gpu_memory_utilization)

@@ -9,6 +9,7 @@ RULES: dict[str | None, str | None] = {
     "slot": TENSOR_AXIS,
     "mlp": TENSOR_AXIS,
     "vocab": TENSOR_AXIS,
+    "group": None,
     "head_dim": None,
     "model": None,
     None: None,

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from fairkv_jax.checkpoint.buffers import Buffers
+from fairkv_jax.checkpoint.files import Buffers
 
 
 def test_memory_comes_back_with_the_last_view():
