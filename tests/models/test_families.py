@@ -14,7 +14,7 @@ from fairkv_jax.checkpoint import open_checkpoint
 from fairkv_jax.config import EngineConfig, KVConfig
 from fairkv_jax.engine.engine import Engine
 from fairkv_jax.plan import Profile, make_plan
-from tests.oracle.forward import Llama, forward, read_llama
+from tests.oracle.forward import Llama, forward, read_llama, silu
 from tests.oracle.tiny import write_tiny_checkpoint
 from tests.oracle.tiny_hf import write_tiny_folder
 
@@ -64,6 +64,14 @@ FAMILIES = {
         {"architecture": "qwen3", "head_dim": 32, "tie_word_embeddings": False},
         {"architectures": ["Qwen3ForCausalLM"]},
         lambda name: name.endswith(("q_norm", "k_norm")),
+    ),
+    "gemma": Case(
+        {"architecture": "gemma", "head_dim": 256, "num_heads": 3, "num_kv_heads": 1},
+        {
+            "architectures": ["GemmaForCausalLM"],
+            "hidden_act": "gelu",
+            "hidden_activation": None,
+        },
     ),
 }
 
@@ -131,7 +139,13 @@ def variants(model: Llama, case: Case) -> dict[str, Llama]:
         return np.zeros_like(weight) if name.endswith(".bias") else np.ones_like(weight)
 
     assert heads > model.num_kv_heads
-    wrong = {"interleaved": changed(interleaved), "regrouped": changed(regrouped)}
+    wrong = {"interleaved": changed(interleaved)}
+    if model.num_kv_heads > 1:
+        wrong["regrouped"] = changed(regrouped)
+    if model.norm_offset:
+        wrong["no offset"] = dataclasses.replace(model, norm_offset=0.0)
+        wrong["SwiGLU"] = dataclasses.replace(model, activation=silu)
+        wrong["embeddings not scaled"] = dataclasses.replace(model, embedding_scale=1.0)
     if any(map(case.loses, weights)):
         wrong["plain"] = changed(plain)
     if model.rope_divisors is not None:

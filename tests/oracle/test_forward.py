@@ -3,7 +3,16 @@
 import numpy as np
 import pytest
 
-from tests.oracle.forward import attention, forward, read_llama, rms_norm, rope_table, rotate, silu
+from tests.oracle.forward import (
+    attention,
+    forward,
+    gelu_tanh,
+    read_llama,
+    rms_norm,
+    rope_table,
+    rotate,
+    silu,
+)
 from tests.oracle.tiny import write_tiny_checkpoint
 
 
@@ -37,6 +46,13 @@ def test_rms_norm_and_silu():
     )
     np.testing.assert_allclose(silu(np.array([0.0, np.log(3)])), [0, np.log(3) * 0.75])
     assert np.abs(silu(np.array([-1000.0], np.float32)))[0] == 0
+
+
+def test_gelu_is_close_to_the_normal_distribution_function():
+    # The tanh form approximates x * Phi(x); Phi(1) = 0.841345, Phi(-2) = 0.022750.
+    x = np.array([0.0, 1.0, -2.0, 30.0, -30.0])
+    np.testing.assert_allclose(gelu_tanh(x), [0, 0.841345, -0.0455, 30, 0], atol=4e-4)
+    assert gelu_tanh(np.ones(1, np.float32)).dtype == np.float32
 
 
 def test_attention_is_causal_and_shares_kv_heads():
