@@ -126,9 +126,9 @@ def halves_from_pairs(weight: np.ndarray, head_dim: int) -> np.ndarray:
     llama.cpp rotates neighbouring rows (2i, 2i+1), so its converter interleaves the halves of
     each Llama head. The engine rotates rows (i, i + H/2), as in the published models.
     """
-    rows, width = weight.shape
-    pairs = weight.reshape(rows // head_dim, head_dim // 2, 2, width)
-    return pairs.swapaxes(1, 2).reshape(rows, width)
+    rows, hidden_size = weight.shape
+    pairs = weight.reshape(rows // head_dim, head_dim // 2, 2, hidden_size)
+    return pairs.swapaxes(1, 2).reshape(rows, hidden_size)
 
 
 def read_family(file: GGUFFile) -> Family:

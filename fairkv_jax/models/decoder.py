@@ -38,7 +38,7 @@ class RMSNorm(nnx.Module):
         self.eps, self.offset = config.rms_norm_eps, config.norm_offset
         self.scale = scale
 
-    def __call__(self, x: Float[Array, "*axes width"]) -> Float[Array, "*axes width"]:
+    def __call__(self, x: Float[Array, "*axes size"]) -> Float[Array, "*axes size"]:
         wide = x.astype(jnp.float32)
         wide *= jax.lax.rsqrt(jnp.mean(wide * wide, -1, keepdims=True) + self.eps)
         scale = self.scale[...]

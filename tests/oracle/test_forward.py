@@ -56,7 +56,8 @@ def test_gelu_is_close_to_the_normal_distribution_function():
 
 
 def test_attention_is_causal_and_shares_kv_heads():
-    # Head width 1, so that the scale is 1. The logit of key s is ln(s + 1) for both query heads.
+    # The head dimension is 1, so that the scale is 1. The logit of key s is ln(s + 1) for both
+    # query heads.
     k = np.log([[[1.0], [2.0], [3.0]]])
     v = np.array([[[10.0], [20.0], [40.0]]])
     out = attention(np.ones((2, 3, 1)), k, v)
@@ -64,7 +65,7 @@ def test_attention_is_causal_and_shares_kv_heads():
     np.testing.assert_allclose(out[:, :, 0], [expected, expected])
 
 
-def test_attention_scales_by_the_root_of_the_head_width():
+def test_attention_scales_by_the_root_of_the_head_dimension():
     q = np.full((1, 2, 4), 1.0)
     k = np.zeros((1, 2, 4))
     k[0, 1] = np.log(3) / 2  # q.k = 2 ln 3, over sqrt(4): ln 3

@@ -79,15 +79,15 @@ def write_tiny_checkpoint(
         interleaved = heads and architecture == "llama"
         writer.add_tensor(f"{name}.weight", _interleave(matrix, heads) if interleaved else matrix)
 
-    def add_norm(name: str, width: int = D, noise: float = 0.1) -> None:
-        deviations = rng.standard_normal(width, dtype=np.float32)
+    def add_norm(name: str, size: int = D, noise: float = 0.1) -> None:
+        deviations = rng.standard_normal(size, dtype=np.float32)
         writer.add_tensor(f"{name}.weight", 1 + np.float32(noise) * deviations)
 
     def add_bias(name: str, rows: int) -> None:
         writer.add_tensor(f"{name}.bias", rng.standard_normal(rows, dtype=np.float32))
 
     # Gemma multiplies embeddings by sqrt(D) itself.
-    add_matrix("token_embd", vocab_size, D, gain=3.0 if architecture == "gemma" else np.sqrt(D))
+    add_matrix("token_embd", vocab_size, D, gain=1.0 if architecture == "gemma" else np.sqrt(D))
     for layer in range(num_layers):
         block = f"blk.{layer}"
         add_norm(f"{block}.attn_norm")

@@ -130,7 +130,7 @@ def test_the_bar_counts_the_bytes_of_the_file(tiny_checkpoint, capsys):
 
 
 @pytest.mark.parametrize("int8", [False, True])
-@pytest.mark.parametrize("architecture", ["llama", "qwen2", "qwen3"])
+@pytest.mark.parametrize("architecture", ["llama", "qwen2", "qwen3", "gemma"])
 def test_what_a_device_needs_is_what_it_gets(tmp_path, architecture, int8):
     path = write_tiny_checkpoint(
         tmp_path / "m.gguf", architecture=architecture, tie_word_embeddings=False, vocab_size=385
