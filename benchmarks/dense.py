@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Float, Int
 
-from fairkv_jax.models import Llama
+from fairkv_jax.models.model import Model
 from fairkv_jax.shapes import TENSOR_AXIS
 from fairkv_jax.sharding.load_weights import partition_specs
 
@@ -22,11 +22,11 @@ Caches = tuple[Float[Array, "L C B S H"], Float[Array, "L C B S H"]]
 
 @partial(jax.jit, static_argnames="mesh", donate_argnums=1)
 def dense_step(
-    model: Llama, caches: Caches, tokens: Int[Array, "B"], position: Int[Array, ""], *, mesh: Mesh
+    model: Model, caches: Caches, tokens: Int[Array, "B"], position: Int[Array, ""], *, mesh: Mesh
 ) -> tuple[Caches, Int[Array, "B"]]:
     """One greedy decode step with all rows at `position` of caches [L, P*C, B, S, H]."""
 
-    def local(model: Llama, caches: Caches, tokens: Array, position: Array) -> tuple[Caches, Array]:
+    def local(model: Model, caches: Caches, tokens: Array, position: Array) -> tuple[Caches, Array]:
         def attend(
             q: Array, k: Array, v: Array, caches: Caches, layer: Array
         ) -> tuple[Array, Caches, None]:
@@ -54,11 +54,11 @@ def dense_step(
 
 @partial(jax.jit, static_argnames="mesh")
 def dense_prefill(
-    model: Llama, tokens: Int[Array, "T"], *, mesh: Mesh
+    model: Model, tokens: Int[Array, "T"], *, mesh: Mesh
 ) -> tuple[Float[Array, "V"], Array, Array]:
     """The last logits, and keys and values [L, T, P*C, H]; scores are [T, T] at once."""
 
-    def local(model: Llama, tokens: Array) -> tuple[Array, Array, Array]:
+    def local(model: Model, tokens: Array) -> tuple[Array, Array, Array]:
         def attend(
             q: Array, k: Array, v: Array, cache: None, layer: None
         ) -> tuple[Array, None, tuple[Array, Array]]:

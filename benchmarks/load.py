@@ -52,19 +52,18 @@ def write_synthetic(folder: Path, num_bytes: float) -> Path:
     import numpy as np
     from tokenizers import Tokenizer, models
 
-    from fairkv_jax.checkpoint.hf_checkpoint import hf_name
-    from fairkv_jax.checkpoint.hf_config import read_config
-    from fairkv_jax.checkpoint.layout import stored_shape, tensor_shapes
+    from fairkv_jax.checkpoint.hf_checkpoint import read_config
+    from fairkv_jax.models import param_specs
 
     folder.mkdir(parents=True)
     layers = max(1, round((num_bytes - 4 * 32000 * 2048) / _LAYER_BYTES))
     (folder / "config.json").write_text(json.dumps(_CONFIG | {"num_hidden_layers": layers}))
     Tokenizer(models.WordLevel({"a": 0}, unk_token="a")).save(str(folder / "tokenizer.json"))
     header, end = {}, 0
-    for name, shape in tensor_shapes(read_config(folder)).items():
-        size = 2 * int(np.prod(shape))
-        entry = {"dtype": "BF16", "shape": stored_shape(name, shape)}
-        header[hf_name(name)] = entry | {"data_offsets": [end, end + size]}
+    for spec in param_specs(read_config(folder)).values():
+        size = 2 * int(np.prod(spec.shape))
+        entry = {"dtype": "BF16", "shape": spec.stored_shape}
+        header[spec.hf_name] = entry | {"data_offsets": [end, end + size]}
         end += size
     head = json.dumps(header).encode()
     values = np.random.default_rng(0).standard_normal(1 << 24, np.float32) * np.float32(0.02)

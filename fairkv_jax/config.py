@@ -46,6 +46,12 @@ class ModelConfig:
     """Whether queries and keys are normalised per head before RoPE (Qwen 3)."""
     rope_divisors: tuple[float, ...] | None = None
     """Divisors of the H/2 rotary frequencies (Llama 3.1); None: the frequencies are unchanged."""
+    activation: str = "silu"
+    """The activation of the MLP's gate: "silu", or "gelu_tanh" (Gemma)."""
+    norm_offset: float = 0.0
+    """Added to the weights of norms before they scale (1 in Gemma)."""
+    scale_embeddings: bool = False
+    """Whether embeddings are multiplied by the square root of the hidden size (Gemma)."""
 
     def __post_init__(self) -> None:
         if self.num_heads % self.num_kv_heads:

@@ -12,7 +12,7 @@ from jaxtyping import Array, Int, UInt32
 
 from fairkv_jax.attention import append_and_attend
 from fairkv_jax.cache import KVCache
-from fairkv_jax.models.llama import Llama
+from fairkv_jax.models.model import Model
 from fairkv_jax.pallas.ragged_decode import AUTO, PageTable, device_of
 from fairkv_jax.sampling import Sampled, SamplingState, TokenHistory, mask_words, sample
 from fairkv_jax.sampling_params import SamplingParams
@@ -47,7 +47,7 @@ def idle_inputs(batch: int, vocab_size: int) -> DecodeInputs:
 
 @partial(jax.jit, static_argnames=("mesh", "attention_backend"), donate_argnums=1)
 def decode_step(
-    model: Llama,
+    model: Model,
     cache: KVCache,
     rows: DecodeInputs,
     new_pages: Int[Array, "L B PC"],
@@ -76,7 +76,7 @@ def decode_step(
 
 
 def _decode_local(
-    model: Llama,
+    model: Model,
     cache: KVCache,
     rows: DecodeInputs,
     new_pages: Int[Array, "L b C"],
@@ -109,7 +109,7 @@ def _decode_local(
 
 
 def _one_step(
-    model: Llama,
+    model: Model,
     cache: KVCache,
     rows: DecodeInputs,
     step: Int[Array, ""],

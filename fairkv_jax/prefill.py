@@ -33,8 +33,8 @@ from jaxtyping import Array, Bool, Float, Int
 from fairkv_jax.attention import KEY_BLOCK, attend_to_prompt
 from fairkv_jax.cache import KVCache
 from fairkv_jax.compress.contract import Chunk, LayerShape, Method, Scorer, distinct_scorers
-from fairkv_jax.models import Llama
-from fairkv_jax.models.llama import DecoderLayer, round_up
+from fairkv_jax.models.model import Layer, Model
+from fairkv_jax.models.params import round_up
 from fairkv_jax.models.rope import rotate
 from fairkv_jax.sampling import Sampled, ranked_logprobs
 from fairkv_jax.shapes import TENSOR_AXIS
@@ -123,7 +123,7 @@ def kept_tokens(prefix: CompressedPrefix, layout: SlotLayout, *, positions: bool
 
 @partial(jax.jit, static_argnames=("mesh", "chunk_size", "methods", "packed_size"))
 def start_prefill(
-    model: Llama,
+    model: Model,
     tokens: Int[Array, "T"],
     *,
     mesh: Mesh,
@@ -136,7 +136,7 @@ def start_prefill(
     `packed_size` bounds the tokens that all heads of one layer keep together.
     """
 
-    def local(model: Llama, tokens: Array) -> PrefillCarry:
+    def local(model: Model, tokens: Array) -> PrefillCarry:
         config = model.config
         num_tokens = _padded_tokens(tokens.shape[0], chunk_size)
         shape = _layer_shape(model, num_tokens)
@@ -194,7 +194,7 @@ def split_at_layers(
 
 @partial(jax.jit, static_argnames=("mesh", "methods", "chunk_size"), donate_argnums=1)
 def run_chunks(
-    model: Llama,
+    model: Model,
     carry: PrefillCarry,
     length: Int[Array, ""],
     method: Int[Array, ""],
@@ -215,7 +215,7 @@ def run_chunks(
     """
 
     def local(
-        model: Llama, carry: PrefillCarry, head_of_slot: Array, *whole: Array
+        model: Model, carry: PrefillCarry, head_of_slot: Array, *whole: Array
     ) -> PrefillCarry:
         return _run_chunks_local(
             model, carry, head_of_slot, *whole, methods=methods, chunk_size=chunk_size
@@ -266,7 +266,7 @@ def compress_layer(
 
 @partial(jax.jit, static_argnames=("mesh", "block"))
 def score_prompt(
-    model: Llama,
+    model: Model,
     hidden: Float[Array, "T D"],
     tokens: Int[Array, "bucket"],
     start: Int[Array, ""],
@@ -281,7 +281,7 @@ def score_prompt(
     are undefined.
     """
 
-    def local(model: Llama, hidden: Array, tokens: Array, start: Array) -> Sampled:
+    def local(model: Model, hidden: Array, tokens: Array, start: Array) -> Sampled:
         padding = hidden.shape[0] - tokens.shape[0] + 1
         following = jnp.pad(tokens[1:], (0, padding))
         chosen = jax.lax.dynamic_slice_in_dim(following, start, block)
@@ -305,14 +305,16 @@ def _padded_tokens(num_tokens: int, chunk_size: int) -> int:
     return padded if padded <= KEY_BLOCK else round_up(padded, KEY_BLOCK)
 
 
-def _layer_shape(model: Llama, num_tokens: int) -> LayerShape:
+def _layer_shape(model: Model, num_tokens: int) -> LayerShape:
     """Returns the sizes of this device's part of a layer, inside `shard_map`."""
-    _, num_slots, group_size, head_dim, _ = model.layers.attention.out[...].shape
-    return LayerShape(num_slots, group_size, head_dim, num_tokens, model.dtype)
+    config = model.config
+    return LayerShape(
+        model.slots_per_device, config.group_size, config.head_dim, num_tokens, model.dtype
+    )
 
 
 def _run_chunks_local(
-    model: Llama,
+    model: Model,
     carry: PrefillCarry,
     head_of_slot: Int[Array, "L C"],
     first_slot: Int[Array, "L K"],
@@ -371,8 +373,8 @@ def _run_chunks_local(
 
 
 def _run_chunk(
-    model: Llama,
-    layer: DecoderLayer,
+    model: Model,
+    layer: Layer,
     carry: PrefillCarry,
     contributes: Bool[Array, "C"],
     at: Int[Array, ""],
@@ -398,20 +400,14 @@ def _run_chunk(
     chunk = Chunk(
         length,
         positions,
-        x=layer.attn_norm(x),
+        x=layer.attention_inputs(x),
         q_unrotated=rotate(heads, -angles).reshape(q.shape),
         q=q,
         k=k,
         v=v,
-        w_o=_output_weights(layer),
+        w_o=layer.output_weights(),
     )
     return replace(carry, hidden=hidden, k=keys, v=values), chunk
-
-
-def _output_weights(layer: DecoderLayer) -> Float[Array, "C G H D"]:
-    """Returns the output projection of this device's slots, dequantised."""
-    weights, scales = layer.attention.out[...], layer.attention.out_scales
-    return weights if scales is None else weights.astype(jnp.float32) * scales[...]
 
 
 def _observe(

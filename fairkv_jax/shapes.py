@@ -8,9 +8,9 @@
 | N      | query heads                                                 |
 | K      | KV heads                                                    |
 | G      | query heads per KV head, N/K                                |
-| H      | head width                                                  |
-| D      | model width                                                 |
-| F      | MLP width                                                   |
+| H      | head dimension                                              |
+| D      | hidden size                                                 |
+| F      | MLP (intermediate) size                                     |
 | V      | vocabulary                                                  |
 | L      | layers                                                      |
 | P      | devices on the `tensor` mesh axis                           |

@@ -8,7 +8,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.stages import Lowered
 
@@ -17,7 +16,8 @@ from fairkv_jax.compress.budgets import max_kept_per_layer
 from fairkv_jax.compress.registry import make_method
 from fairkv_jax.config import KVConfig, ModelConfig
 from fairkv_jax.decode import decode_step, idle_inputs
-from fairkv_jax.models import Llama
+from fairkv_jax.models import decoder
+from fairkv_jax.models.model import Model
 from fairkv_jax.plan import ModelShape, Plan, Profile
 from fairkv_jax.prefill import PrefillCarry, compress_layer, run_chunks, start_prefill
 from fairkv_jax.shapes import TENSOR_AXIS
@@ -119,12 +119,10 @@ def lower_prefill(
     }
 
 
-def abstract_model(setup: Setup, mesh: Mesh) -> Llama:
+def abstract_model(setup: Setup, mesh: Mesh) -> Model:
     """The parameters' shapes, placed as `load_model` places them."""
-    layout, dtype = setup.layout, jnp.dtype(setup.dtype)
-    shapes = nnx.eval_shape(
-        lambda: Llama(setup.config, layout.num_slots, layout.num_devices, dtype)
-    )
+    layout = setup.layout
+    shapes = decoder.abstract_model(setup.config, layout.num_slots, layout.num_devices, setup.dtype)
     return jax.tree.map(
         lambda x, spec: _array(mesh, x.shape, x.dtype, spec), shapes, partition_specs(shapes)
     )

@@ -1,4 +1,4 @@
-"""Checkpoints: weights in head order, configuration and tokenizer, read lazily from disk."""
+"""Checkpoints: weights in head order, configuration and tokenizer, read on demand from disk."""
 
 from fairkv_jax.checkpoint.base import Checkpoint, CheckpointError
 from fairkv_jax.checkpoint.fetch import DEMO_MODEL, fetch_demo

@@ -1,4 +1,4 @@
-"""`python -m fairkv_jax.checkpoint`: fetch a checkpoint, convert it, or show what it holds."""
+"""`python -m fairkv_jax.checkpoint`: fetch a checkpoint, convert it, or show its contents."""
 
 import argparse
 import dataclasses
@@ -13,16 +13,16 @@ from fairkv_jax.checkpoint.base import Checkpoint, CheckpointError
 from fairkv_jax.checkpoint.convert import convert
 from fairkv_jax.checkpoint.fetch import DEMO_MODEL, checkpoints_root, fetch_demo
 from fairkv_jax.checkpoint.hub import fetch_hub, is_hub_name
-from fairkv_jax.checkpoint.layout import tensor_shapes
-from fairkv_jax.checkpoint.needs import device_bytes
 from fairkv_jax.checkpoint.open import open_checkpoint
 from fairkv_jax.checkpoint.orbax_checkpoint import DTYPES
 from fairkv_jax.config import QUANTIZATIONS
+from fairkv_jax.models import param_specs
+from fairkv_jax.models.params import device_bytes
 from fairkv_jax.plan import STRATEGIES, Profile, make_plan
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs one command; an error is one line on stderr and the exit status 1."""
+    """Runs one command; errors are printed in one line to stderr, with exit status 1."""
     options = _parser().parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:
@@ -32,7 +32,7 @@ def main(arguments: list[str] | None = None) -> int:
             print(convert(open_checkpoint(options.source), options.target, options.dtype))
         else:
             print(_inspect(options))
-    except ValueError as error:  # CheckpointError and what the planner refuses
+    except ValueError as error:  # CheckpointError, and errors of the planner
         print(f"error: {error}", file=sys.stderr)
         return 1
     return 0
@@ -41,27 +41,38 @@ def main(arguments: list[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m fairkv_jax.checkpoint", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
-    fetch = commands.add_parser("fetch", help="fetch a model and print where it lies")
+    fetch = commands.add_parser("fetch", help="fetch a model and print its path")
     fetch.add_argument(
         "name",
         nargs="?",
         default=DEMO_MODEL,
-        help="%(default)s, or OWNER/MODEL of the Hugging Face Hub",
+        help="%(default)s (default), or OWNER/MODEL on the Hugging Face Hub",
     )
-    fetch.add_argument("--revision", help="a branch, tag or commit of the Hub's repository")
+    fetch.add_argument("--revision", help="branch, tag or commit in the Hub's repository")
     fetch.add_argument(
-        "--root", type=Path, default=checkpoints_root(), help="where to keep it (%(default)s)"
+        "--root",
+        type=Path,
+        default=checkpoints_root(),
+        help="folder for checkpoints (default: %(default)s)",
     )
-    convert = commands.add_parser("convert", help="write a checkpoint as Orbax, for any mesh")
-    convert.add_argument("source", help="what LLM(model=...) takes")
-    convert.add_argument("target", type=Path, help="a folder to make, e.g. checkpoints/NAME")
-    convert.add_argument("--dtype", choices=DTYPES, help="of all weights; left out: as stored")
-    inspect = commands.add_parser("inspect", help="print configuration, tensors, bytes, parameters")
-    inspect.add_argument("path", help="what LLM(model=...) takes")
-    inspect.add_argument("--devices", type=int, help="also what each device of such a mesh needs")
+    convert = commands.add_parser("convert", help="convert a checkpoint to Orbax, for any mesh")
+    convert.add_argument("source", help="a model as in LLM(model=...)")
+    convert.add_argument("target", type=Path, help="folder to create, e.g. checkpoints/NAME")
+    convert.add_argument("--dtype", choices=DTYPES, help="type of all weights; default: as stored")
+    inspect = commands.add_parser(
+        "inspect", help="print configuration, tensors, bytes and parameters"
+    )
+    inspect.add_argument("path", help="a model as in LLM(model=...)")
+    inspect.add_argument(
+        "--devices", type=int, help="also print the memory that each of this many devices needs"
+    )
     inspect.add_argument("--head-plan", choices=STRATEGIES, default="fair_copying")
-    inspect.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="on the devices")
-    inspect.add_argument("--quantization", choices=QUANTIZATIONS, help="on the devices")
+    inspect.add_argument(
+        "--dtype", choices=DTYPES, default="bfloat16", help="type of the weights on the devices"
+    )
+    inspect.add_argument(
+        "--quantization", choices=QUANTIZATIONS, help="quantization of the weights on the devices"
+    )
     return parser
 
 
@@ -84,12 +95,12 @@ def _inspect(options: argparse.Namespace) -> str:
 
 
 def describe(checkpoint: Checkpoint) -> str:
-    """The configuration, one line a tensor in head order, and the sums."""
+    """The configuration, one line per tensor in head order, and the totals."""
     config = dataclasses.asdict(checkpoint.config)
     if config["rope_divisors"] is not None:
         config["rope_divisors"] = "1 to {:g}".format(max(config["rope_divisors"]))
     lines = [checkpoint.name, *(f"  {key:24} {value}" for key, value in config.items()), ""]
-    shapes = tensor_shapes(checkpoint.config)
+    shapes = {name: spec.shape for name, spec in param_specs(checkpoint.config).items()}
     stored = {name: checkpoint.stored(name) for name in checkpoint.names()}
     lines.append(f"  {'tensor':24} {'shape':20} {'stored':8} {'bytes':>14}")
     for name, (kind, num_bytes) in stored.items():
@@ -104,14 +115,16 @@ def describe(checkpoint: Checkpoint) -> str:
 
 
 def _describe_mesh(checkpoint: Checkpoint, options: argparse.Namespace) -> str:
-    """The weights' bytes on each device, planned for the profile or for heads that are alike."""
+    """The weights' bytes on each device, for the checkpoint's profile or a uniform one."""
     config = checkpoint.config
     profile = checkpoint.profile
     if profile is None:
         profile = Profile.uniform(config.num_layers, config.num_kv_heads, 1024)
     plan = make_plan(profile, options.devices, options.head_plan)
     itemsize = np.dtype(DTYPES[options.dtype]).itemsize
-    needs = device_bytes(config, plan, itemsize, int8=options.quantization == "int8")
+    needs = device_bytes(
+        config, plan.slots, plan.num_devices, itemsize, int8=options.quantization == "int8"
+    )
     types = options.quantization or options.dtype
     lines = [f"each of {options.devices} devices, {options.head_plan}, {types}:"]
     lines += [f"  {part:24} {num_bytes:14,} bytes" for part, num_bytes in needs.items()]

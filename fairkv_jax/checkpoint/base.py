@@ -1,25 +1,37 @@
-"""What every checkpoint format offers: a configuration, tensors in head order, a tokenizer."""
+"""The interface of a checkpoint, and what the readers of all formats share.
 
+A checkpoint offers a configuration, tensors in head order (see `models.params`) and a tokenizer.
+"""
+
+import logging
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
+from threading import Lock
 from typing import NamedTuple, Protocol
 
 import numpy as np
 
 from fairkv_jax.config import ModelConfig
+from fairkv_jax.models.params import ParamSpec
 from fairkv_jax.plan import Profile
 from fairkv_jax.tokenizer import Tokenizer
 
 PROFILE_FILE = "profile.json"
+BLOCK_VALUES = 1 << 20
+"""Values that are read at once: they stay in the processor's caches on their way to the devices."""
+
+logger = logging.getLogger(__name__)
 
 
 class CheckpointError(ValueError):
-    """A checkpoint cannot be read; the message says which, why, and the way out."""
+    """A checkpoint cannot be read; the message names it, the reason, and what to do."""
 
 
 class Stored(NamedTuple):
-    """How a tensor lies on disk, e.g. as "Q4_1"."""
+    """How a tensor is stored: its type, for example "Q4_1", and its bytes."""
 
     kind: str
     num_bytes: int
@@ -27,13 +39,13 @@ class Stored(NamedTuple):
 
 @dataclass(frozen=True)
 class LazyTensor:
-    """A tensor in head order, of which nothing is read before it is asked for."""
+    """A tensor in head order, read on demand."""
 
     shape: tuple[int, ...]
     block: int
-    """Rows of the leading axis that are best read at once, so that no byte is read twice."""
+    """Rows of the leading axis to read at once, so that no byte is read twice."""
     read: Callable[[int, int], np.ndarray]
-    """Rows [start, stop): float32, float16 or bfloat16, read-only, perhaps a strided view."""
+    """Returns rows [start, stop) in float32, float16 or bfloat16: read-only, maybe strided."""
 
     def whole(self) -> np.ndarray:
         """All rows, contiguous."""
@@ -43,16 +55,16 @@ class LazyTensor:
 class Checkpoint(Protocol):
     """Model weights on disk, read lazily under canonical names.
 
-    The names and shapes are those of `layout.tensor_shapes`, whatever the file calls them.
+    Names and shapes are those of `models.param_specs`, whatever the file calls the tensors.
     """
 
     name: str
-    """The model's name, as a server announces it."""
+    """The model's name, as the server reports it."""
     config: ModelConfig
 
     @property
     def profile(self) -> Profile | None:
-        """The head profile that lies beside the weights, if one does."""
+        """The head profile stored with the weights, or None."""
         ...
 
     def names(self) -> tuple[str, ...]:
@@ -60,19 +72,19 @@ class Checkpoint(Protocol):
         ...
 
     def lazy(self, name: str) -> LazyTensor:
-        """One tensor in head order; what is wrong with its bytes shows as it is read.
+        """One tensor in head order.
 
         Raises:
-            CheckpointError: there is no such tensor.
+            CheckpointError: there is no such tensor. Damaged data raises it when they are read.
         """
         ...
 
     def tensor(self, name: str) -> np.ndarray:
-        """The same, read as a whole: float32, or the file's own float16 or bfloat16."""
+        """The whole tensor in float32, or in the file's own float16 or bfloat16."""
         ...
 
     def stored(self, name: str) -> Stored:
-        """How the tensor is stored; reads none of it."""
+        """How the tensor is stored; does not read it."""
         ...
 
     def tokenizer(self) -> Tokenizer:
@@ -80,8 +92,58 @@ class Checkpoint(Protocol):
         ...
 
 
+def head_order(spec: ParamSpec, read_rows: Callable[[int, int], np.ndarray]) -> LazyTensor:
+    """A stored [out, in] matrix or [out] vector as a tensor in head order.
+
+    `read_rows(start, stop)` returns rows of the stored tensor. If the tensor is stored transposed,
+    it is called once, for all rows.
+    """
+    shape = spec.shape
+    if len(shape) == 1:
+        return LazyTensor(shape, shape[0], read_rows)
+    if spec.is_stored_transposed:
+        read_rows = _once(read_rows)
+    # Stored rows (columns if transposed) for each entry of the leading axis.
+    each = math.prod(shape[1:-1] if spec.is_matrix else shape[1:])
+
+    def read(start: int, stop: int) -> np.ndarray:
+        if spec.is_stored_transposed:
+            rows = read_rows(0, shape[-1])[:, start * each : stop * each].T
+        else:
+            rows = read_rows(start * each, stop * each)
+        return rows.reshape(stop - start, *shape[1:])
+
+    block = max(1, BLOCK_VALUES // math.prod(shape[1:]))
+    return LazyTensor(shape, min(block, shape[0]), read)
+
+
+def _once(read_rows: Callable[[int, int], np.ndarray]) -> Callable[[int, int], np.ndarray]:
+    """The same function, which keeps what it has read; several threads may call it at once."""
+    read_rows, lock = cache(read_rows), Lock()
+
+    def read(start: int, stop: int) -> np.ndarray:
+        with lock:
+            return read_rows(start, stop)
+
+    return read
+
+
+def context_within_window(path: Path, context: int, window: int) -> int:
+    """The model's context in tokens, at most the sliding window: within it attention is full."""
+    if window >= context:
+        return context
+    logger.warning(
+        "%s: attention slides over a window of %d tokens. The context is limited to it instead of "
+        "%d tokens, because the cache cannot drop tokens during decoding",
+        path,
+        window,
+        context,
+    )
+    return window
+
+
 def read_profile(folder: Path) -> Profile | None:
-    """The profile in a folder, None where there is none; raises CheckpointError if it is broken."""
+    """The profile in a folder or None; raises CheckpointError if it is damaged."""
     path = folder / PROFILE_FILE
     if not path.is_file():
         return None
@@ -92,10 +154,10 @@ def read_profile(folder: Path) -> Profile | None:
 
 
 def check_tokenizer(tokenizer: Tokenizer, config: ModelConfig, path: Path) -> Tokenizer:
-    """Returns the tokenizer if every id that it can give has a row in the embedding.
+    """Returns the tokenizer if the embedding has a row for every id that it can produce.
 
     Raises:
-        CheckpointError: it has more tokens than the model.
+        CheckpointError: the tokenizer has more tokens than the model.
     """
     if tokenizer.vocab_size > config.vocab_size:
         raise CheckpointError(

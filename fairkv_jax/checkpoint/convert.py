@@ -1,4 +1,6 @@
-"""Writes any checkpoint as an Orbax one, in head order, whole or not at all.
+"""Converts any checkpoint to Orbax, in head order.
+
+The target appears only when the conversion has finished:
 
 source --> checkpoints/.NAME.partial: params/, tokenizer, profile, model.json --rename--> NAME
 """
@@ -27,14 +29,14 @@ from fairkv_jax.checkpoint.orbax_checkpoint import (
 )
 
 CHUNK_BYTES = 2 << 20
-"""Of a chunk of the MLP or the vocabulary, about; every head has a chunk of its own."""
+"""The approximate size of a chunk of the MLP or the vocabulary; each head is its own chunk."""
 
 
 def convert(checkpoint: Checkpoint, target: Path, dtype: str | None = None) -> Path:
     """Writes `checkpoint` to the folder `target`, which must not exist, and returns it.
 
-    `dtype` is one of `DTYPES`; None keeps each tensor's own, float32 for what was quantised. All
-    tensors are held on the host, mapped where the source is a Hugging Face folder.
+    `dtype` is one of `DTYPES`; None keeps each tensor's own type, float32 for quantized tensors.
+    The host holds all tensors at once; those of a Hugging Face folder are memory-mapped.
 
     Raises:
         CheckpointError: the target exists, the disk is full, or the source is damaged.
@@ -46,7 +48,7 @@ def convert(checkpoint: Checkpoint, target: Path, dtype: str | None = None) -> P
     partial = target.with_name(f".{target.name}.partial")
     try:
         if partial.exists():
-            shutil.rmtree(partial)  # of a conversion that was interrupted
+            shutil.rmtree(partial)  # left by an interrupted conversion
         partial.mkdir(parents=True)
         tensors = _write_params(checkpoint, partial / PARAMS, dtype)
         _write_record(checkpoint, partial, tensors)
@@ -57,11 +59,11 @@ def convert(checkpoint: Checkpoint, target: Path, dtype: str | None = None) -> P
 
 
 def _write_params(checkpoint: Checkpoint, folder: Path, dtype: str | None) -> dict[str, Any]:
-    """Saves the tree of all tensors; the record of each, with checksums of its chunks."""
+    """Saves the tree of all tensors; returns the record of each, with checksums of its chunks."""
     tensors = {name: _values(checkpoint.lazy(name), dtype) for name in checkpoint.names()}
     blocks = {name: chunk_rows(value) for name, value in tensors.items()}
     tree = {n: value.reshape(stored_shape(value.shape, blocks[n])) for n, value in tensors.items()}
-    # Orbax cuts the leading axis to pieces of one, and nothing else.
+    # Orbax splits only the leading axis, into pieces of size one.
     save_args = {n: ocp.SaveArgs(shard_axes=(0,)[: value.ndim - 1]) for n, value in tree.items()}
     handler = ocp.PyTreeCheckpointHandler(use_ocdbt=True, use_compression=False)
     with ocp.Checkpointer(handler) as checkpointer:
@@ -76,7 +78,7 @@ def _values(tensor: LazyTensor, dtype: str | None) -> np.ndarray:
 
 
 def chunk_rows(value: np.ndarray) -> int:
-    """Rows of a chunk: one head, or a divisor of the rows that makes about `CHUNK_BYTES`."""
+    """Rows per chunk: one head, or the divisor of the rows that is closest to `CHUNK_BYTES`."""
     rows = len(value)
     if value.ndim > 2:
         return 1
@@ -103,6 +105,6 @@ def _write_record(checkpoint: Checkpoint, folder: Path, tensors: dict[str, Any])
         "tensors": tensors,
         "files": {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in files},
     }
-    record = json.loads(json.dumps(record))  # tuples become lists, as they will be read
+    record = json.loads(json.dumps(record))  # tuples become lists, as in what is read back
     record["sha256"] = record_checksum(record)
     (folder / MODEL_FILE).write_text(json.dumps(record))

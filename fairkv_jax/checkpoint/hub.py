@@ -1,4 +1,4 @@
-"""Fetches a model's folder from the Hugging Face Hub, where there is a network."""
+"""Fetches the folder of a model from the Hugging Face Hub."""
 
 import os
 from pathlib import Path
@@ -8,25 +8,26 @@ from fairkv_jax.checkpoint.base import CheckpointError
 
 _FILES = ["config.json", "*.safetensors", "*.safetensors.index.json", "chat_template.jinja"]
 _FILES += ["tokenizer.json", "tokenizer_config.json", "generation_config.json"]
-# Some repositories hold the weights again, in their publisher's own layout.
+# Some repositories hold the weights a second time, in the publisher's own layout.
 _NOT_THESE = ["consolidated*.safetensors", "original/*", "*/*"]
 
 
 def is_hub_name(name: str) -> bool:
-    """Whether a name has the form OWNER/MODEL of the Hub's repositories."""
+    """Whether a name has the form OWNER/MODEL of repositories on the Hub."""
     owner, slash, model = name.partition("/")
     plain = all(part.replace("-", "").replace("_", "").replace(".", "") for part in (owner, model))
     return bool(slash) and plain and "/" not in model and not name.startswith((".", "~"))
 
 
 def fetch_hub(name: str, root: Path, revision: str | None = None) -> Path:
-    """Makes sure that the repository's model lies in `root`/OWNER/MODEL and returns the folder.
+    """Fetches a repository's model into `root`/OWNER/MODEL if needed, and returns the folder.
 
-    What has arrived is kept beside it until all has, so that an interrupted run goes on from there
-    and nothing partial ever loads.
+    Files are downloaded into a hidden folder that is renamed when the download is complete. An
+    interrupted download continues from there, and an incomplete model never loads.
 
     Raises:
-        CheckpointError: no huggingface_hub, no network, no such repository, or the disk is full.
+        CheckpointError: huggingface_hub is not installed, the network or the repository cannot be
+            reached, or the disk is full.
     """
     folder = root / name
     if (folder / "config.json").exists():
@@ -35,8 +36,8 @@ def fetch_hub(name: str, root: Path, revision: str | None = None) -> Path:
     _snapshot(name, revision, partial)
     if not (partial / "config.json").exists():
         raise CheckpointError(
-            f"the repository {name} holds no config.json: it is no model folder; give one with "
-            "config.json and *.safetensors"
+            f"the repository {name} holds no config.json, so it is not a model folder: give one "
+            "with config.json and *.safetensors"
         )
     try:
         os.replace(partial, folder)
@@ -50,15 +51,17 @@ def _snapshot(name: str, revision: str | None, folder: Path) -> None:
         import huggingface_hub
     except ImportError as error:
         raise CheckpointError(
-            f"fetching {name} from the Hub takes the package huggingface_hub: pip install "
+            f"fetching {name} from the Hub needs the package huggingface_hub: pip install "
             f"'fairkv-jax[hub]', or put its files into {folder.parent / name.rpartition('/')[2]}"
         ) from error
     options: dict[str, Any] = {"allow_patterns": _FILES, "ignore_patterns": _NOT_THESE}
     try:
         huggingface_hub.snapshot_download(name, revision=revision, local_dir=folder, **options)
-    except Exception as error:  # the package raises its own, its transport's and the system's
+    except (
+        Exception
+    ) as error:  # the package raises its own errors, and those of HTTP and the system
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise CheckpointError(
-            f"cannot fetch {name} from the Hub: {reason}: check the name (no file or folder is "
-            "called so), the network, and for gated models `hf auth login`; run this again to go on"
+            f"cannot fetch {name} from the Hub: {reason}: check the name (there is no such file or "
+            "folder either), the network, and `hf auth login` for gated models, then run this again"
         ) from error

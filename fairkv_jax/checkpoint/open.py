@@ -1,4 +1,4 @@
-"""From what a user names, a path or a model, to an open checkpoint of the format found there."""
+"""Opens the checkpoint at a path or of a model's name, in whatever format it is stored."""
 
 import logging
 from pathlib import Path
@@ -17,10 +17,10 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     """Opens a GGUF file, a folder that holds one, a Hugging Face folder, or a converted checkpoint.
 
     `path` may also be the name of a folder in `checkpoints/`, or OWNER/MODEL of the Hugging Face
-    Hub, which is fetched into it where it is not there yet.
+    Hub, which is fetched into `checkpoints/` if it is not there yet.
 
     Raises:
-        CheckpointError: nothing is there, or it cannot be read.
+        CheckpointError: there is no checkpoint, or it cannot be read.
     """
     found = _find(Path(path))
     if not found.is_dir():
@@ -34,7 +34,7 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
         names = ", ".join(file.name for file in files) or "none"
         raise CheckpointError(
             f"the folder {found} must hold a {MODEL_FILE}, a config.json or one .gguf file to be a "
-            f"checkpoint, of the latter it has: {names}"
+            f"checkpoint; its .gguf files are: {names}"
         )
     return GGUFCheckpoint(files[0])
 

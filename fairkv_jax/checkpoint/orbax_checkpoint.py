@@ -1,13 +1,14 @@
-"""A converted checkpoint: parameters in head order in an Orbax tree, and what belongs to them.
+"""A converted checkpoint: parameters in head order in an Orbax tree, tokenizer and profile.
 
     checkpoints/NAME/
-      model.json             name, configuration, and the checksums of all below; written last
-      params/                Orbax's own: an OCDBT store of zarr arrays, one per tensor, in chunks
-                             of one KV head or of some rows: [rows, D] as [chunks, rows / chunks, D]
+      model.json             name, configuration, and checksums of everything below; written last
+      params/                written by Orbax: an OCDBT store of zarr arrays, one per tensor, in
+                             chunks of one KV head or of some rows: [rows, D] is stored as
+                             [chunks, rows / chunks, D]
       tokenizer.json, tokenizer_config.json, generation_config.json
-      profile.json           where the source had one
+      profile.json           if the source had one
 
-Any mesh and any plan reads it: every device's process takes the chunks of its heads.
+It can be loaded on any mesh with any plan: every process reads the chunks of its devices' heads.
 """
 
 import hashlib
@@ -30,11 +31,10 @@ from fairkv_jax.checkpoint.base import (
     check_tokenizer,
     read_profile,
 )
-from fairkv_jax.checkpoint.buffers import Buffers
+from fairkv_jax.checkpoint.files import Buffers, read_object
 from fairkv_jax.checkpoint.hf_tokenizer import build_tokenizer
-from fairkv_jax.checkpoint.json_file import read_object
-from fairkv_jax.checkpoint.layout import tensor_shapes
 from fairkv_jax.config import ModelConfig
+from fairkv_jax.models import param_specs
 from fairkv_jax.plan import Profile
 from fairkv_jax.tokenizer import Tokenizer
 
@@ -46,12 +46,14 @@ DTYPES: dict[str, type] = {
     "float16": np.float16,
     "bfloat16": ml_dtypes.bfloat16,
 }
+_EARLIER_NAMES = {"lm_head": "unembed"}
+"""Names of tensors in checkpoints that were converted by earlier versions."""
 _NODE_CACHE_BYTES = 16 << 20
 
 
 @dataclass(frozen=True)
 class TensorRecord:
-    """What model.json says of a tensor: its type, and the checksums of blocks of its rows."""
+    """A tensor's entry in model.json: its type, and the checksums of blocks of its rows."""
 
     dtype: str
     block: int
@@ -59,10 +61,10 @@ class TensorRecord:
 
 
 class OrbaxCheckpoint:
-    """A converted model; every block of rows is checked as it is read.
+    """A converted model; the checksum of every block of rows is checked when it is read.
 
     Raises:
-        CheckpointError: the folder holds no finished conversion, or its description is damaged.
+        CheckpointError: the folder holds no finished conversion, or model.json is damaged.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -75,10 +77,11 @@ class OrbaxCheckpoint:
             self._files: dict[str, str] = dict(record["files"])
         except (KeyError, TypeError, ValueError) as error:
             raise CheckpointError(f"{folder / MODEL_FILE} is damaged: {error}") from error
-        self._shapes = tensor_shapes(self.config)
-        if self._records.keys() != self._shapes.keys():
+        self._shapes = {name: spec.shape for name, spec in param_specs(self.config).items()}
+        self._stored_names = {name: self._stored_name(name) for name in self._shapes}
+        if self._records.keys() != set(self._stored_names.values()):
             raise CheckpointError(
-                f"{folder / MODEL_FILE} lists other tensors than its configuration calls for: "
+                f"{folder / MODEL_FILE} lists other tensors than its configuration requires: "
                 "convert the model again"
             )
         self._buffers = Buffers()
@@ -95,12 +98,12 @@ class OrbaxCheckpoint:
     def lazy(self, name: str) -> LazyTensor:
         if name not in self._shapes:
             raise CheckpointError(f"{self._folder} has no tensor {name!r}: see names()")
-        record, shape = self._records[name], self._shapes[name]
+        record, shape = self._record(name), self._shapes[name]
         store = self._guarded(name, lambda: ts.open(self._spec(name), context=self._context))
         if store.shape != stored_shape(shape, record.block) or store.dtype.name != record.dtype:
             raise CheckpointError(
                 f"{self._folder}: tensor {name!r} is {store.dtype.name} {store.shape}, "
-                f"{MODEL_FILE} says {record.dtype} {shape}: the two do not belong together"
+                f"but {MODEL_FILE} says {record.dtype} {shape}: the two do not belong together"
             )
         return LazyTensor(shape, record.block, partial(self._read, name, store, record.block))
 
@@ -108,7 +111,7 @@ class OrbaxCheckpoint:
         return self.lazy(name).whole()
 
     def stored(self, name: str) -> Stored:
-        dtype = self._records[name].dtype
+        dtype = self._record(name).dtype
         size = int(np.prod(self._shapes[name]))
         return Stored(dtype, size * np.dtype(DTYPES[dtype]).itemsize)
 
@@ -116,17 +119,24 @@ class OrbaxCheckpoint:
         self._check_files()
         return check_tokenizer(build_tokenizer(self._folder), self.config, self._folder)
 
+    def _stored_name(self, name: str) -> str:
+        earlier = _EARLIER_NAMES.get(name, name)
+        return earlier if earlier in self._records else name
+
+    def _record(self, name: str) -> TensorRecord:
+        return self._records[self._stored_names[name]]
+
     def _spec(self, name: str) -> dict[str, Any]:
         base = f"file://{(self._folder / PARAMS).resolve()}/"
         nodes = {"driver": "ocdbt", "base": base, "cache_pool": "cache_pool#nodes"}
-        return {"driver": "zarr", "kvstore": nodes, "path": name, "open": True}
+        return {"driver": "zarr", "kvstore": nodes, "path": self._stored_names[name], "open": True}
 
     def _read(self, name: str, store: Any, block: int, start: int, stop: int) -> np.ndarray:
-        """Rows [start, stop), out of whole chunks whose checksums are right."""
-        shape, checksums = self._shapes[name], self._records[name].crc32
+        """Rows [start, stop), from whole chunks whose checksums have been checked."""
+        shape, checksums = self._shapes[name], self._record(name).crc32
         first, last = start // block, -(-stop // block)
         chunks = store if block == shape[0] else store[first:last]
-        rows = self._buffers.array(chunks.shape, np.dtype(DTYPES[self._records[name].dtype]))
+        rows = self._buffers.array(chunks.shape, np.dtype(DTYPES[self._record(name).dtype]))
         self._guarded(name, lambda: ts.array(rows).write(chunks))
         rows = rows.reshape(-1, *shape[1:])
         for chunk in range(first, last):
@@ -139,7 +149,7 @@ class OrbaxCheckpoint:
         return rows[start - first * block : stop - first * block]
 
     def _guarded(self, name: str, start: Callable[[], Any]) -> Any:
-        """The result of tensorstore's work, its complaints with the tensor's name."""
+        """The result of a tensorstore operation; its errors become errors that name the tensor."""
         try:
             return start().result()
         except Exception as error:  # the package raises ValueError, OSError and others
@@ -162,31 +172,31 @@ class OrbaxCheckpoint:
 
 
 def stored_shape(shape: tuple[int, ...], block: int) -> tuple[int, ...]:
-    """The shape of an array whose leading axis is that of the chunks, where there are several."""
+    """The shape in the store: several rows per chunk get a leading axis of chunks."""
     if block in (1, shape[0]):
         return shape
     return (shape[0] // block, block, *shape[1:])
 
 
 def block_checksum(rows: np.ndarray) -> int:
-    """Of the bytes of an array, in row order."""
+    """The CRC-32 of an array's bytes in row order."""
     raw: Any = np.ascontiguousarray(rows).reshape(-1).view(np.uint8)
     return zlib.crc32(raw)
 
 
 def record_checksum(record: dict[str, Any]) -> str:
-    """Of all that model.json holds but the checksum itself."""
+    """The SHA-256 of everything in model.json except the checksum itself."""
     rest = {key: value for key, value in record.items() if key != "sha256"}
     return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
 
 def read_record(folder: Path) -> dict[str, Any]:
-    """The content of model.json, which is there only once a conversion has finished."""
+    """The content of model.json, which exists only after a conversion has finished."""
     path = folder / MODEL_FILE
     record = read_object(path)
     if record.get("format") != FORMAT:
         raise CheckpointError(
-            f"{path} has the format {record.get('format')!r}, read is {FORMAT}: convert again"
+            f"{path} has the format {record.get('format')!r}, supported is {FORMAT}: convert again"
         )
     if record.get("sha256") != record_checksum(record):
         raise CheckpointError(

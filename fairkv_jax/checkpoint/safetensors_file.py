@@ -1,4 +1,6 @@
-"""The safetensors container: a JSON table of tensors, then their bytes; one file or many.
+"""The safetensors container: a JSON table of tensors followed by their bytes.
+
+A model is stored in one file, or in several with an index.
 
 Format: https://github.com/huggingface/safetensors#format.
 """
@@ -12,18 +14,17 @@ import ml_dtypes
 import numpy as np
 
 from fairkv_jax.checkpoint.base import CheckpointError
-from fairkv_jax.checkpoint.json_file import parse_object, read_object
-from fairkv_jax.checkpoint.mapped_file import MappedFile
+from fairkv_jax.checkpoint.files import MappedFile, parse_object, read_object
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 DTYPES: dict[str, type] = {"F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
-_MAX_HEADER_BYTES = 100_000_000  # as the reference implementation
+_MAX_HEADER_BYTES = 100_000_000  # the limit of the reference implementation
 
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """Where one tensor lies in its file; `offset` counts from the file's start."""
+    """The position of one tensor; `offset` counts from the start of the file."""
 
     kind: str
     shape: tuple[int, ...]
@@ -32,10 +33,10 @@ class TensorInfo:
 
 
 class SafetensorsFile:
-    """One mapped file: `tensors` by name, `read` for a view of the values.
+    """One mapped file, with `tensors` by name and `read` for their values.
 
     Raises:
-        CheckpointError: the file is missing, damaged, truncated, or holds a type not supported.
+        CheckpointError: the file is missing, damaged or truncated, or holds an unsupported type.
     """
 
     def __init__(self, path: Path) -> None:
@@ -45,8 +46,8 @@ class SafetensorsFile:
         size = int.from_bytes(data[:8], "little")
         if size > min(len(data) - 8, _MAX_HEADER_BYTES):
             raise CheckpointError(
-                f"{path} is no safetensors file, or truncated: its header would take {size} of "
-                f"{len(data)} bytes: copy or fetch it again"
+                f"{path} is not a safetensors file, or is truncated: its header would take {size} "
+                f"of {len(data)} bytes: copy or fetch it again"
             )
         header = parse_object(data[8 : 8 + size], path)
         header.pop("__metadata__", None)
@@ -57,7 +58,7 @@ class SafetensorsFile:
         info = self.tensors[name]
         row_bytes = info.num_bytes // info.shape[0]
         raw = self._file.view(info.offset + start * row_bytes, (stop - start) * row_bytes)
-        # The format promises no alignment; NumPy reads such views all the same.
+        # The format does not guarantee alignment; NumPy can read unaligned views.
         return raw.view(DTYPES[info.kind]).reshape(stop - start, *info.shape[1:])
 
     def _info(self, name: str, entry: Any, start: int) -> TensorInfo:
@@ -86,10 +87,10 @@ class SafetensorsFile:
 
 
 def open_safetensors(folder: Path) -> dict[str, SafetensorsFile]:
-    """The file that holds each tensor of a folder's model, by the tensor's name.
+    """The file that holds each tensor of a model folder, by the tensor's name.
 
     Raises:
-        CheckpointError: there is no model, a part is missing, or the index names what is not there.
+        CheckpointError: there is no model, a part is missing, or a part lacks an indexed tensor.
     """
     index = folder / INDEX
     if not index.exists():

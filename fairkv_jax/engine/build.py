@@ -13,7 +13,6 @@ import jax.numpy as jnp
 
 from fairkv_jax.checkpoint import Checkpoint, open_checkpoint
 from fairkv_jax.checkpoint.fetch import DEMO_MODEL
-from fairkv_jax.checkpoint.needs import device_bytes
 from fairkv_jax.compress.budgets import max_kept_per_layer
 from fairkv_jax.compress.registry import make_method
 from fairkv_jax.config import (
@@ -27,6 +26,7 @@ from fairkv_jax.config import (
 )
 from fairkv_jax.engine.head_plan import choose_plan
 from fairkv_jax.engine.llm_engine import LLMEngine
+from fairkv_jax.models.params import device_bytes
 from fairkv_jax.options import split_options, with_new_names
 from fairkv_jax.pallas.ragged_decode import check_backend
 from fairkv_jax.pallas.ragged_decode.pieces import MAX_PAIRS
@@ -189,7 +189,13 @@ def _taken_bytes(
 ) -> int:
     """Returns the bytes of the weights and of the longest prefill, over all devices."""
     itemsize = jnp.dtype(engine_config.dtype).itemsize
-    weights = device_bytes(config, plan, itemsize, int8=engine_config.quantization == "int8")
+    weights = device_bytes(
+        config,
+        plan.slots,
+        plan.num_devices,
+        itemsize,
+        int8=engine_config.quantization == "int8",
+    )
     shape = ModelShape.from_config(config)
     prefill = _prefill_bytes(shape, kv_config, engine_config.max_model_len, itemsize)
     return plan.num_devices * (sum(weights.values()) + prefill)

@@ -1,5 +1,10 @@
-"""Decoder families as Flax modules; attention is injected into them."""
+"""Decoder families: their files' declarations and tensors, and the modules that run them.
 
-from fairkv_jax.models.llama import Llama
+Importing this package does not import JAX; `models.model` and `models.decoder` do.
+"""
 
-__all__ = ["Llama"]
+from fairkv_jax.models.family import Family
+from fairkv_jax.models.params import ParamSpec, param_specs
+from fairkv_jax.models.registry import FAMILIES
+
+__all__ = ["FAMILIES", "Family", "ParamSpec", "param_specs"]

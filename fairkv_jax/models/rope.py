@@ -12,8 +12,7 @@ def rope_angles(
 ) -> Float[Array, "tokens half"]:
     """Angles in radians: position / theta**(2i/H) for the H/2 pairs of a head.
 
-    Where the model divides its frequencies further, as Llama 3.1 does for long contexts, so do
-    the angles.
+    The frequencies are divided by `config.rope_divisors` if the model has them (Llama 3.1).
     """
     frequencies = config.rope_theta ** (-np.arange(0, config.head_dim, 2) / config.head_dim)
     if config.rope_divisors is not None:
@@ -24,7 +23,7 @@ def rope_angles(
 def rotate(
     x: Float[Array, "tokens heads H"], angles: Float[Array, "tokens half"]
 ) -> Float[Array, "tokens heads H"]:
-    """Turns the pairs (x[i], x[i + H/2]) by the token's angles."""
+    """Rotates the pairs (x[i], x[i + H/2]) by the angles of each token."""
     cos = jnp.cos(angles)[:, None]
     sin = jnp.sin(angles)[:, None]
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)

@@ -1,15 +1,17 @@
-"""The widths of a model that set what its heads cost, and those of models often asked about."""
+"""The sizes of a model that set the cost of its heads, and the sizes of well-known models."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Self
 
 from fairkv_jax.config import ModelConfig
+from fairkv_jax.models.params import MLP, SLOT, VOCAB, decoder_params
 
 
 @dataclass(frozen=True)
 class ModelShape:
-    """The sizes of a decoder whose weights every decode step reads once."""
+    """The sizes of a decoder; every decode step reads its weights once."""
 
     num_layers: int
     hidden_size: int
@@ -44,14 +46,16 @@ class ModelShape:
     @property
     def head_params(self) -> int:
         """Weights of one KV head with its query heads: its parts of q, k, v and o."""
-        group = self.num_heads // self.num_kv_heads
-        return 2 * (group + 1) * self.head_dim * self.hidden_size
+        return self._num_weights(SLOT) // (self.num_layers * self.num_kv_heads)
 
     @property
     def rest_params(self) -> int:
-        """Weights that are sharded uniformly and read every step: the MLPs and the logits."""
-        mlp = 3 * self.num_layers * self.hidden_size * self.intermediate_size
-        return mlp + self.vocab_size * self.hidden_size
+        """Weights that are sharded uniformly and read in every step: the MLPs and the logits."""
+        return self._num_weights(MLP) + self._num_weights(VOCAB)
+
+    def _num_weights(self, axis: str) -> int:
+        """Weights of all matrices that have an axis, with tied embeddings."""
+        return sum(math.prod(spec.shape) for spec in decoder_params(self) if axis in spec.axes)
 
 
 SHAPES: dict[str, ModelShape] = {

@@ -1,1 +1,1 @@
-"""From a plan to arrays on devices: the mesh, the slot layout, the placed weights."""
+"""From a plan to arrays on devices: the mesh, the layout of head slots, loading weights."""

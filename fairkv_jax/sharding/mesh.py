@@ -9,6 +9,7 @@ RULES: dict[str | None, str | None] = {
     "slot": TENSOR_AXIS,
     "mlp": TENSOR_AXIS,
     "vocab": TENSOR_AXIS,
+    "group": None,
     "head_dim": None,
     "model": None,
     None: None,
@@ -16,15 +17,18 @@ RULES: dict[str | None, str | None] = {
 
 
 GPU_COMPILER_OPTIONS: dict[str, str | bool] = {"xla_gpu_enable_triton_gemm": False}
-"""cuBLAS reads the weights of a layer where they lie in their stack. XLA's own products have them
-copied out of it first, which would triple what a decode step reads and writes."""
+"""Compiler options on GPUs, for float weights.
+
+cuBLAS reads a layer's weights directly from the stack of all layers. XLA's own matrix products copy
+them out of the stack first, which triples the bytes that a decode step reads and writes.
+"""
 
 
 def compiler_options(mesh: Mesh, *, int8: bool) -> dict[str, str | bool]:
-    """What XLA is to do otherwise than by default on such devices.
+    """XLA's compiler options for the devices of a mesh, where they differ from the defaults.
 
-    Weights in int8 stay with its own products, which widen them on the way: copying their bytes is
-    less than writing and reading them widened, as cuBLAS would need them.
+    int8 weights use XLA's own matrix products, which convert them while they are read. Copying
+    their bytes is cheaper than writing and reading them converted, which cuBLAS would require.
     """
     is_gpu = mesh.devices.flat[0].platform == "gpu"
     return GPU_COMPILER_OPTIONS if is_gpu and not int8 else {}
@@ -34,7 +38,7 @@ def make_mesh(num_devices: int) -> Mesh:
     """A mesh of the first `num_devices` devices along `tensor`.
 
     Raises:
-        ValueError: this machine has fewer devices.
+        ValueError: the machine has fewer devices.
     """
     devices = jax.devices()
     if num_devices > len(devices):

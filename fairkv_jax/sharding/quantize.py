@@ -1,7 +1,7 @@
-"""Weights to int8 with a scale for each channel, as they are read.
+"""Rounds weights to int8 with one scale per channel while they are read.
 
-A value becomes the nearest multiple of its channel's scale, which is a 127th of the channel's
-largest magnitude: the error is at most half a scale.
+A value becomes the nearest multiple of its channel's scale. The scale is the channel's largest
+magnitude divided by 127, so the error is at most half a scale.
 """
 
 import numpy as np
@@ -13,16 +13,17 @@ LARGEST = 127
 
 
 def quantize_rows(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """int8 [..., D] and float32 scales [...]: a channel is what lies along the last axis."""
+    """int8 [..., D] and float32 scales [...]; a channel lies along the last axis."""
     wide = np.asarray(values, np.float32)
     scales = np.abs(wide).max(-1) / LARGEST
     return _rounded(wide, scales[..., None]), scales
 
 
 def quantize_columns(tensor: LazyTensor) -> tuple[LazyTensor, LazyTensor]:
-    """int8 [..., D] and float32 scales [D]: a channel runs over all leading axes.
+    """int8 [..., D] and float32 scales [D]; a channel lies along all leading axes.
 
-    Its largest magnitude takes the whole tensor, which is held while it is read and shared out.
+    The largest magnitude of a channel depends on the whole tensor, which is therefore held in
+    memory until the result has been read.
     """
     rows, size = tensor.shape[0], tensor.block
     starts = range(0, rows, size)
@@ -42,6 +43,6 @@ def quantize_columns(tensor: LazyTensor) -> tuple[LazyTensor, LazyTensor]:
 
 
 def _rounded(values: np.ndarray, scales: np.ndarray) -> np.ndarray:
-    """The nearest int8 multiples; a channel of zeros has the scale 0 and stays zero."""
+    """The nearest int8 multiples of the scales; a channel of zeros has scale 0 and stays zero."""
     inverse = np.divide(1, scales, out=np.zeros_like(scales), where=scales > 0)
     return np.rint(values * inverse).astype(np.int8)

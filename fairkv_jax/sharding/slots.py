@@ -1,6 +1,6 @@
-"""From a plan to head slots: where each KV head lies on every device, layer by layer.
+"""The layout of head slots: which KV head each slot of every device holds, layer by layer.
 
-JAX shards evenly, so each of the P devices gets C slots a layer, some of them empty:
+JAX shards evenly, so each of the P devices has C slots per layer, some of which are empty:
 
     plan      device 0: heads 0, 2     device 1: heads 1, 2        (head 2 has two replicas)
     slots     [0, 2 | 1, 2]                                        head_of_slot[l], P*C entries
@@ -18,14 +18,14 @@ EMPTY = -1
 
 @dataclass(frozen=True, eq=False)
 class SlotLayout:
-    """Which head each slot holds; all arrays are NumPy int32 and read-only."""
+    """Which head each slot holds. All arrays are NumPy int32 and read-only."""
 
     num_devices: int
     num_heads: int
     head_of_slot: np.ndarray
-    """[L, P*C], EMPTY where a slot holds no head; device p has slots p*C to p*C + C - 1."""
+    """[L, P*C], EMPTY for slots without a head. Device p has slots p*C to p*C + C - 1."""
     slot_of_head: np.ndarray
-    """[L, K, P]: the slot of the head's replica on that device, EMPTY where it has none."""
+    """[L, K, P]: the slot of the head's replica on each device, EMPTY if there is none."""
 
     @classmethod
     def from_plan(cls, plan: Plan) -> "SlotLayout":
@@ -41,7 +41,7 @@ class SlotLayout:
 
     @property
     def num_slots(self) -> int:
-        """Slots of one layer over all devices, P*C."""
+        """Slots per layer over all devices (P*C)."""
         return self.head_of_slot.shape[1]
 
     @property
@@ -50,11 +50,11 @@ class SlotLayout:
 
     @cached_property
     def replicas(self) -> np.ndarray:
-        """[L, K, P] bool: whether the device holds a replica of the head."""
+        """[L, K, P] bool: whether each device holds a replica of each head."""
         return self.slot_of_head != EMPTY
 
     @cached_property
     def first_slot(self) -> np.ndarray:
-        """[L, K]: the first slot that holds the head, whose scores speak for all its replicas."""
+        """[L, K]: the first slot that holds the head; its scores are used for all replicas."""
         is_head = self.head_of_slot[:, None] == np.arange(self.num_heads)[:, None]
         return np.argmax(is_head, axis=-1).astype(np.int32)

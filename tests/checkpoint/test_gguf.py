@@ -11,7 +11,7 @@ from gguf.quants import dequantize, quantize
 from fairkv_jax.checkpoint import CheckpointError, fetch_demo, open_checkpoint
 from fairkv_jax.checkpoint.gguf_checkpoint import model_name
 from fairkv_jax.checkpoint.gguf_file import SUPPORTED_TYPES, GGUFFile
-from fairkv_jax.checkpoint.layout import tensor_shapes
+from fairkv_jax.models import param_specs
 from tests.oracle.forward import Llama, read_llama
 from tests.oracle.tiny import write_tiny_checkpoint
 
@@ -70,13 +70,14 @@ def test_tensors_outside_the_layers(tiny):
     checkpoint, weights = open_checkpoint(tiny), read_llama(tiny).weights
     np.testing.assert_array_equal(checkpoint.tensor("embed"), weights["embed_tokens"])
     np.testing.assert_array_equal(checkpoint.tensor("norm"), weights["norm"])
-    np.testing.assert_array_equal(checkpoint.tensor("unembed"), weights["lm_head"])
+    np.testing.assert_array_equal(checkpoint.tensor("lm_head"), weights["lm_head"])
 
 
 def test_names_and_shapes_are_those_of_the_configuration(tiny):
     checkpoint = open_checkpoint(tiny)
     shapes = {name: checkpoint.tensor(name).shape for name in checkpoint.names()}
-    assert shapes == tensor_shapes(checkpoint.config)
+    specs = param_specs(checkpoint.config)
+    assert shapes == {name: spec.shape for name, spec in specs.items()}
     assert shapes["layers.1.q"] == (3, 2, 16, 48)
     assert shapes["layers.1.down"] == (96, 48)
     assert checkpoint.stored("layers.1.k") == ("F32", 3 * 16 * 48 * 4)
@@ -93,12 +94,12 @@ def test_the_configuration_and_the_name(tiny):
     assert not config.tie_word_embeddings
 
 
-def test_tied_embeddings_have_no_unembedding(tmp_path):
+def test_tied_embeddings_have_no_lm_head(tmp_path):
     checkpoint = open_checkpoint(write_tiny_checkpoint(tmp_path / "tied.gguf"))
     assert checkpoint.config.tie_word_embeddings
-    assert "unembed" not in checkpoint.names()
-    with pytest.raises(CheckpointError, match="no tensor 'unembed'"):
-        checkpoint.tensor("unembed")
+    assert "lm_head" not in checkpoint.names()
+    with pytest.raises(CheckpointError, match="no tensor 'lm_head'"):
+        checkpoint.tensor("lm_head")
 
 
 def test_a_folder_with_one_file_is_a_checkpoint(tiny, tmp_path):
@@ -127,7 +128,7 @@ def test_the_demo_is_what_was_published():
     assert (config.num_layers, config.num_heads, config.num_kv_heads) == (30, 9, 3)
     assert (config.head_dim, config.rope_theta) == (64, 1e5)
     assert config.max_position_embeddings == 8192
-    assert sum(np.prod(shape) for shape in tensor_shapes(config).values()) == 134_515_008
+    assert sum(np.prod(spec.shape) for spec in param_specs(config).values()) == 134_515_008
     check_layer(fetch_demo(), 7)
 
 
@@ -264,7 +265,7 @@ def with_tensor_type(content: bytes, name: str, number: int) -> bytes:
         (lambda c: with_metadata(c, "llama.block_count", 1), "holds 9 tensors that .* not known"),
         (
             lambda c: with_metadata(c, "llama.feed_forward_length", 95),
-            r"'blk\.0\.ffn_gate\.weight' has the shape \(96, 48\), .* \(95, 48\)",
+            r"'blk\.0\.ffn_gate\.weight' has the shape \(96, 48\), but .* \(95, 48\)",
         ),
         (lambda c: with_metadata(c, "llama.rope.dimension_count", 8), "only 16 is supported"),
         (lambda c: with_metadata(c, "llama.attention.value_length", 8), "only 16 is supported"),
@@ -289,7 +290,7 @@ def test_files_that_are_another_model(tiny, tmp_path, change, complaint):
     [
         (b"\x04\0\0\0\0\0\0\0gpt2", b"\x04\0\0\0\0\0\0\0bert", "of the kind 'bert'"),
         (b"smollm", b"falcon", "pre-tokenizer 'falcon', supported are smollm, gpt-2, llama"),
-        (b"tokenizer.ggml.merges", b"tokenizer.ggml.mergez", "carries no usable tokenizer"),
+        (b"tokenizer.ggml.merges", b"tokenizer.ggml.mergez", "holds no usable tokenizer"),
         (b"\x04\0\0\0\0\0\0\0\xc4\xa0 t", b"\x04\0\0\0\0\0\0\0\xc4\xa0 \x01", "merges are broken"),
         (b"[unused7]", b"[unused8]", "1 of 384 tokens repeat"),
     ],

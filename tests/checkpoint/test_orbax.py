@@ -2,14 +2,17 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
-from fairkv_jax.checkpoint import CheckpointError, open_checkpoint
+from fairkv_jax.checkpoint import Checkpoint, CheckpointError, open_checkpoint
 from fairkv_jax.checkpoint import convert as convert_module
 from fairkv_jax.checkpoint.__main__ import main
+from fairkv_jax.checkpoint.base import LazyTensor
 from fairkv_jax.checkpoint.convert import convert
+from fairkv_jax.checkpoint.orbax_checkpoint import record_checksum
 from fairkv_jax.plan import Profile
 from tests.oracle.tiny import write_tiny_checkpoint
 from tests.oracle.tiny_hf import write_tiny_folder
@@ -24,6 +27,7 @@ FAMILIES = {
     "llama3": {"rope_scaling": LLAMA3},
     "qwen2": {"architecture": "qwen2", "tie_word_embeddings": False},
     "qwen3": {"architecture": "qwen3"},
+    "gemma": {"architecture": "gemma"},
 }
 
 
@@ -102,9 +106,9 @@ def read_all(folder: Path) -> None:
         checkpoint.tensor(name)
 
 
-def flip(path: Path, place: int) -> None:
+def flip(path: Path, offset: int) -> None:
     content = bytearray(path.read_bytes())
-    content[place] ^= 0x40
+    content[offset] ^= 0x40
     path.write_bytes(content)
 
 
@@ -133,10 +137,10 @@ def test_no_flipped_byte_passes(converted, expected):
     rng = np.random.default_rng(0)
     said = []
     for path in files_of(converted):
-        for place in rng.integers(0, path.stat().st_size, 8):
-            flip(path, place)
+        for offset in rng.integers(0, path.stat().st_size, 8):
+            flip(path, offset)
             said += complaints(converted, expected)
-            flip(path, place)
+            flip(path, offset)
     assert len(said) > 20
     for complaint in said:
         assert f"tensor {complaint.partition(':')[0]!r} is damaged" in complaint
@@ -161,8 +165,8 @@ def test_no_truncated_or_missing_file_passes(converted, expected):
 def test_the_byte_of_a_tensor_is_that_tensors_error(gguf, converted):
     needle = open_checkpoint(gguf).tensor("layers.1.k")[1].tobytes()
     for path in (converted / "params").rglob("*"):
-        if path.is_file() and (place := path.read_bytes().find(needle)) >= 0:
-            flip(path, place + 100)
+        if path.is_file() and (offset := path.read_bytes().find(needle)) >= 0:
+            flip(path, offset + 100)
     checkpoint = open_checkpoint(converted)
     with pytest.raises(CheckpointError, match=r"tensor 'layers\.1\.k' is damaged in the rows from"):
         checkpoint.tensor("layers.1.k")
@@ -177,7 +181,11 @@ def test_the_byte_of_a_tensor_is_that_tensors_error(gguf, converted):
             lambda c: c.replace('"rope_theta": 1', '"rope_theta": 2'),
             "model.json is damaged",
         ),
-        ("model.json", lambda c: c.replace('"format": 1', '"format": 2'), "format 2, read is 1"),
+        (
+            "model.json",
+            lambda c: c.replace('"format": 1', '"format": 2'),
+            "format 2, supported",
+        ),
         ("model.json", lambda c: c[: len(c) // 2], "model.json is damaged"),
         ("tokenizer.json", lambda c: c.replace("the", "teh"), "tokenizer.json is damaged"),
         ("tokenizer_config.json", None, "lacks tokenizer_config.json"),
@@ -211,6 +219,45 @@ def test_a_killed_conversion_leaves_nothing_that_loads(gguf, tmp_path, monkeypat
             open_checkpoint(left)
     read_all(convert(open_checkpoint(gguf), target))
     assert [path.name for path in tmp_path.iterdir()] == ["converted"]
+
+
+class EarlierNames:
+    """A checkpoint with the tensor names of the first converted checkpoints."""
+
+    def __init__(self, checkpoint: Checkpoint):
+        self._checkpoint = checkpoint
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._checkpoint, name)
+
+    def names(self) -> tuple[str, ...]:
+        return tuple(name.replace("lm_head", "unembed") for name in self._checkpoint.names())
+
+    def lazy(self, name: str) -> LazyTensor:
+        return self._checkpoint.lazy(name.replace("unembed", "lm_head"))
+
+
+def test_checkpoints_of_earlier_versions_load(tmp_path, small_chunks):
+    """They call lm_head "unembed", and their configuration lacks the fields that Gemma needs."""
+    path = write_tiny_checkpoint(tmp_path / "Tiny.gguf", tie_word_embeddings=False)
+    source = open_checkpoint(path)
+    earlier: Any = EarlierNames(source)
+    folder = convert(earlier, tmp_path / "converted")
+    record = json.loads((folder / "model.json").read_text())
+    assert "unembed" in record["tensors"]
+    assert "lm_head" not in record["tensors"]
+    for key in ("activation", "norm_offset", "scale_embeddings"):
+        del record["config"][key]
+    record["sha256"] = record_checksum(record)
+    (folder / "model.json").write_text(json.dumps(record))
+    copy = open_checkpoint(folder)
+    assert copy.config == source.config
+    assert copy.names() == source.names()
+    for name in ("lm_head", "embed"):
+        np.testing.assert_array_equal(copy.tensor(name), source.tensor(name))
+        assert copy.stored(name) == ("float32", 384 * 48 * 4)
+    again = open_checkpoint(convert(copy, tmp_path / "again"))
+    np.testing.assert_array_equal(again.tensor("lm_head"), source.tensor("lm_head"))
 
 
 def test_nothing_is_overwritten(gguf, converted):

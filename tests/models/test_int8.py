@@ -19,7 +19,9 @@ def rounded(matrix: np.ndarray) -> np.ndarray:
     return np.rint(matrix / steps) * steps
 
 
-@pytest.mark.parametrize(("architecture", "tie"), [("qwen2", True), ("qwen3", False)])
+@pytest.mark.parametrize(
+    ("architecture", "tie"), [("qwen2", True), ("qwen3", False), ("gemma", True)]
+)
 def test_logits_are_those_of_rounded_weights(tmp_path: Path, architecture: str, tie: bool):
     path = write_tiny_checkpoint(
         tmp_path / "tiny.gguf", architecture=architecture, tie_word_embeddings=tie

@@ -1,4 +1,7 @@
-"""Byte-level BPE with single digits (SmolLM's), by the book and slowly; text without specials."""
+"""BPE tokenizers, by the book and slowly, for text without special tokens.
+
+`encode` is byte-level BPE with single digits (SmolLM's), `encode_by_score` SentencePiece's BPE.
+"""
 
 import unicodedata
 from itertools import pairwise
@@ -83,3 +86,28 @@ def merge_word(parts: list[str], ranks: dict[tuple[str, ...], int]) -> list[str]
             return parts
         _, i = min(pairs)
         parts = [*parts[:i], parts[i] + parts[i + 1], *parts[i + 2 :]]
+
+
+def encode_by_score(
+    text: str, scores: dict[str, float], user_defined: str | None = None, *, prefix: str = ""
+) -> list[str]:
+    """The pieces of a text: merges by the score of the result, leftmost first; the rest is bytes.
+
+    `user_defined` is a piece that is cut out of the normalized text first.
+    """
+    pieces = []
+    normalized = (prefix + text).replace(" ", "▁")
+    for i, part in enumerate(normalized.split(user_defined) if user_defined else [normalized]):
+        pieces += [user_defined] * (i > 0)
+        symbols = list(part)
+        while True:
+            joined = [left + right for left, right in pairwise(symbols)]
+            found = [(-scores[piece], i) for i, piece in enumerate(joined) if piece in scores]
+            if not found:
+                break
+            _, i = min(found)
+            symbols[i : i + 2] = [joined[i]]
+        for symbol in symbols:
+            known = symbol in scores
+            pieces += [symbol] if known else [f"<0x{byte:02X}>" for byte in symbol.encode()]
+    return pieces

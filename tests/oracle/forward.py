@@ -2,11 +2,12 @@
 
 Written from the formulas, with the head order and the RoPE convention in which Llama models are
 published: projections are [out, in], query head n attends to KV head n // G, RoPE rotates the
-halves of a head (row i with row i + H/2). What a model has beside, its weights say: biases of
-queries, keys and values, norms of query and key heads.
+halves of a head (row i with row i + H/2). The weights show what else a model has: biases of
+queries, keys and values, norms of query and key heads. Gemma's norms, gate and embeddings differ by
+fields of the model.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,6 +33,17 @@ _NAMES = {
 }
 
 
+def silu(x: np.ndarray) -> np.ndarray:
+    """x * sigmoid(x), without overflow for very negative x."""
+    return x * np.exp(np.minimum(x, 0)) / (1 + np.exp(-np.abs(x)))
+
+
+def gelu_tanh(x: np.ndarray) -> np.ndarray:
+    """Hendrycks and Gimpel (2016): 0.5 x (1 + tanh(sqrt(2/pi) (x + 0.044715 x^3)))."""
+    inner = x.dtype.type(np.sqrt(2 / np.pi)) * (x + x.dtype.type(0.044715) * x * x * x)
+    return x.dtype.type(0.5) * x * (1 + np.tanh(inner))
+
+
 @dataclass(frozen=True)
 class Llama:
     """Published-layout weights by name ("embed_tokens", "layers.0.q_proj", ...) and sizes.
@@ -47,7 +59,13 @@ class Llama:
     rope_theta: float
     rms_norm_eps: float
     rope_divisors: np.ndarray | None = None
-    """[H/2], what the frequencies of a stretched model are divided by."""
+    """[H/2], divisors of the rotary frequencies of a model that was scaled to longer contexts."""
+    activation: Callable[[np.ndarray], np.ndarray] = silu
+    """Of the MLP's gate."""
+    norm_offset: float = 0.0
+    """Added to the weights of norms: 1 in Gemma."""
+    embedding_scale: float = 1.0
+    """The factor of embeddings: sqrt(D) in Gemma."""
 
 
 @dataclass(frozen=True)
@@ -85,6 +103,13 @@ def read_llama(path: Path) -> Llama:
         else:
             names = {"token_embd": "embed_tokens", "output_norm": "norm", "output": "lm_head"}
             weights[names[parts[0]]] = value
+    gemma = {}
+    if architecture == "gemma":
+        # Converters add the 1 to the weights of norms.
+        norms = {name: value - 1 for name, value in weights.items() if name.endswith("norm")}
+        weights |= norms
+        scale = np.sqrt(meta("embedding_length"))
+        gemma = {"activation": gelu_tanh, "norm_offset": 1.0, "embedding_scale": scale}
     return Llama(
         weights=weights,
         num_layers=meta("block_count"),
@@ -94,6 +119,7 @@ def read_llama(path: Path) -> Llama:
         rope_theta=meta("rope.freq_base"),
         rms_norm_eps=meta("attention.layer_norm_rms_epsilon"),
         rope_divisors=divisors,
+        **gemma,
     )
 
 
@@ -109,14 +135,17 @@ def forward(model: Llama, token_ids: Sequence[int], dtype: type = np.float32) ->
     def weight(name: str) -> np.ndarray:
         return model.weights[name].astype(dtype, copy=False)
 
+    def norm(x: np.ndarray, name: str) -> np.ndarray:
+        return rms_norm(x, dtype(model.norm_offset) + weight(name), eps)
+
     N, K, T = model.num_heads, model.num_kv_heads, len(token_ids)
     cos, sin = rope_table(T, model.head_dim, model.rope_theta, dtype, model.rope_divisors)
     eps = dtype(model.rms_norm_eps)
-    x = weight("embed_tokens")[np.asarray(token_ids)]
+    x = weight("embed_tokens")[np.asarray(token_ids)] * dtype(model.embedding_scale)
     queries, keys = [], []
     for index in range(model.num_layers):
         layer = f"layers.{index}"
-        h = rms_norm(x, weight(f"{layer}.input_layernorm"), eps)
+        h = norm(x, f"{layer}.input_layernorm")
         q, k, v = (h @ weight(f"{layer}.{name}_proj").T for name in "qkv")
         if f"{layer}.q_proj.bias" in model.weights:
             q = q + weight(f"{layer}.q_proj.bias")
@@ -124,19 +153,18 @@ def forward(model: Llama, token_ids: Sequence[int], dtype: type = np.float32) ->
             v = v + weight(f"{layer}.v_proj.bias")
         q, k, v = _split_heads(q, N), _split_heads(k, K), _split_heads(v, K)
         if f"{layer}.q_norm" in model.weights:
-            q = rms_norm(q, weight(f"{layer}.q_norm"), eps)
-            k = rms_norm(k, weight(f"{layer}.k_norm"), eps)
+            q = norm(q, f"{layer}.q_norm")
+            k = norm(k, f"{layer}.k_norm")
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         attended = attention(q, k, v).transpose(1, 0, 2).reshape(T, -1)
         x = x + attended @ weight(f"{layer}.o_proj").T
-        h = rms_norm(x, weight(f"{layer}.post_attention_layernorm"), eps)
+        h = norm(x, f"{layer}.post_attention_layernorm")
         gate, up = h @ weight(f"{layer}.gate_proj").T, h @ weight(f"{layer}.up_proj").T
-        x = x + (silu(gate) * up) @ weight(f"{layer}.down_proj").T
+        x = x + (model.activation(gate) * up) @ weight(f"{layer}.down_proj").T
         queries.append(q)
         keys.append(k)
-    last = rms_norm(x[-1], weight("norm"), eps)
-    unembed = weight("lm_head" if "lm_head" in model.weights else "embed_tokens")
-    return Forward(unembed @ last, queries, keys)
+    lm_head = weight("lm_head" if "lm_head" in model.weights else "embed_tokens")
+    return Forward(lm_head @ norm(x[-1], "norm"), queries, keys)
 
 
 def _split_heads(x: np.ndarray, heads: int) -> np.ndarray:
@@ -147,11 +175,6 @@ def _split_heads(x: np.ndarray, heads: int) -> np.ndarray:
 def rms_norm(x: np.ndarray, weight: np.ndarray, eps: np.floating) -> np.ndarray:
     """x / sqrt(mean(x^2) + eps), over the last axis, times the weight."""
     return x / np.sqrt(np.mean(x * x, axis=-1, keepdims=True) + eps) * weight
-
-
-def silu(x: np.ndarray) -> np.ndarray:
-    """x * sigmoid(x), without overflow for very negative x."""
-    return x * np.exp(np.minimum(x, 0)) / (1 + np.exp(-np.abs(x)))
 
 
 def rope_table(

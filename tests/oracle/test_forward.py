@@ -3,7 +3,16 @@
 import numpy as np
 import pytest
 
-from tests.oracle.forward import attention, forward, read_llama, rms_norm, rope_table, rotate, silu
+from tests.oracle.forward import (
+    attention,
+    forward,
+    gelu_tanh,
+    read_llama,
+    rms_norm,
+    rope_table,
+    rotate,
+    silu,
+)
 from tests.oracle.tiny import write_tiny_checkpoint
 
 
@@ -39,8 +48,16 @@ def test_rms_norm_and_silu():
     assert np.abs(silu(np.array([-1000.0], np.float32)))[0] == 0
 
 
+def test_gelu_is_close_to_the_normal_distribution_function():
+    # The tanh form approximates x * Phi(x); Phi(1) = 0.841345, Phi(-2) = 0.022750.
+    x = np.array([0.0, 1.0, -2.0, 30.0, -30.0])
+    np.testing.assert_allclose(gelu_tanh(x), [0, 0.841345, -0.0455, 30, 0], atol=4e-4)
+    assert gelu_tanh(np.ones(1, np.float32)).dtype == np.float32
+
+
 def test_attention_is_causal_and_shares_kv_heads():
-    # Head width 1, so that the scale is 1. The logit of key s is ln(s + 1) for both query heads.
+    # The head dimension is 1, so that the scale is 1. The logit of key s is ln(s + 1) for both
+    # query heads.
     k = np.log([[[1.0], [2.0], [3.0]]])
     v = np.array([[[10.0], [20.0], [40.0]]])
     out = attention(np.ones((2, 3, 1)), k, v)
@@ -48,7 +65,7 @@ def test_attention_is_causal_and_shares_kv_heads():
     np.testing.assert_allclose(out[:, :, 0], [expected, expected])
 
 
-def test_attention_scales_by_the_root_of_the_head_width():
+def test_attention_scales_by_the_root_of_the_head_dimension():
     q = np.full((1, 2, 4), 1.0)
     k = np.zeros((1, 2, 4))
     k[0, 1] = np.log(3) / 2  # q.k = 2 ln 3, over sqrt(4): ln 3

@@ -40,8 +40,8 @@ def write_tiny_checkpoint(
 ) -> Path:
     """Writes a model with random float32 weights and a byte-level tokenizer; returns `path`.
 
-    The architecture is "llama", "qwen2" (with biases) or "qwen3" (with norms of heads); only the
-    first one's q and k rows are interleaved. `rope_scaling` is Llama 3.1's, as in config.json.
+    The architecture is "llama", "qwen2" (with biases), "qwen3" (with norms of heads) or "gemma";
+    only Llama's q and k rows are interleaved. `rope_scaling` is Llama 3.1's, as in config.json.
 
     Queries and keys are large enough for attention to prefer some tokens clearly, the residual
     branches for the context to decide the next token: greedy outputs vary, without near-ties.
@@ -62,7 +62,10 @@ def write_tiny_checkpoint(
     if sliding_window is not None:
         writer.add_sliding_window(sliding_window)
     writer.add_vocab_size(vocab_size)
-    _add_tokenizer(writer, vocab_size, pre_tokenizer)
+    if architecture == "gemma":
+        _add_sentencepiece(writer, vocab_size)
+    else:
+        _add_tokenizer(writer, vocab_size, pre_tokenizer)
     if rope_scaling is not None:
         divisors = llama3_divisors(head_dim, rope_theta, rope_scaling)
         writer.add_tensor("rope_freqs.weight", divisors)
@@ -76,14 +79,15 @@ def write_tiny_checkpoint(
         interleaved = heads and architecture == "llama"
         writer.add_tensor(f"{name}.weight", _interleave(matrix, heads) if interleaved else matrix)
 
-    def add_norm(name: str, width: int = D, noise: float = 0.1) -> None:
-        deviations = rng.standard_normal(width, dtype=np.float32)
+    def add_norm(name: str, size: int = D, noise: float = 0.1) -> None:
+        deviations = rng.standard_normal(size, dtype=np.float32)
         writer.add_tensor(f"{name}.weight", 1 + np.float32(noise) * deviations)
 
     def add_bias(name: str, rows: int) -> None:
         writer.add_tensor(f"{name}.bias", rng.standard_normal(rows, dtype=np.float32))
 
-    add_matrix("token_embd", vocab_size, D, gain=np.sqrt(D))
+    # Gemma multiplies embeddings by sqrt(D) itself.
+    add_matrix("token_embd", vocab_size, D, gain=1.0 if architecture == "gemma" else np.sqrt(D))
     for layer in range(num_layers):
         block = f"blk.{layer}"
         add_norm(f"{block}.attn_norm")
@@ -152,3 +156,37 @@ def _add_tokenizer(writer: GGUFWriter, vocab_size: int, pre_tokenizer: str) -> N
     writer.add_unk_token_id(0)
     writer.add_add_bos_token(False)
     writer.add_chat_template(CHAT_TEMPLATE)
+
+
+PIECES = ("▁t", "he", "▁the", "in", "▁a", "an", "and", "▁and", "on", "er", "ing", "▁w", "ll", "▁▁")
+
+
+def sentencepiece_tokens(vocab_size: int) -> list[tuple[str, float, TokenType]]:
+    """Text, score and type by id: Gemma's control tokens, bytes, pieces, characters, unused ones.
+
+    Pieces score higher the earlier they were learned, and characters score lowest.
+    """
+    controls = [("<pad>", TokenType.CONTROL), ("<eos>", TokenType.CONTROL)]
+    controls += [("<bos>", TokenType.CONTROL), ("<unk>", TokenType.UNKNOWN)]
+    tokens = [(text, 0.0, kind) for text, kind in controls]
+    tokens += [(f"<0x{byte:02X}>", 0.0, TokenType.BYTE) for byte in range(256)]
+    tokens += [(piece, -1.0 - i, TokenType.NORMAL) for i, piece in enumerate(PIECES)]
+    tokens[-1] = ("▁▁", 0.0, TokenType.USER_DEFINED)
+    characters = "▁abcdefghijklmnopqrstuvwxyzé漢"
+    tokens += [(c, -100.0 - i, TokenType.NORMAL) for i, c in enumerate(characters)]
+    unused = range(vocab_size - len(tokens))
+    return tokens + [(f"<unused{i}>", 0.0, TokenType.UNUSED) for i in unused]
+
+
+def _add_sentencepiece(writer: GGUFWriter, vocab_size: int) -> None:
+    texts, scores, kinds = zip(*sentencepiece_tokens(vocab_size), strict=True)
+    writer.add_tokenizer_model("llama")
+    writer.add_token_list(texts)
+    writer.add_token_scores(scores)
+    writer.add_token_types(kinds)
+    writer.add_bos_token_id(2)
+    writer.add_eos_token_id(1)
+    writer.add_pad_token_id(0)
+    writer.add_unk_token_id(3)
+    writer.add_add_bos_token(True)
+    writer.add_add_space_prefix(False)

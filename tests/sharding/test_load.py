@@ -11,7 +11,7 @@ import pytest
 
 from fairkv_jax.checkpoint import Checkpoint, open_checkpoint
 from fairkv_jax.checkpoint.base import LazyTensor
-from fairkv_jax.checkpoint.needs import device_bytes
+from fairkv_jax.models.params import device_bytes
 from fairkv_jax.plan import Plan, Profile, make_plan
 from fairkv_jax.sharding import load_weights, shards
 from fairkv_jax.sharding.load_weights import load_model
@@ -65,20 +65,20 @@ def test_every_row_is_read_once_though_heads_have_copies(tiny_checkpoint, int8):
     assert set(checkpoint.reads.values()) == {1}
 
 
-class OnePlace(shards.HostShards):
+class OneDevice(shards.HostShards):
     """The shards of a process that has one of the devices."""
 
-    place = 1
+    device_index = 1
 
     def open(self, layer: int | None) -> dict[int, np.ndarray]:
-        return {self.place: super().open(layer)[self.place]}
+        return {self.device_index: super().open(layer)[self.device_index]}
 
 
 def test_a_process_reads_only_what_its_devices_hold(tiny_checkpoint, monkeypatch):
     checkpoint: Any = Counting(open_checkpoint(tiny_checkpoint))
     layout = SlotLayout.from_plan(skewed_plan(checkpoint, 3))
-    monkeypatch.setattr(load_weights, "make_shards", OnePlace)
-    monkeypatch.setattr("fairkv_jax.checkpoint.layout.BLOCK_VALUES", 1)  # a row a block
+    monkeypatch.setattr(load_weights, "make_shards", OneDevice)
+    monkeypatch.setattr("fairkv_jax.checkpoint.base.BLOCK_VALUES", 1)  # a row a block
     load_model(checkpoint, layout, make_mesh(3), "float32", progress=False)
     slots = layout.slots_per_device
     held = layout.head_of_slot[:, slots : 2 * slots]
@@ -130,7 +130,7 @@ def test_the_bar_counts_the_bytes_of_the_file(tiny_checkpoint, capsys):
 
 
 @pytest.mark.parametrize("int8", [False, True])
-@pytest.mark.parametrize("architecture", ["llama", "qwen2", "qwen3"])
+@pytest.mark.parametrize("architecture", ["llama", "qwen2", "qwen3", "gemma"])
 def test_what_a_device_needs_is_what_it_gets(tmp_path, architecture, int8):
     path = write_tiny_checkpoint(
         tmp_path / "m.gguf", architecture=architecture, tie_word_embeddings=False, vocab_size=385
@@ -140,7 +140,7 @@ def test_what_a_device_needs_is_what_it_gets(tmp_path, architecture, int8):
     args = (checkpoint, SlotLayout.from_plan(plan), make_mesh(2), "bfloat16")
     model = load_model(*args, int8=int8, progress=False)
     held = sum(leaf.addressable_shards[1].data.nbytes for leaf in jax.tree.leaves(model))
-    needs = device_bytes(checkpoint.config, plan, 2, int8=int8)
+    needs = device_bytes(checkpoint.config, plan.slots, plan.num_devices, 2, int8=int8)
     assert sum(needs.values()) == held
 
 

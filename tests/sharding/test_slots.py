@@ -1,6 +1,7 @@
 """From a plan to slots, and weights in slot order on the devices."""
 
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -53,7 +54,7 @@ def test_every_device_holds_its_heads_and_its_part_of_the_rest(
     checkpoint = open_checkpoint(tiny_checkpoint)
     layout = SlotLayout.from_plan(tiny_plan(strategy, num_devices))
     mesh = make_mesh(num_devices)
-    model = load_model(checkpoint, layout, mesh, "float32", progress=False)
+    model: Any = load_model(checkpoint, layout, mesh, "float32", progress=False)
     qkv, out = model.layers.attention.qkv.get_value(), model.layers.attention.out.get_value()
     assert {s.data.shape[2] for s in qkv.addressable_shards} == {layout.slots_per_device}
     for layer, heads in enumerate(layout.head_of_slot):
