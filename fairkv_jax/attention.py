@@ -1,13 +1,36 @@
-"""The attend functions that prefill and decode inject into the model."""
+"""The attention functions that prefill and decode inject into the model."""
+
+from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from fairkv_jax.pallas.ragged_decode import AUTO, Device, PageTable, Pool, append_and_decode
 
 KEY_BLOCK = 256
-"""Keys of a prompt that a block of its queries meets at a time."""
+"""Keys that a block of a prompt's queries is multiplied with at a time."""
+
+Softmax = tuple[Float[Array, "*C q H"], Float[Array, "*C q"], Float[Array, "*C q"]]
+"""A running softmax in float32: the unnormalised output acc, the maximum m, the sum of weights l.
+
+Over several sets of keys, it merges them by the log-sum-exp rule (Dao et al., 2022).
+"""
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class PagedPrefix:
+    """The compressed keys and values that precede a prompt's suffix, in one layer's pages.
+
+    The slots may hold different numbers of tokens, or none. Their keys are rotated already, and
+    every token of the suffix sees all of them.
+    """
+
+    pool: Pool
+    page_table: PageTable
+    """With `starts` [C]."""
+    lengths: Int[Array, "C"]
 
 
 def attend_to_prompt(
@@ -15,35 +38,80 @@ def attend_to_prompt(
     k: Float[Array, "C T H"],
     v: Float[Array, "C T H"],
     start: Int[Array, ""],
+    prefix: PagedPrefix | None = None,
 ) -> Float[Array, "b C G H"]:
-    """Causal attention of a prompt's tokens from `start` on, with a running softmax in float32.
+    """Attention of b tokens of a prompt, from token `start` on, over the prompt up to each of them.
 
-    Memory grows with the block of queries and not with the prompt, and keys that come after the
-    block are never read (Dao et al., 2022). T is at most `KEY_BLOCK`, or a multiple of it.
+    With `prefix`, k and v are those of the prompt's suffix, `start` counts from the suffix's first
+    token, and every query also attends over the whole prefix.
+
+    The sums are in float32. Memory follows the block of queries and not the prompt, and keys that
+    come after the block are never read. T is at most `KEY_BLOCK`, or a multiple of it.
     """
-    num_queries, slots, group, width = q.shape
-    size = min(KEY_BLOCK, k.shape[1])
-    queries = q.transpose(1, 2, 0, 3).reshape(slots, group * num_queries, width)
+    num_queries, slots, group, head_dim = q.shape
+    queries = q.transpose(1, 2, 0, 3).reshape(slots, group * num_queries, head_dim)
     query_at = jnp.tile(start + jnp.arange(num_queries), group)[:, None]
+    size = min(KEY_BLOCK, k.shape[1])
 
-    def add(i: Array, running: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
-        total, peak, mass = running
+    def add(i: Array, softmax: Softmax) -> Softmax:
         keys, values = (jax.lax.dynamic_slice_in_dim(x, i * size, size, 1) for x in (k, v))
-        scores = _product("cqh,csh->cqs", queries, keys) * width**-0.5
-        scores = jnp.where(i * size + jnp.arange(size) <= query_at, scores, -jnp.inf)
-        new_peak = jnp.maximum(peak, scores.max(-1))
-        weights = jnp.exp(scores - new_peak[..., None])
-        decay = jnp.exp(peak - new_peak)
-        update = _product("cqs,csh->cqh", weights.astype(v.dtype), values)
-        return total * decay[..., None] + update, new_peak, mass * decay + weights.sum(-1)
+        is_seen = i * size + jnp.arange(size) <= query_at
+        return _add_keys(softmax, queries, keys, values, is_seen)
 
     nothing = jnp.zeros(queries.shape[:2])
-    running = jnp.zeros(queries.shape), nothing - jnp.inf, nothing
-    # The first keys hold a past one for every query, so that no peak stays infinite.
+    softmax = jnp.zeros(queries.shape), nothing - jnp.inf, nothing
+    if prefix is not None:
+        softmax = _add_prefix(softmax, queries, prefix)
+    # The first block holds a key that each query sees, so that no maximum remains infinite.
     blocks = (start + num_queries - 1) // size + 1
-    total, _, mass = jax.lax.fori_loop(0, blocks, add, running)
-    out = (total / mass[..., None]).astype(q.dtype).reshape(slots, group, num_queries, width)
+    acc, _, l = jax.lax.fori_loop(0, blocks, add, softmax)
+    out = (acc / l[..., None]).astype(q.dtype).reshape(slots, group, num_queries, head_dim)
     return out.transpose(2, 0, 1, 3)
+
+
+def _add_prefix(softmax: Softmax, queries: Float[Array, "C q H"], prefix: PagedPrefix) -> Softmax:
+    """Adds each slot's prefix, slot after slot: the time follows the tokens, not the longest slot.
+
+    The maximum of a slot without a prefix remains infinite.
+    """
+    k_pages, v_pages = prefix.pool
+    page_size, head_dim = k_pages.shape[1:]
+    num_pages = max(1, KEY_BLOCK // page_size)
+    size = num_pages * page_size
+
+    def add_slot(slot: tuple[Softmax, Array, Array, Array]) -> Softmax:
+        softmax, queries, first_entry, length = slot
+
+        def add(i: Array, softmax: Softmax) -> Softmax:
+            page_at = i * num_pages + jnp.arange(num_pages)
+            pages = prefix.page_table.entries(first_entry, page_at)
+            keys, values = (x[pages].reshape(size, head_dim) for x in (k_pages, v_pages))
+            is_token = i * size + jnp.arange(size) < length
+            values = jnp.where(is_token[:, None], values, 0)  # those behind the length may be NaN
+            return _add_keys(softmax, queries, keys, values, is_token)
+
+        return jax.lax.fori_loop(0, -(-length // size), add, softmax)
+
+    slots = softmax, queries, prefix.page_table.starts, prefix.lengths
+    return jax.lax.map(add_slot, slots)
+
+
+def _add_keys(
+    softmax: Softmax,
+    queries: Float[Array, "*C q H"],
+    keys: Float[Array, "*C s H"],
+    values: Float[Array, "*C s H"],
+    is_seen: Bool[Array, "#q s"],
+) -> Softmax:
+    """Adds a block of keys, at least one of which each query sees."""
+    acc, m, l = softmax
+    scores = _product("...qh,...sh->...qs", queries, keys) * queries.shape[-1] ** -0.5
+    scores = jnp.where(is_seen, scores, -jnp.inf)
+    new_m = jnp.maximum(m, scores.max(-1))
+    weights = jnp.exp(scores - new_m[..., None])
+    decay = jnp.exp(m - new_m)
+    update = _product("...qs,...sh->...qh", weights.astype(values.dtype), values)
+    return acc * decay[..., None] + update, new_m, l * decay + weights.sum(-1)
 
 
 def _product(subscripts: str, left: Array, right: Array) -> Array:

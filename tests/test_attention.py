@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fairkv_jax.attention import append_and_attend, attend_to_prompt
+from fairkv_jax.attention import PagedPrefix, append_and_attend, attend_to_prompt
 from fairkv_jax.pallas.ragged_decode import PageTable
 from tests.oracle.forward import attention
 
@@ -31,6 +31,58 @@ def test_attention_over_a_prompt(num_tokens: int, block: int):
         keys, values = (np.where(is_past < start + block, x, 9.0) for x in (k, v))
         out = jax.jit(attend_to_prompt)(q[here], keys, values, start)
         np.testing.assert_allclose(out, want[here], atol=5e-6)
+
+
+@pytest.mark.parametrize("page_size", [16, 512])
+@pytest.mark.parametrize(("num_tokens", "block"), [(1, 1), (255, 255), (512, 128)])
+def test_attention_over_a_suffix_behind_a_ragged_prefix(
+    num_tokens: int, block: int, page_size: int
+):
+    """Lengths of none, one, around a block of keys, and of several blocks with a part."""
+    rng = np.random.default_rng(num_tokens + page_size)
+    lengths = np.array([0, 1, 255, 256, 257, 700])
+    slots = len(lengths)
+    counts = -(-lengths // page_size)
+    starts = np.cumsum(counts) - counts
+    pages = rng.permutation(counts.sum() + 1)[1:].astype(np.int32)
+    pool = np.full((2, counts.sum() + 1, page_size, WIDTH), np.nan, np.float32)
+    prefixes = []
+    for first, length in zip(starts, lengths, strict=True):
+        token = np.arange(length)
+        at = pages[first + token // page_size], token % page_size
+        prefixes.append(rng.standard_normal((2, length, WIDTH), dtype=np.float32))
+        pool[:, *at] = prefixes[-1]
+    prefix = PagedPrefix(
+        (jnp.asarray(pool[0]), jnp.asarray(pool[1])),
+        PageTable(jnp.asarray(pages), jnp.asarray(starts, jnp.int32)),
+        jnp.asarray(lengths, jnp.int32),
+    )
+    q = rng.standard_normal((num_tokens, slots, GROUP, WIDTH), dtype=np.float32)
+    k, v = rng.standard_normal((2, slots, num_tokens, WIDTH), dtype=np.float32)
+    want = suffix_attention(q, k, v, prefixes)
+    for start in range(0, num_tokens, block):
+        here = slice(start, start + block)
+        out = jax.jit(attend_to_prompt)(q[here], k, v, start, prefix)
+        np.testing.assert_allclose(out, want[here], atol=5e-6)
+
+
+def suffix_attention(
+    q: np.ndarray, k: np.ndarray, v: np.ndarray, prefixes: list[np.ndarray]
+) -> np.ndarray:
+    """One softmax in float64 over a slot's prefix and then the suffix up to each token."""
+    num_tokens, slots, group, width = q.shape
+    out = np.zeros(q.shape)
+    for slot in range(slots):
+        keys, values = (
+            np.concatenate([prefixes[slot][i], x[slot]]).astype(np.float64)
+            for i, x in enumerate((k, v))
+        )
+        is_hidden = np.arange(len(keys)) > prefixes[slot].shape[1] + np.arange(num_tokens)[:, None]
+        for head in range(group):
+            scores = q[:, slot, head].astype(np.float64) @ keys.T / np.sqrt(width)
+            weights = np.exp(np.where(is_hidden, -np.inf, scores))
+            out[:, slot, head] = weights / weights.sum(1, keepdims=True) @ values
+    return out
 
 
 def test_append_writes_owned_rows_only_and_attends_over_the_new_token():

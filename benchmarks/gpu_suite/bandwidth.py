@@ -1,7 +1,8 @@
-"""Bytes that must be read over time, beside a copy measured in the same run and beside peers.
+"""Measures the bandwidth of decode attention: the bytes that must be read, divided by the time.
 
-Layers of one pool are walked in one program, as a decode step walks them: launches are not timed
-one by one from the host, and no layer finds its keys in the cache of the last repeat.
+A copy and other implementations are measured in the same run. One program runs all layers of a
+pool, as a decode step does, so that the host does not time launches one by one and no layer finds
+its keys in the cache of the last repeat.
 """
 
 import warnings
@@ -25,7 +26,7 @@ Attend = Callable[..., jax.Array]
 
 
 def measure(sizes: Sizes, device: Device) -> Iterator[dict[str, Any]]:
-    """The copy first; then one record a (width, batch, lengths, implementation)."""
+    """Yields the copy, then one record per (width, batch, lengths, implementation)."""
     copy = copy_bandwidth(sizes)
     yield {"implementation": "copy", "bytes_per_second": copy, "of_copy": 1.0}
     for width in sizes.widths:
@@ -37,14 +38,14 @@ def measure(sizes: Sizes, device: Device) -> Iterator[dict[str, Any]]:
 
 
 def copy_bandwidth(sizes: Sizes) -> float:
-    """Bytes read and written per second by a large copy."""
+    """Bytes that a large copy reads and writes per second."""
     x = drawn(0, (1 << (20 if sizes.interpret else 30),), DTYPE)
     seconds = seconds_of(jax.jit(lambda x: -x), (x,), sizes.repeats)
     return 2 * x.nbytes / seconds
 
 
 def lengths_of(sizes: Sizes, batch: int) -> dict[str, np.ndarray]:
-    """[L, B, K] by name, all of the same mean."""
+    """Lengths [L, B, K] by name, all with the same mean."""
     shape = (sizes.layers, batch, KV_HEADS, sizes.mean_tokens)
     return {name: drawn_lengths(1, *shape, imbalance) for name, imbalance in LENGTHS.items()}
 
@@ -54,12 +55,12 @@ def queries(batch: int, width: int) -> jax.Array:
 
 
 def lower_walk(attend: Attend, lengths: np.ndarray, width: int, cache: CacheShape) -> Lowered:
-    """All layers of `lengths` in one program: (q, k_pages, v_pages, table, lengths) -> out."""
+    """Lowers one program over all layers: (q, k_pages, v_pages, table, lengths) -> out."""
 
     def step(q: Any, k_pages: Any, v_pages: Any, table: Any, lengths: Any) -> jax.Array:
         def layer(q: jax.Array, index: jax.Array) -> tuple[jax.Array, None]:
             out = attend(q, k_pages, v_pages, table, lengths, index)
-            # The next layer's queries hang on this one's output, so that none can be left out.
+            # The next layer's queries depend on this output, so that XLA can remove no layer.
             return (q + 1e-3 * out.astype(q.dtype)).astype(q.dtype), None
 
         return jax.lax.scan(layer, q, jnp.arange(len(lengths)))[0]
@@ -94,7 +95,7 @@ def _compare(sizes: Sizes, device: Device, width: int, batch: int) -> Iterator[d
                 if isinstance(program, Exception):
                     raise program
                 seconds = seconds_of(program, (queries(batch, width), *arrays), sizes.repeats)
-            except Exception as error:  # a peer that cannot run here must not end the suite
+            except Exception as error:  # a failing peer must not end the suite
                 yield record | {"failed": said(error)}
                 continue
             record["layer_us"] = 1e6 * seconds / len(lengths)
@@ -158,9 +159,9 @@ def _padded_attention(
     lengths: Any,
     layer: Any,
 ) -> jax.Array:
-    """Attention over contiguous keys, every (row, KV head) padded to the longest.
+    """Attention over contiguous keys, with every (row, KV head) padded to the longest.
 
-    The keys are views of the same pool, so that the bytes come from memory as ours do.
+    The keys are views of the same pool, so that they are read from memory as the kernels' are.
     """
     batch, _, slots, group, width = q.shape
     pairs = batch * slots

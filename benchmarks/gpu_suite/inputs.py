@@ -1,4 +1,4 @@
-"""Random ragged caches for the measurements, with the lengths that real profiles give."""
+"""Random ragged caches for the measurements, with lengths distributed as in real profiles."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -14,10 +14,10 @@ PAGE = 16
 
 @dataclass(frozen=True)
 class Sizes:
-    """How much is measured: all of it on a GPU, little where only the suite's logic is tested."""
+    """The sizes of the measurements: full on a GPU, tiny where only the suite's logic is tested."""
 
     interpret: bool
-    """Kernels are interpreted on CPU: times mean nothing."""
+    """Whether the kernels are interpreted on CPU, where their times mean nothing."""
     layers: int
     batches: tuple[int, ...]
     widths: tuple[int, ...]
@@ -25,11 +25,11 @@ class Sizes:
     models: tuple[str, ...]
     devices: tuple[int, ...]
     emulated_layers: int | None
-    """None: all that the model has."""
+    """None: all layers of the model."""
     emulated_batch: int
     repeats: int
     tiles: int
-    """Most candidates of a backend and head width, where tiles are searched."""
+    """Maximum number of tile candidates per backend and head dimension."""
 
 
 FULL = Sizes(
@@ -93,7 +93,7 @@ def page_table(seed: int, lengths: np.ndarray, shape: CacheShape, *, room: int =
 
 
 def drawn(seed: int, shape: tuple[int, ...], dtype: str, scale: float = 1.0) -> jax.Array:
-    """Normal numbers, made on the device: by the gigabyte they would take the host minutes."""
+    """Normal random numbers, drawn on the device: the host would need minutes for gigabytes."""
     key = jax.random.key(seed, impl="rbg")
     return jax.jit(lambda key: scale * jax.random.normal(key, shape, dtype))(key)
 
@@ -101,7 +101,7 @@ def drawn(seed: int, shape: tuple[int, ...], dtype: str, scale: float = 1.0) -> 
 def drawn_lengths(
     seed: int, layers: int, batch: int, heads: int, mean: int, imbalance: float
 ) -> np.ndarray:
-    """[L, B, K] lengths of that mean; heads of a layer differ by `imbalance`, rows a little."""
+    """Lengths [L, B, K] with that mean, whose heads differ by `imbalance` and whose rows little."""
     rng = np.random.default_rng(seed)
     if imbalance == 0:
         return np.full((layers, batch, heads), mean, np.int32)

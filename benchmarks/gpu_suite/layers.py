@@ -1,4 +1,4 @@
-"""One device's part of a decode step: all attention layers, and all that is split evenly."""
+"""One device's share of a decode step: its attention layers, and what is split evenly."""
 
 from typing import Any
 
@@ -16,7 +16,7 @@ DTYPE = "bfloat16"
 
 
 def lower_attention(shape: ModelShape, device: Device, lengths: np.ndarray) -> Lowered:
-    """Norm, projections, append and attend, and the output projection of every layer."""
+    """Lowers norm, projections, attention with append, and output projection of all layers."""
     num_layers, batch, slots = lengths.shape
     group, width = shape.num_heads // shape.num_kv_heads, shape.head_dim
     cache = CacheShape.of(lengths, room=1)
@@ -47,7 +47,7 @@ def lower_attention(shape: ModelShape, device: Device, lengths: np.ndarray) -> L
 
 
 def attention_seconds(program: Any, shape: ModelShape, lengths: np.ndarray, repeats: int) -> float:
-    """Of walking all layers with these lengths [L, B, C]."""
+    """Seconds for all layers with these lengths [L, B, C]."""
     cache = CacheShape.of(lengths, room=1)
     pages = cache.pages(shape.head_dim, DTYPE).shape
     pool = [(drawn(3, pages, DTYPE), drawn(4, pages, DTYPE))]
@@ -58,7 +58,7 @@ def attention_seconds(program: Any, shape: ModelShape, lengths: np.ndarray, repe
     x = jnp.ones((lengths.shape[1], shape.hidden_size), DTYPE)
 
     def again() -> Any:
-        # The pool is donated, as in the engine: the next call takes what this one gives back.
+        # The pool is donated, as in the engine: the next call takes the one that this returns.
         y, pool[0] = program(x, pool[0], *weights, table, counts)
         return y
 
@@ -66,7 +66,7 @@ def attention_seconds(program: Any, shape: ModelShape, lengths: np.ndarray, repe
 
 
 def lower_rest(shape: ModelShape, num_devices: int, batch: int) -> Lowered:
-    """One device's part of all MLPs and of the logits."""
+    """Lowers one device's share of all MLPs and of the logits."""
 
     def step(x: Any, gate: Any, up: Any, down: Any, unembed: Any) -> Any:
         def layer(x: Any, weights: Any) -> tuple[Any, None]:
@@ -82,7 +82,7 @@ def lower_rest(shape: ModelShape, num_devices: int, batch: int) -> Lowered:
 
 
 def rest_weights(shape: ModelShape, num_devices: int) -> list[jax.Array]:
-    """For `rest_seconds`: the same at every batch."""
+    """The weights for `rest_seconds`, which are the same at every batch."""
     shapes = _rest_weights(shape, num_devices)
     return [drawn(at, each, DTYPE, 0.02) for at, each in enumerate(shapes)]
 
@@ -93,7 +93,7 @@ def rest_seconds(program: Any, weights: list[jax.Array], batch: int, repeats: in
 
 
 def _attention_weights(shape: ModelShape, lengths: np.ndarray) -> list[tuple[int, ...]]:
-    """Query, key and value projections as one, and the output projection."""
+    """Shapes of the joined query, key and value projections, and of the output projection."""
     layers, _, slots = lengths.shape
     group = shape.num_heads // shape.num_kv_heads
     rows = slots * shape.head_dim

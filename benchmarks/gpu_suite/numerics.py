@@ -1,4 +1,4 @@
-"""Every backend against float64 NumPy on fresh random inputs; unused places hold NaN."""
+"""Compares every backend with float64 NumPy on new random inputs; unused places hold NaN."""
 
 from collections.abc import Iterator
 from functools import partial
@@ -18,7 +18,7 @@ MAX_PAGES = 9
 
 
 def measure(sizes: Sizes, device: Device) -> Iterator[dict[str, Any]]:
-    """One record a type, head width and backend: |out - exact| / |exact|."""
+    """Yields |out - exact| / |exact| per type, head dimension and backend."""
     seed = int.from_bytes(np.random.default_rng().bytes(4))
     for dtype, limit in LIMITS.items():
         cases = {width: _case(seed, width, dtype) for width in sizes.widths}
@@ -45,7 +45,7 @@ def _compare(
 ) -> dict[str, Any]:
     try:
         out = np.asarray(program(*_typed(case, dtype)), np.float64)
-    except Exception as error:  # what the other backends compute is worth knowing
+    except Exception as error:  # the other backends are still worth comparing
         return {"passed": False, "failed": said(error)}
     exact = _exact(*case)
     error = float(np.linalg.norm(out - exact) / np.linalg.norm(exact))
@@ -53,7 +53,7 @@ def _compare(
 
 
 def _case(seed: int, width: int, dtype: str) -> tuple[np.ndarray, ...]:
-    """q, keys, values in float64, already rounded to `dtype`, a page table and lengths."""
+    """Queries, keys and values in float64 but rounded to `dtype`, a page table and lengths."""
     rng = np.random.default_rng(seed)
     full = MAX_PAGES * PAGE
     edges = [0, 1, PAGE - 1, PAGE, PAGE + 1, full, *rng.integers(0, full, 10)]

@@ -23,7 +23,8 @@ class PageTable:
     """
 
     pages: Int[Array, "E"]
-    starts: Int[Array, "*L B C"]
+    starts: Int[Array, "*axes C"]
+    """[B,C], or [L,B,C]; [C] for a single row."""
 
     @classmethod
     def from_dense(cls, table: Int[Array, "*L B C max_pages"]) -> "PageTable":
