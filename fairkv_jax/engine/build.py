@@ -73,8 +73,8 @@ def build_engine(
         kv_head_budgets: for the policy `head_budgets`: a profile, or the path of its JSON file,
             whose tokens are the budgets.
         head_plan: a strategy, a plan, or the path of a plan's JSON file.
-        max_extra_replicas: most extra replicas per layer, for `fair_copying`; None: one less than
-            devices.
+        max_extra_replicas: most extra replicas per layer, for `fair_copying`; None: limited by the
+            slots only.
         kv_cache_memory_bytes: of the KV pool over all devices; None: 1 GiB on CPU, and on GPUs
             what `gpu_memory_utilization` leaves beside the weights.
         prefill_block: prompt tokens that pass a layer at a time; None: 128 on CPU, 1024 on GPUs.

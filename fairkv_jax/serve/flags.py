@@ -44,7 +44,10 @@ _ENGINE_FLAGS = {
             "head_plan", str, "fair_copying", "static, best_effort, fair_copying, or a plan's file"
         ),
         _Flag(
-            "max_extra_replicas", int, None, "most extra head copies a layer (default: devices - 1)"
+            "max_extra_replicas",
+            int,
+            None,
+            "maximum replicas per layer beyond one per head (default: limited by the slots only)",
         ),
         _Flag("max_num_seqs", int, EngineConfig.max_num_seqs, "requests that run at a time"),
         _Flag("gpu_memory_utilization", float, 0.9, "part of a GPU for weights and KV cache"),
