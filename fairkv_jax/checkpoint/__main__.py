@@ -18,7 +18,7 @@ from fairkv_jax.checkpoint.orbax_checkpoint import DTYPES
 from fairkv_jax.config import QUANTIZATIONS
 from fairkv_jax.models import param_specs
 from fairkv_jax.models.params import device_bytes
-from fairkv_jax.plan import STRATEGIES, Profile, make_plan
+from fairkv_jax.plan import STRATEGIES, ModelShape, Profile, make_plan
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -120,6 +120,8 @@ def _describe_mesh(checkpoint: Checkpoint, options: argparse.Namespace) -> str:
     profile = checkpoint.profile
     if profile is None:
         profile = Profile.uniform(config.num_layers, config.num_kv_heads, 1024)
+    # Without the model's shape the planner would take replicated weights to cost nothing.
+    profile = dataclasses.replace(profile, shape=ModelShape.from_config(config))
     plan = make_plan(profile, options.devices, options.head_plan)
     itemsize = np.dtype(DTYPES[options.dtype]).itemsize
     needs = device_bytes(

@@ -9,8 +9,8 @@ from absl import flags
 from rich.console import Console
 
 from fairkv_jax.command_line import with_underscores
-from fairkv_jax.plan.cost import HARDWARE, CostModel
-from fairkv_jax.plan.make import ROW_SPLITS, STRATEGIES, make_plan
+from fairkv_jax.plan.cost import HARDWARE, MAX_BATCH
+from fairkv_jax.plan.make import ROW_SPLITS, STRATEGIES, default_cost, make_plan
 from fairkv_jax.plan.objective import OBJECTIVES
 from fairkv_jax.plan.plan import Plan
 from fairkv_jax.plan.profile import Profile
@@ -26,6 +26,7 @@ COMPARED = (
     ("fair_copying", "proportional"),
 )
 GIB = 1 << 30
+DEPRECATED_FLAGS = {"--max_copies": "--max_extra_replicas"}
 
 
 def define_flags() -> flags.FlagValues:
@@ -40,14 +41,20 @@ def define_flags() -> flags.FlagValues:
         "row_split", "equal", ROW_SPLITS, "how replicas share rows", flag_values=values
     )
     flags.DEFINE_integer(
-        "max_extra_replicas", None, "most replicas per layer beyond one per head; default P - 1",
+        "max_extra_replicas", None,
+        "maximum replicas per layer beyond one per head; default: limited by the slots only",
         flag_values=values,
     )  # fmt: skip
     flags.DEFINE_integer("max_slots", None, "most heads on a device in a layer", flag_values=values)
     flags.DEFINE_enum(
         "objective", "latency", OBJECTIVES, "least step time, or most tokens/s", flag_values=values
     )
-    flags.DEFINE_integer("batch", 16, "rows of the decode batch (latency)", flag_values=values)
+    flags.DEFINE_integer(
+        "batch", None,
+        "rows of the decode batch (latency); default: what the hardware's memory holds, at most "
+        f"{MAX_BATCH}",
+        flag_values=values,
+    )  # fmt: skip
     flags.DEFINE_float(
         "device_memory", None,
         "GiB for weights and cache on a device; under throughput the default is the hardware's",
@@ -79,7 +86,7 @@ def parse(arguments: list[str]) -> flags.FlagValues:
         ValueError: an unknown flag, a bad value or a missing profile.
     """
     values = define_flags()
-    names = [with_underscores(argument) for argument in arguments]
+    names = [_current_name(with_underscores(argument)) for argument in arguments]
     try:
         rest = values(["plan", *names])[1:]
     except flags.Error as error:
@@ -93,10 +100,26 @@ def parse(arguments: list[str]) -> flags.FlagValues:
     return values
 
 
+def _current_name(argument: str) -> str:
+    """The argument with a deprecated flag's name replaced; warns on stderr."""
+    name, equals, value = argument.partition("=")
+    if name not in DEPRECATED_FLAGS:
+        return argument
+    new = DEPRECATED_FLAGS[name]
+    print(f"warning: {name} is deprecated, use {new} instead", file=sys.stderr)
+    return f"{new}{equals}{value}"
+
+
 def run(values: flags.FlagValues, console: Console) -> None:
     """Plans with every strategy, shows the chosen one among them, writes what is asked for."""
     profile = Profile.from_json(Path(values.profile).read_text(encoding="utf-8"))
-    cost = _cost(profile, values)
+    cost = default_cost(
+        profile,
+        values.devices,
+        values.hardware,
+        batch=values.batch,
+        itemsize=values.itemsize,
+    )
     memory = None if values.device_memory is None else values.device_memory * GIB
     if values.objective == "throughput" and memory is None:
         memory = HARDWARE[values.hardware].memory_bytes
@@ -144,15 +167,6 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1
     return 0
-
-
-def _cost(profile: Profile, values: flags.FlagValues) -> CostModel:
-    shape = profile.shape or find_shape(profile.model)
-    if shape is None:
-        return CostModel.tokens_only(values.hardware, batch=values.batch)
-    return CostModel.of(
-        shape, values.devices, values.hardware, batch=values.batch, itemsize=values.itemsize
-    )
 
 
 def _compare(plan_with: Callable[[str, str], Plan], chosen: Plan) -> list[Plan]:

@@ -5,15 +5,20 @@ from math import comb
 
 import numpy as np
 
+from fairkv_jax.plan.pack import MANY_HEADS
+
 MAX_CHOICES = 13_000
 
 
 def replica_choices(heads: int, devices: int, max_extra_replicas: int) -> np.ndarray:
     """Every replica count per head, int [R, K], fewest copies first.
 
-    As many copies as `max_extra_replicas` and MAX_CHOICES allow: 8 heads with up to 8 copies are
-    12,870 choices, 64 heads with up to 2 copies are 2,145.
+    As many extra replicas as `max_extra_replicas` and MAX_CHOICES allow: 8 heads with up to 8
+    extra replicas have 12,870 choices. More than MANY_HEADS heads have only the choice without
+    extra replicas, because the greedy search balances them well enough.
     """
+    if heads > MANY_HEADS:
+        max_extra_replicas = 0
     while comb(heads + max_extra_replicas, heads) > MAX_CHOICES:
         max_extra_replicas -= 1
     # Stars and bars: the last bin holds the copies that are not used.

@@ -17,6 +17,11 @@ class Hardware:
     memory_bytes: int
 
 
+MAX_BATCH = 256
+"""The most rows that a server decodes at a time unless it is told otherwise."""
+MEMORY_UTILIZATION = 0.9
+"""The fraction of a device's memory that weights and cache may take, as in `serve`."""
+
 HARDWARE: dict[str, Hardware] = {
     "A100": Hardware(2.039e12, 80 * 10**9),
     "H100": Hardware(3.35e12, 80 * 10**9),
@@ -41,7 +46,8 @@ class CostModel:
 
     a_seconds: float
     b_seconds_per_token: float
-    batch: int = 16
+    batch: int
+    """Rows of the decode batch."""
     rest_seconds: float = 0.0
     """What no plan changes: MLPs and logits, spread evenly over the devices."""
     head_bytes: float = 0.0
@@ -71,7 +77,7 @@ class CostModel:
         num_devices: int,
         hardware: str = "H100",
         *,
-        batch: int = 16,
+        batch: int,
         itemsize: int = 2,
     ) -> Self:
         """The cost of a model on `num_devices` of that hardware, bound by memory reads.
@@ -97,7 +103,7 @@ class CostModel:
         )
 
     @classmethod
-    def tokens_only(cls, hardware: str = "H100", *, batch: int = 16, head_dim: int = 128) -> Self:
+    def tokens_only(cls, hardware: str = "H100", *, batch: int, head_dim: int = 128) -> Self:
         """For a model of unknown widths: weights count nothing, only tokens do."""
         b = 4 * head_dim / HARDWARE[hardware].bandwidth
         return cls(0.0, b, batch=batch, token_bytes=4 * head_dim, hardware=hardware)

@@ -10,7 +10,7 @@ SEARCHED = 4
 
 
 def equal_splits(
-    weights: np.ndarray, start: np.ndarray, devices: int, slots: int, max_extra_replicas: int
+    weights: np.ndarray, devices: int, slots: int, max_extra_replicas: int
 ) -> np.ndarray:
     """Adds copies one by one, each time of the head whose copy helps most.
 
@@ -19,7 +19,6 @@ def equal_splits(
 
     Args:
         weights: [L, K] load of a head.
-        start: bool [L, K, P], a placement without copies that is also considered.
 
     Returns:
         shares [max_extra_replicas + 1, L, K, P]: entry e uses at most e copies in every layer.
@@ -28,7 +27,6 @@ def equal_splits(
     replicas = np.ones(weights.shape, int)
     placed = local_search(longest_first(weights, replicas, devices, slots), weights, slots)
     shares, peak = placed.astype(float), loads(placed, weights).max(1)
-    shares, peak = _better(shares, peak, start, weights, replicas)
     found = [shares]
     mean = weights.sum(1) / devices
     for _ in range(min(max_extra_replicas, slots * devices - num_heads, num_heads * (devices - 1))):

@@ -16,6 +16,15 @@ GAP = 1e-6
 Values = float | np.ndarray
 
 
+def num_equal_columns(
+    weights: np.ndarray, start: np.ndarray, slots: int, max_extra_replicas: int
+) -> int:
+    """The number of triples that `equal_columns` gives."""
+    devices = start.shape[1]
+    least, spare = _replica_range(weights, start, slots, max_extra_replicas)
+    return devices * int((np.minimum(devices, least + spare) - least + 1).sum()) * (spare >= 0)
+
+
 def equal_columns(
     weights: np.ndarray, start: np.ndarray, slots: int, max_extra_replicas: int
 ) -> np.ndarray:
@@ -25,8 +34,7 @@ def equal_columns(
     few spare copies, and so few columns.
     """
     num_heads, devices = start.shape
-    least = np.maximum(1, np.ceil(weights / (weights @ start).max() * (1 - 1e-9)).astype(int))
-    spare = min(max_extra_replicas, slots * devices - num_heads) - int((least - 1).sum())
+    least, spare = _replica_range(weights, start, slots, max_extra_replicas)
     columns = [
         (head, count, device)
         for head in range(num_heads)
@@ -34,6 +42,15 @@ def equal_columns(
         for device in range(devices)
     ]
     return np.array(columns if spare >= 0 else [], int).reshape(-1, 3)
+
+
+def _replica_range(
+    weights: np.ndarray, start: np.ndarray, slots: int, max_extra_replicas: int
+) -> tuple[np.ndarray, int]:
+    """The fewest replicas of each head, int [K], and how many more there may be in all."""
+    num_heads, devices = start.shape
+    least = np.maximum(1, np.ceil(weights / (weights @ start).max() * (1 - 1e-9)).astype(int))
+    return least, min(max_extra_replicas, slots * devices - num_heads) - int((least - 1).sum())
 
 
 def solve_equal(

@@ -6,7 +6,7 @@ import numpy as np
 
 from fairkv_jax.plan.labels import balance_labels
 from fairkv_jax.plan.objective import Objective
-from fairkv_jax.plan.pack import tolerance
+from fairkv_jax.plan.pack import MANY_HEADS, tolerance
 from fairkv_jax.plan.search import WORK, Search, Table
 
 BETTER = 1 - 1e-9
@@ -40,60 +40,85 @@ class Frontier:
     best: tuple[Candidate, ...]
     tables: tuple[Table, ...]
 
+    def within(self, limit: int) -> Candidate:
+        """The best candidate with at most `limit` extra replicas per layer."""
+        return self.best[min(limit, len(self.best) - 1)]
+
     def lower_bound(self, copies: int, batch: int) -> float:
         """Attention seconds that no plan with at most so many copies can be below."""
         bounds = [
-            self.objective.attention_seconds(table.slots, table.bounds[copies].sum(), batch)
+            self.objective.attention_seconds(table.slots, self.search.bound(table, copies), batch)
             for table in self.tables
         ]
         unseen = self.tables[-1].slots + 1
         if unseen <= min(self.most_slots, self.search.weights.shape[1]):
-            lasting = self.search.lasting_bounds()[copies].sum()
+            lasting = self.search.lasting_bounds()[copies]
             bounds.append(self.objective.attention_seconds(unseen, lasting, batch))
         return min(bounds)
 
 
-def find_frontier(search: Search, objective: Objective, most_slots: int) -> Frontier:
-    """Searches slot by slot until more slots cannot pay, then refines what may still improve."""
-    entries = range(search.max_extra_replicas + 1)
-    lasting = search.lasting_bounds().sum(1)
-    mean = float(search.weights.sum() / search.devices)
+def find_frontier(
+    search: Search, objective: Objective, most_slots: int, limit: int | None = None
+) -> Frontier:
+    """Searches slot by slot until more slots cannot pay, then refines what may still improve.
+
+    `limit` is the number of extra replicas per layer that will be asked for. The exact solver skips
+    smaller numbers whose lower bound shows that they cannot beat the placement for `limit`.
+    """
+    lasting = search.lasting_bounds()
+    mean = float(search.layer_weights.sum() / search.devices)
     tables: list[Table] = []
     best: list[Candidate] = []
     stale = 0
     worth = 1 - tolerance(search.weights.shape[1])
     for table in search.tables(most_slots):
         if tables:
-            floors = [objective.token_seconds(table.slots, lasting[e], mean) for e in entries]
-            if all(floors[e] >= best[e].token_seconds * worth for e in entries):
+            # The last entry stands for every higher limit too, which more slots make possible.
+            floors = [
+                objective.token_seconds(table.slots, lasting[e], mean)
+                for e in [*range(len(best) - 1), -1]
+            ]
+            if all(f >= b.token_seconds * worth for f, b in zip(floors, best, strict=True)):
                 break
-            gained = (table.peaks < tables[-1].peaks * (1 - 1e-7)).any()
+        found = [judge(search, objective, table, e) for e in range(len(table.peaks))]
+        best = best or found
+        best += [best[-1]] * (len(found) - len(best))
+        better = [_better(*pair) for pair in zip(best, found, strict=True)]
+        if tables:
+            if search.weights.shape[1] > MANY_HEADS:
+                gained = any(new is not old for new, old in zip(better, best, strict=True))
+            else:
+                before = tables[-1].extended(len(table.peaks))
+                gained = bool((table.peaks < before.peaks * (1 - 1e-7)).any())
             stale = 0 if gained else stale + 1
             if stale == STALE:
                 break
-        found = [judge(search, objective, table, e) for e in entries]
-        best = [_better(*pair) for pair in zip(best or found, found, strict=True)]
+        best = better
         tables.append(table)
-    for e in entries:
+    asked = len(best) - 1 if limit is None else min(limit, len(best) - 1)
+    # From the top down: the better the asked entry is, the fewer entries below can improve it.
+    for e in [*range(asked, len(best)), *range(asked - 1, -1, -1)]:
         work = WORK * search.effort
         for index, table in enumerate(tables):
-            floor = objective.token_seconds(table.slots, table.bounds[e].sum(), mean)
-            if floor < best[e].token_seconds * BETTER:
+            if e >= len(table.peaks):
+                continue
+            floor = objective.token_seconds(table.slots, search.bound(table, e), mean)
+            if floor < min(best[e].token_seconds, best[max(e, asked)].token_seconds) * BETTER:
                 tables[index], work = search.refine(table, e, work)
                 best[e] = _better(best[e], judge(search, objective, tables[index], e))
-        if e:
-            best[e] = _better(best[e - 1], best[e])
+    for e in range(1, len(best)):
+        best[e] = _better(best[e - 1], best[e])
     return Frontier(search, objective, most_slots, tuple(best), tuple(tables))
 
 
 def judge(search: Search, objective: Objective, table: Table, copies: int) -> Candidate:
     """One entry of a table under the objective; labels are balanced where memory counts."""
-    shares = table.shares[copies]
-    load = np.einsum("lk,lkp->lp", search.weights, shares)
+    shares = table.shares[copies][search.distinct]
+    load = np.einsum("lk,lkp->lp", search.layer_weights, shares)
     if objective.device_bytes is not None:
         labels = balance_labels(load)
         shares = relabel(shares, labels)
-        load = np.einsum("lk,lkp->lp", search.weights, shares)
+        load = np.einsum("lk,lkp->lp", search.layer_weights, shares)
     slots = int((shares > 0).sum(1).max())
     fullest = float(load.sum(0).max())
     seconds = objective.token_seconds(slots, float(load.max(1).sum()), fullest)

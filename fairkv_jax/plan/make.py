@@ -1,8 +1,10 @@
 """Makes a plan: checks what is asked, runs the strategy, and writes down what the plan costs."""
 
+from dataclasses import replace
+
 import numpy as np
 
-from fairkv_jax.plan.cost import CostModel
+from fairkv_jax.plan.cost import HARDWARE, MAX_BATCH, MEMORY_UTILIZATION, CostModel
 from fairkv_jax.plan.frontier import Candidate, find_frontier, relabel
 from fairkv_jax.plan.labels import balance_labels
 from fairkv_jax.plan.objective import Objective
@@ -33,12 +35,12 @@ def make_plan(
     Args:
         strategy: "static" (contiguous blocks), "best_effort" (no copies) or "fair_copying".
         row_split: how replicas share a head's rows: "equal", or "proportional" to what is free.
-        max_extra_replicas: most copies per layer beyond one per head; by default P-1, with which
-            free shares can fill every device alike.
+        max_extra_replicas: most replicas per layer beyond one per head; by default only the slots
+            limit them.
         max_slots: most heads on a device in any layer.
         device_bytes: most bytes on a device: weights, empty slots and cached tokens.
         objective: "latency", or "throughput" at the batch that `device_bytes` allows.
-        cost: by default an H100's, at a batch of 16.
+        cost: by default `default_cost`: H100s with a batch that their memory holds.
         effort: how much more than usual is left to the exact solver.
 
     Raises:
@@ -83,35 +85,61 @@ def _choose(
     weights = np.take_along_axis(profile.array, order, 1)
     fixed = static_shares(profile.num_layers, profile.num_heads, num_devices)
     fixed = np.take_along_axis(fixed, order[:, :, None], 1)
-    most_copies = profile.num_heads * (num_devices - 1)
+    distinct, which = np.unique(weights, axis=0, return_inverse=True)
+    most = profile.num_heads * (num_devices - 1)
     # One copy more than asked for, to say what it would gain.
     search = Search(
-        weights=weights,
-        static=fixed > 0,
-        max_extra_replicas=min(copies + 1, most_copies) if strategy == "fair_copying" else 0,
+        weights=distinct,
+        distinct=which.reshape(-1),
+        devices=num_devices,
+        max_extra_replicas=min(copies + 1, most) if strategy == "fair_copying" else 0,
         row_split=row_split,
         effort=effort,
     )
-    frontier = find_frontier(search, goal, max_slots or profile.num_heads)
-    copies = min(copies, search.max_extra_replicas)
+    frontier = find_frontier(search, goal, max_slots or profile.num_heads, copies)
     chosen = _judged(weights, fixed, goal)
     if strategy != "static":
-        found = _balanced(weights, frontier.best[copies], goal)
+        found = _balanced(weights, frontier.within(copies), goal)
         chosen = min(found, chosen, key=lambda candidate: candidate.token_seconds)
     batch = goal.batch(chosen.slots, chosen.fullest_tokens)
     if not batch:
         raise ValueError(_memory_error(goal, chosen, strategy))
-    more = frontier.best[-1].token_seconds if strategy == "fair_copying" else np.inf
+    more = frontier.within(copies + 1).token_seconds if strategy == "fair_copying" else np.inf
     shares = np.empty_like(chosen.shares)
     np.put_along_axis(shares, np.broadcast_to(order[:, :, None], shares.shape), chosen.shares, 1)
     bound = frontier.lower_bound(copies, batch)
     return batch, shares, bound, max(0.0, float(chosen.token_seconds / more - 1))
 
 
-def default_cost(profile: Profile, num_devices: int) -> CostModel:
-    """An H100's cost at a batch of 16; of tokens alone where the model's widths are unknown."""
+def default_cost(
+    profile: Profile,
+    num_devices: int,
+    hardware: str = "H100",
+    *,
+    batch: int | None = None,
+    itemsize: int = 2,
+) -> CostModel:
+    """The cost of the profile's model on `num_devices` devices.
+
+    Where the model's shape is unknown, weights cost nothing and only tokens count.
+
+    Args:
+        batch: rows of the decode batch; by default as many rows of this profile as the devices'
+            memory holds beside the weights, at most MAX_BATCH.
+        itemsize: bytes of one weight and of one cached number.
+    """
     shape = profile.shape or find_shape(profile.model)
-    return CostModel.tokens_only() if shape is None else CostModel.of(shape, num_devices)
+    if shape is None:
+        cost = CostModel.tokens_only(hardware, batch=batch or 1)
+    else:
+        cost = CostModel.of(shape, num_devices, hardware, batch=batch or 1, itemsize=itemsize)
+    if batch is not None:
+        return cost
+    slots = -(-profile.num_heads // num_devices)
+    weights = cost.rest_bytes + profile.num_layers * slots * cost.head_bytes
+    free = HARDWARE[hardware].memory_bytes * MEMORY_UTILIZATION - weights
+    row_bytes = float(profile.array.sum()) / num_devices * cost.token_bytes
+    return replace(cost, batch=min(MAX_BATCH, max(1, int(free / row_bytes))))
 
 
 def static_shares(num_layers: int, num_heads: int, num_devices: int) -> np.ndarray:
@@ -153,7 +181,8 @@ def _check(
         )
     if strategy != "fair_copying":
         return 0
-    return num_devices - 1 if max_extra_replicas is None else int(max_extra_replicas)
+    most = profile.num_heads * (num_devices - 1)
+    return most if max_extra_replicas is None else min(int(max_extra_replicas), most)
 
 
 def _judged(weights: np.ndarray, shares: np.ndarray, goal: Objective) -> Candidate:

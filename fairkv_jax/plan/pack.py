@@ -80,19 +80,24 @@ def _exchange(placed: np.ndarray, pieces: np.ndarray, active: np.ndarray, slots:
     fullest = load.argmax(1)
     peak = load[rows, fullest]
     here = on[rows, :, fullest]
+    # Only heads on the fullest device can leave it: at most as many as it has slots.
+    leaving = np.argsort(~here, axis=1, kind="stable")[:, : int(here.sum(1).max())]
+    is_there = here[rows[:, None], leaving]
     # Index `heads` of the second axis stands for no head: a plain move, if there is a slot left.
     given = np.concatenate([weight, np.zeros((count, 1))], 1)
     taken = np.concatenate(
         [on & ~here[:, :, None], (on.sum(1) < slots)[:, None, :]],
         1,
     )
-    moved = weight[:, :, None, None] - given[:, None, :, None]
-    allowed = here[:, :, None, None] & ~on[:, :, None, :] & taken[:, None, :, :]
+    moved = weight[rows[:, None], leaving][:, :, None, None] - given[:, None, :, None]
+    absent = ~on[rows[:, None], leaving]
+    allowed = is_there[:, :, None, None] & absent[:, :, None, :] & taken[:, None, :, :]
     after = np.maximum(peak[:, None, None, None] - moved, load[:, None, None, :] + moved)
     after = np.where(allowed, after, np.inf).reshape(count, -1)
     best = after.argmin(1)
     better = after[rows, best] < peak * (1 - 1e-12)
-    out, into, device = np.unravel_index(best, (heads, heads + 1, devices))
+    out, into, device = np.unravel_index(best, (leaving.shape[1], heads + 1, devices))
+    out = leaving[rows, out]
     for row in np.flatnonzero(better):
         layer = placed[active[row]]
         layer[out[row], fullest[row]] = False

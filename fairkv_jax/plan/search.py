@@ -12,7 +12,7 @@ import numpy as np
 from fairkv_jax.plan.bounds import lower_bounds
 from fairkv_jax.plan.choices import choice_bounds, replica_choices
 from fairkv_jax.plan.equal import equal_splits, try_choices
-from fairkv_jax.plan.exact import equal_columns, solve_equal, solve_proportional
+from fairkv_jax.plan.exact import num_equal_columns, solve_equal, solve_proportional
 from fairkv_jax.plan.pack import tolerance
 from fairkv_jax.plan.proportional import proportional_splits
 
@@ -30,11 +30,16 @@ class Table:
 
     slots: int
     shares: np.ndarray
-    """[E, L, K, P], heads in descending weight."""
+    """[E, U, K, P], heads in descending weight."""
     bounds: np.ndarray
-    """[E, L] what no placement's fullest device can be below."""
+    """[E, U] what no placement's fullest device can be below."""
     peaks: np.ndarray
-    """[E, L] the fullest device of `shares`."""
+    """[E, U] the fullest device of `shares`."""
+
+    def extended(self, entries: int) -> "Table":
+        """The table with its last entry repeated: these slots hold no more extra replicas."""
+        entry = np.minimum(np.arange(entries), len(self.peaks) - 1)
+        return Table(self.slots, self.shares[entry], self.bounds[entry], self.peaks[entry])
 
 
 @dataclass(frozen=True)
@@ -42,21 +47,32 @@ class Search:
     """The problem without costs: weights, devices and the limits that shape the placements."""
 
     weights: np.ndarray
-    """[L, K] in descending order within each layer."""
-    static: np.ndarray
-    """bool [L, K, P], the contiguous placement: no table is worse."""
+    """[U, K] the distinct layers, each in descending order."""
+    distinct: np.ndarray
+    """int [L], which row of `weights` each layer is."""
+    devices: int
     max_extra_replicas: int
     row_split: str
     effort: int = 1
 
     @property
-    def devices(self) -> int:
-        return self.static.shape[2]
+    def layer_weights(self) -> np.ndarray:
+        """[L, K] the weights of every layer."""
+        return self.weights[self.distinct]
+
+    @property
+    def layer_counts(self) -> np.ndarray:
+        """int [U], how many layers each row of `weights` stands for."""
+        return np.bincount(self.distinct, minlength=len(self.weights))
 
     @property
     def least_slots(self) -> int:
         """Fewer slots cannot hold every head once."""
         return -(-self.weights.shape[1] // self.devices)
+
+    def extra_replicas(self, slots: int) -> int:
+        """The most extra replicas that `slots` slots per device can hold within the limit."""
+        return min(self.max_extra_replicas, slots * self.devices - self.weights.shape[1])
 
     def tables(self, most_slots: int) -> Iterator[Table]:
         """Tables of more and more slots, each at least as good as the one before."""
@@ -65,10 +81,9 @@ class Search:
         floors = choice_bounds(self.weights, choices, self.devices)
         before = None
         for slots in range(self.least_slots, min(most_slots, heads) + 1):
-            shares = equal_splits(
-                self.weights, self.static, self.devices, slots, self.max_extra_replicas
-            )
-            bounds = lower_bounds(self.weights, self.devices, slots, self.max_extra_replicas)
+            extra = self.extra_replicas(slots)
+            shares = equal_splits(self.weights, self.devices, slots, extra)
+            bounds = lower_bounds(self.weights, self.devices, slots, extra)
             shares = try_choices(self.weights, shares, choices, floors, slots)
             if self.row_split == "equal":
                 bounds = _raise_bounds(bounds, choices, floors, slots * self.devices)
@@ -79,10 +94,14 @@ class Search:
             yield before
 
     def lasting_bounds(self) -> np.ndarray:
-        """[E, L] bounds that hold for any number of slots."""
-        return lower_bounds(
-            self.weights, self.devices, self.weights.shape[1], self.max_extra_replicas
-        )
+        """[E] bounds on the sum over layers that hold for any number of slots."""
+        num_heads = self.weights.shape[1]
+        bounds = lower_bounds(self.weights, self.devices, num_heads, self.max_extra_replicas)
+        return bounds @ self.layer_counts
+
+    def bound(self, table: Table, limit: int) -> float:
+        """The sum over layers of the table's bounds with at most `limit` extra replicas."""
+        return float(table.bounds[min(limit, len(table.bounds) - 1)] @ self.layer_counts)
 
     def refine(self, table: Table, copies: int, work: int) -> tuple[Table, int]:
         """Hands the most open layers, at that number of copies, to HiGHS.
@@ -91,13 +110,13 @@ class Search:
         """
         gaps = table.peaks[copies] - table.bounds[copies]
         shares, bounds = table.shares.copy(), table.bounds.copy()
-        for layer in np.argsort(-gaps, kind="stable"):
+        for layer in np.argsort(-gaps * self.layer_counts, kind="stable"):
             if gaps[layer] <= CLOSED * table.peaks[copies, layer]:
-                break
+                continue
             weights, start = self.weights[layer], shares[copies, layer]
             size = 2 * start.size
             if self.row_split == "equal":
-                size = len(equal_columns(weights, start, table.slots, copies))
+                size = num_equal_columns(weights, start, table.slots, copies)
             if size > min(work, LARGEST * self.effort):
                 continue
             work -= size
@@ -139,6 +158,7 @@ def _carry_copies(shares: np.ndarray, peaks: np.ndarray) -> np.ndarray:
 
 def _keep_better(table: Table, before: Table) -> Table:
     """What fewer slots hold fits into more slots too."""
+    before = before.extended(len(table.peaks))
     better = table.peaks < before.peaks * (1 - 1e-12)
     shares = np.where(better[:, :, None, None], table.shares, before.shares)
     return Table(table.slots, shares, table.bounds, np.where(better, table.peaks, before.peaks))

@@ -8,15 +8,18 @@ from fairkv_jax.plan import (
     SHAPES,
     CostModel,
     ModelShape,
+    Profile,
     Step,
     calibrate,
+    default_cost,
     find_shape,
+    make_plan,
 )
 
 
 def test_a_and_b_are_bytes_over_bandwidth():
     """Llama-3.3-70B: one head's weights are as many bytes as 72 rows of 1,024 cached tokens."""
-    cost = CostModel.of(SHAPES["llama-3.3-70b"], 8, "H100")
+    cost = CostModel.of(SHAPES["llama-3.3-70b"], 8, "H100", batch=16)
     # q and o: 8 query heads of 128 each; k and v: one head each; all to and from 8,192; bfloat16.
     assert cost.head_bytes == (2 * 8 + 2) * 128 * 8192 * 2
     assert cost.token_bytes == 2 * 128 * 2
@@ -27,7 +30,7 @@ def test_a_and_b_are_bytes_over_bandwidth():
 @pytest.mark.parametrize("hardware", HARDWARE)
 def test_presets_hold_the_whole_70b_model_apart_from_norms_and_embeddings(hardware):
     shape = SHAPES["llama-3.3-70b"]
-    cost = CostModel.of(shape, 8, hardware)
+    cost = CostModel.of(shape, 8, hardware, batch=16)
     weights = cost.rest_bytes * 8 + shape.num_layers * shape.num_kv_heads * cost.head_bytes
     assert weights / 2 == pytest.approx(70.55e9 - 128256 * 8192, rel=0.01)
 
@@ -38,15 +41,29 @@ def test_shapes_are_found_by_name():
     assert find_shape("another") is None
 
 
+def test_the_default_batch_is_what_memory_holds():
+    shape = SHAPES["llama-3.1-8b"]
+    profile = Profile("m", "full", None, ((32768.0,) * 8,) * 32, shape=shape)
+    cost = default_cost(profile, 2, "H100")
+    memory = 0.9 * HARDWARE["H100"].memory_bytes
+    used = cost.rest_bytes + 32 * 4 * cost.head_bytes
+    row_bytes = 32 * 4 * 32768 * cost.token_bytes
+    assert used + cost.batch * row_bytes <= memory < used + (cost.batch + 1) * row_bytes
+    assert default_cost(Profile.uniform(32, 8, 64), 2).batch == 256
+    assert default_cost(Profile.uniform(32, 8, 1e9), 2).batch == 1
+    assert default_cost(profile, 2, batch=7) == CostModel.of(shape, 2, batch=7)
+    assert make_plan(profile, 2).cost.batch == cost.batch
+
+
 def test_bad_costs_are_named():
     with pytest.raises(ValueError, match="a_seconds must be a number of at least 0"):
-        CostModel(-1.0, 1.0)
+        CostModel(-1.0, 1.0, batch=1)
     with pytest.raises(ValueError, match="batch must be an integer of at least 1"):
         CostModel(1.0, 1.0, batch=0)
     with pytest.raises(ValueError, match="b_seconds_per_token must be positive"):
-        CostModel(1.0, 0.0)
+        CostModel(1.0, 0.0, batch=1)
     with pytest.raises(ValueError, match="hardware must be one of"):
-        CostModel.of(SHAPES["llama-3-8b"], 2, "TPU")
+        CostModel.of(SHAPES["llama-3-8b"], 2, "TPU", batch=1)
     with pytest.raises(ValueError, match="9 query heads do not divide over 2 KV heads"):
         ModelShape(1, 8, 9, 2, 4, 8, 8)
 
@@ -84,4 +101,4 @@ def test_calibration_finds_the_costs_that_made_the_steps():
 )
 def test_steps_that_tell_nothing_are_refused(steps, message):
     with pytest.raises(ValueError, match=message):
-        calibrate(steps, CostModel(1.0, 1.0))
+        calibrate(steps, CostModel(1.0, 1.0, batch=1))

@@ -50,6 +50,17 @@ def test_throughput_uses_the_hardwares_memory(profile_file, tmp_path):
     assert 23e9 < plan.device_bytes <= 24e9
 
 
+def test_the_deprecated_flag_still_works(profile_file, tmp_path, capsys):
+    plans = []
+    for flag in ("--max-copies=1", "--max-extra-replicas=1"):
+        output = tmp_path / "plan.json"
+        assert main([f"--profile={profile_file}", flag, "--output", str(output)]) == 0
+        plans.append(output.read_text(encoding="utf-8"))
+        warned = "--max_copies is deprecated, use --max_extra_replicas" in capsys.readouterr().err
+        assert warned == (flag == "--max-copies=1")
+    assert plans[0] == plans[1]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -56,7 +56,7 @@ def test_the_nearest_memory_and_batch_named_can_be_met(strategy):
 
 
 def test_throughput_turns_balance_into_batch():
-    cost = CostModel.of(SHAPES["smollm2-135m"], 2)
+    cost = CostModel.of(SHAPES["smollm2-135m"], 2, batch=16)
     memory = {"objective": "throughput", "device_bytes": 3e8, "cost": cost}
     static, fair = (make_plan(PROFILE, 2, name, **memory) for name in ("static", "fair_copying"))
     assert fair.cost.batch > static.cost.batch

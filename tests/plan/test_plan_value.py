@@ -74,7 +74,7 @@ def test_what_is_no_plan_is_refused(text):
 
 
 def test_slots_hold_heads_in_order():
-    plan = make_plan(PROFILE, 2, cost=CostModel(0.0, 1e-9))
+    plan = make_plan(PROFILE, 2, cost=CostModel(0.0, 1e-9, batch=16))
     for layer, copies in zip(plan.head_of_slot(), plan.layers, strict=True):
         for device, heads in enumerate(layer):
             filled = heads[heads >= 0].tolist()

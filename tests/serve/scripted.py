@@ -175,7 +175,7 @@ def plan_of(model: ModelConfig) -> Plan:
         num_devices=2,
         num_heads=model.num_kv_heads,
         layers=(layer,) * model.num_layers,
-        cost=CostModel(a_seconds=1.0, b_seconds_per_token=1.0),
+        cost=CostModel(a_seconds=1.0, b_seconds_per_token=1.0, batch=1),
         utilization=1.0,
         step_seconds=1.0,
         lower_bound_seconds=1.0,
