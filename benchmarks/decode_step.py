@@ -8,8 +8,6 @@ Everything runs on one mesh and in one process; compare the ratios, not the time
 import json
 import os
 import sys
-from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +51,7 @@ def make_engine(strategy: str, max_model_len: int, **options: Any) -> Any:
         progress=False,
         **options,
     )
-    return engine.engine, engine.tokenizer
+    return engine.runner, engine.tokenizer
 
 
 def prompts(tokenizer: Any, num_tokens: int) -> list[list[int]]:
@@ -63,33 +61,61 @@ def prompts(tokenizer: Any, num_tokens: int) -> list[list[int]]:
     return [ids[97 * i : 97 * i + num_tokens] for i in range(DISTINCT_PROMPTS)]
 
 
-def fill(engine: Any, prompts: list[list[int]]) -> Callable[[], Any]:
-    """Inserts a prompt in every row; returns a function that runs one decode step for all rows."""
-    import jax.numpy as jnp
+class Filled:
+    """A model runner whose rows all hold a prompt; a call runs one decode step for all rows."""
 
-    from fairkv_jax.decode import idle_inputs
+    def __init__(self, runner: Any, prompts: list[list[int]]):
+        from fairkv_jax.engine.kv_cache_manager import KVCacheManager
+        from fairkv_jax.engine.scheduler_output import Insertion, NewRequest, PrefillChunks
+        from fairkv_jax.sampling_params import SamplingParams
 
-    prefixes = [engine.prefill(prompt) for prompt in prompts]
-    for row in range(_BATCH.value):
-        prefix = prefixes[row % len(prefixes)]
-        prompt = prompts[row % len(prefixes)]
-        engine.insert(prefix, row, engine.place(prefix), [*prompt, 1])
-    idle = idle_inputs(_BATCH.value, engine.model_config.vocab_size)
-    positions = jnp.full(_BATCH.value, len(prompts[0]), jnp.int32)
-    inputs = replace(idle, positions=positions)
-    return lambda: engine.generate(inputs).tokens
+        self.runner = runner
+        self.kv_cache = KVCacheManager(runner.cache_spec, runner.layout)
+        self._position = len(prompts[0])
+        self._steps = 0
+        for row in range(_BATCH.value):
+            prompt = prompts[row % len(prompts)]
+            new = NewRequest(str(row), prompt, SamplingParams(temperature=0), seed=0)
+            chunks = runner.start_prefill(new).shape.num_chunks
+            prefill = PrefillChunks(str(row), 0, chunks, chunks, 1.0, new)
+            result = self._execute(prefill=prefill).result()
+            lengths = self.kv_cache.reserve_prompt(row, result.prefill.kept.lengths)
+            assert lengths is not None, "the pool is too small"
+            self._execute(insertion=Insertion(str(row), row, lengths, [1])).result()
 
+    def __call__(self) -> Any:
+        """Runs one decode step and returns its tokens, on the devices."""
+        from fairkv_jax.engine.scheduler_output import Decode, DecodeRow
 
-def memory(engine: Any) -> dict[str, Any]:
-    """Compares the pages of the fullest device with the mean number of cached tokens per device."""
-    pages, tokens = engine.book.used_pages, engine.book.load.sum(0)
-    fullest = int(pages.max()) * engine.book.page_size
-    return {
-        "tokens_per_device": tokens.tolist(),
-        "page_tokens_per_device": (pages * engine.book.page_size).tolist(),
-        "fullest_over_mean": fullest / tokens.mean(),
-        "fullest_over_mean_without_rounding": float(tokens.max() / tokens.mean()),
-    }
+        self.kv_cache.reserve(1)
+        rows = tuple(
+            DecodeRow(row, str(row), self._position + self._steps, self._steps + 1)
+            for row in range(_BATCH.value)
+        )
+        self._steps += 1
+        return self._execute(decode=Decode(rows, 1, {})).sampled.tokens
+
+    def _execute(self, **parts: Any) -> Any:
+        from fairkv_jax.engine.scheduler_output import SchedulerOutput
+
+        fields: dict[str, Any] = dict.fromkeys(("insertion", "prefill", "decode"))
+        names = ("preempted_request_ids", "finished_request_ids", "released_rows")
+        update = self.kv_cache.take_page_table_update()
+        fields |= dict.fromkeys(names, ())
+        fields |= parts
+        output = SchedulerOutput(index=0, page_table_update=update, **fields)
+        return self.runner.execute(output)
+
+    def memory(self) -> dict[str, Any]:
+        """Compares the pages of the fullest device with the mean of cached tokens per device."""
+        pages, tokens = self.kv_cache.used_pages, self.kv_cache.tokens_per_device.sum(0)
+        page_size = self.runner.cache_spec.page_size
+        return {
+            "tokens_per_device": tokens.tolist(),
+            "page_tokens_per_device": (pages * page_size).tolist(),
+            "fullest_over_mean": int(pages.max()) * page_size / tokens.mean(),
+            "fullest_over_mean_without_rounding": float(tokens.max() / tokens.mean()),
+        }
 
 
 def against_dense(strategy: str) -> dict[str, float]:
@@ -119,7 +145,7 @@ def against_dense(strategy: str) -> dict[str, float]:
         position += 1
         return out
 
-    step = fill(paged, prompts(tokenizer, _CACHED.value)[:1])
+    step = Filled(paged, prompts(tokenizer, _CACHED.value)[:1])
     return median_ms({"dense": dense, "paged": step}, _REPEATS.value)
 
 
@@ -132,8 +158,8 @@ def against_full(strategy: str, results: dict[str, Any]) -> dict[str, float]:
     for policy, options in (("full", {}), ("ada_snapkv", {"kv_budget": _BUDGET.value})):
         engine, tokenizer = make_engine(strategy, room, kv_policy=policy, **options)
         count = 1 if policy == "full" else DISTINCT_PROMPTS  # full keeps every token of any prompt
-        steps[policy] = fill(engine, prompts(tokenizer, _PROMPT.value)[:count])
-        results["memory"][f"{strategy} {policy}"] = memory(engine)
+        steps[policy] = Filled(engine, prompts(tokenizer, _PROMPT.value)[:count])
+        results["memory"][f"{strategy} {policy}"] = steps[policy].memory()
     return median_ms(steps, _REPEATS.value)
 
 

@@ -51,7 +51,7 @@ def run(**options: Any) -> tuple[Any, int]:
     prompts = read_prompts("benchmarks/prompts.jsonl", llm.get_tokenizer(), _TOKENS.value)
     prompts = [ids[: _TOKENS.value] for ids in prompts[: _PROMPTS.value]]
     logits = [llm.prefill_logits(ids) for ids in prompts]
-    leaves = jax.tree.leaves(llm.engine.engine.model)
+    leaves = jax.tree.leaves(llm.engine.runner.model)
     return np.array(logits, np.float64), sum(leaf.nbytes for leaf in leaves)
 
 

@@ -1,4 +1,4 @@
-"""Decode: a token, or some, for every row of the batch, over the ragged paged cache."""
+"""Decode: one or several tokens for every row of the batch, over the ragged paged cache."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -8,49 +8,83 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
+from jax.stages import Lowered
 from jaxtyping import Array, Int, UInt32
 
 from fairkv_jax.attention import append_and_attend
-from fairkv_jax.cache import KVCache
+from fairkv_jax.cache import KVCache, TableWrites, grow, write_table
 from fairkv_jax.models.model import Model
 from fairkv_jax.pallas.ragged_decode import AUTO, PageTable, device_of
-from fairkv_jax.sampling import Sampled, SamplingState, TokenHistory, mask_words, sample
-from fairkv_jax.sampling_params import SamplingParams
-from fairkv_jax.shapes import TENSOR_AXIS
+from fairkv_jax.sampling import Sampled, SamplingState, TokenHistory, sample
+from fairkv_jax.sampling_params import SamplingParams, num_bitmask_words
+from fairkv_jax.shapes import MAX_DECODE_STEPS
 from fairkv_jax.sharding.load_weights import partition_specs
+from fairkv_jax.sharding.step_shapes import StepShapes
 
-MAX_STEPS = 8
-"""Decode steps of one dispatch, at most."""
+_MAX_TABLE_WRITES = 4096
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class DecodeInputs:
-    """What the host says of the batch's rows before a step."""
+    """Per-row inputs of a decode step."""
 
     positions: Int[Array, "B"]
-    """Of every row's last token, whose key and value the step appends."""
-    place: Int[Array, "B"]
-    """Generated tokens so far: the place in the output of the one that comes."""
+    """Position of every row's last token, whose key and value the step appends."""
+    output_index: Int[Array, "B"]
+    """Tokens generated so far: the index of the next one in its output."""
     sampling: SamplingState
-    allowed: UInt32[Array, "B W"]
-    """Of guided rows, which take one step at a time: the tokens that may come, see `sample`."""
+    grammar_bitmask: UInt32[Array, "B W"]
+    """Tokens that may come next in rows that follow a grammar, see `sample`; these rows take one
+    step at a time."""
 
 
 def idle_inputs(batch: int, vocab_size: int) -> DecodeInputs:
-    """Rows in which nobody sits: greedy, from token 0."""
+    """Inputs of rows that nobody occupies: greedy, from position 0."""
     sampling = SamplingState.stack([(SamplingParams(temperature=0), 0)] * batch, vocab_size)
     zeros = jnp.zeros(batch, jnp.int32)
-    allowed = jnp.zeros((batch, mask_words(vocab_size)), jnp.uint32)
-    return DecodeInputs(zeros, zeros, sampling, allowed)
+    bitmask = jnp.zeros((batch, num_bitmask_words(vocab_size)), jnp.uint32)
+    return DecodeInputs(zeros, zeros, sampling, bitmask)
+
+
+def max_table_writes(shapes: StepShapes) -> int:
+    """Page-table entries of a device that one step can write: a token more in every row, or 4096.
+
+    What goes beyond is written by `write_tables` before the step.
+    """
+    spec = shapes.spec
+    pairs = spec.num_layers * spec.num_rows * spec.slots_per_device
+    return min(1 << (pairs - 1).bit_length(), _MAX_TABLE_WRITES)
+
+
+def abstract_table_writes(shapes: StepShapes) -> TableWrites:
+    """The shapes of the page-table changes of a step."""
+    size = (shapes.spec.num_devices, max_table_writes(shapes))
+    whole = jax.ShapeDtypeStruct(size, jnp.int32)
+    return shapes.placed(TableWrites(whole, whole, whole, whole), TableWrites.partition())  # pyright: ignore[reportArgumentType]
+
+
+def lower_decode_step(shapes: StepShapes, batch: int, attention_backend: str = AUTO) -> Lowered:
+    """Lowers `decode_step` for the first `batch` rows."""
+    inputs = jax.eval_shape(lambda: idle_inputs(batch, shapes.config.vocab_size))
+    return shapes.lower(
+        decode_step,
+        shapes.model,
+        shapes.cache,
+        shapes.placed(inputs),
+        abstract_table_writes(shapes),
+        shapes.number,
+        mesh=shapes.mesh,
+        attention_backend=attention_backend,
+    )
 
 
 @partial(jax.jit, static_argnames=("mesh", "attention_backend"), donate_argnums=1)
 def decode_step(
     model: Model,
     cache: KVCache,
-    rows: DecodeInputs,
-    new_pages: Int[Array, "L B PC"],
+    inputs: DecodeInputs,
+    writes: TableWrites,
     num_steps: Int[Array, ""],
     *,
     mesh: Mesh,
@@ -58,44 +92,43 @@ def decode_step(
 ) -> tuple[KVCache, Sampled]:
     """Appends a token to the first b rows of the cache and samples the next, `num_steps` times.
 
-    b is the length of `rows`' arrays, at most B; `num_steps` is at most `MAX_STEPS` and a page.
-    `new_pages` holds the page that a (layer, row, slot) opens in these steps, or -1. What has been
-    sampled has a leading axis of `MAX_STEPS` steps, of which the first `num_steps` count.
+    b is the length of the arrays of `inputs`, at most B; `num_steps` is at most `MAX_DECODE_STEPS`.
+    With `writes` the page tables hold the pages that these steps open. The sampled tokens have a
+    leading axis of `MAX_DECODE_STEPS` steps, of which the first `num_steps` are defined.
     """
-    by_slot = PartitionSpec(None, None, TENSOR_AXIS)
     whole = PartitionSpec()
-    attend = partial(append_and_attend, backend=attention_backend, device=device_of(mesh))
     run = jax.shard_map(
-        partial(_decode_local, attend=attend),
+        partial(_decode_local, backend=attention_backend, device=device_of(mesh)),
         mesh=mesh,
-        in_specs=(partition_specs(model), KVCache.partition(), whole, by_slot, whole),
+        in_specs=(
+            partition_specs(model),
+            KVCache.partition(),
+            whole,
+            TableWrites.partition(),
+            whole,
+        ),
         out_specs=(KVCache.partition(), whole),
         check_vma=False,
     )
-    return run(model, cache, rows, new_pages, num_steps)
+    return run(model, cache, inputs, writes, num_steps)
 
 
 def _decode_local(
     model: Model,
     cache: KVCache,
-    rows: DecodeInputs,
-    new_pages: Int[Array, "L b C"],
+    inputs: DecodeInputs,
+    writes: TableWrites,
     num_steps: Int[Array, ""],
-    *,
-    attend: Callable[..., Any],
+    **attention: Any,
 ) -> tuple[KVCache, Sampled]:
-    """The part of one device, inside `shard_map`."""
-    batch = len(rows.positions)
-    page_size, max_pages = cache.k_pages.shape[1], cache.page_table.shape[-1]
-    lengths = cache.lengths[:, :batch]
-    layer, row, slot = jnp.indices(new_pages.shape, sparse=True)
-    opened = jnp.where(new_pages >= 0, -(-lengths // page_size), max_pages)  # beyond: dropped
-    page_table = cache.page_table.at[layer, row, slot, opened].set(new_pages, mode="drop")
-    cache = replace(cache, page_table=page_table)
+    """One device's part, inside `shard_map`."""
+    cache = replace(cache, page_table=write_table(cache.page_table, writes))
+    attend: Callable[..., Any] = partial(append_and_attend, **attention)
+    one_step = partial(_one_step, model, attend=attend)
 
     def step(i: Array, carry: tuple[KVCache, Sampled]) -> tuple[KVCache, Sampled]:
         cache, outputs = carry
-        cache, sampled = _one_step(model, cache, rows, i, attend=attend)
+        cache, sampled = one_step(cache, inputs, i)
         outputs = jax.tree.map(
             lambda all_steps, new: jax.lax.dynamic_update_index_in_dim(all_steps, new, i, 0),
             outputs,
@@ -103,41 +136,38 @@ def _decode_local(
         )
         return cache, outputs
 
-    shapes = jax.eval_shape(partial(_one_step, model, attend=attend), cache, rows, num_steps)[1]
-    nothing = jax.tree.map(lambda x: jnp.zeros((MAX_STEPS, *x.shape), x.dtype), shapes)
+    shapes = jax.eval_shape(one_step, cache, inputs, num_steps)[1]
+    nothing = jax.tree.map(lambda x: jnp.zeros((MAX_DECODE_STEPS, *x.shape), x.dtype), shapes)
     return jax.lax.fori_loop(0, num_steps, step, (cache, nothing))
 
 
 def _one_step(
     model: Model,
     cache: KVCache,
-    rows: DecodeInputs,
+    inputs: DecodeInputs,
     step: Int[Array, ""],
     *,
     attend: Callable[..., Any],
 ) -> tuple[KVCache, Sampled]:
-    """The `step`-th token after those that the host knows of."""
-    row = jnp.arange(len(rows.positions))
-    position = rows.positions + step
-    lengths = cache.lengths[:, : len(row)]
-    page_table = PageTable.from_dense(cache.page_table)
-    page_table = replace(page_table, starts=page_table.starts[:, : len(row)])
+    """Appends and samples the `step`-th token after those that the host knows."""
+    row = jnp.arange(len(inputs.positions))
+    position = inputs.positions + step
+    table, lengths = cache.page_table, cache.lengths[:, : len(row)]
+    table = PageTable(table.pages, table.starts[:, : len(row)])
     x, (k_pages, v_pages), _ = model(
         cache.token_ids[row, position],
         position,
-        partial(attend, page_table=page_table, lengths=lengths),
+        partial(attend, page_table=table, lengths=lengths),
         (cache.k_pages, cache.v_pages),
         jnp.arange(len(lengths)),
     )
-    seen = TokenHistory(cache.token_ids, position + 1)
-    sampled = sample(model.logits(x), rows.sampling, rows.place + step, seen, rows.allowed)
-    # A row that is replayed knows its next token; nobody reads what comes after the last one.
+    history = TokenHistory(cache.token_ids, position + 1)
+    output_index = inputs.output_index + step
+    logits = model.logits(x)
+    sampled = sample(logits, inputs.sampling, output_index, history, inputs.grammar_bitmask)
+    # A row that is replayed knows its next token; tokens past the end of a row are never read.
     is_new = position + 1 >= cache.num_known[: len(row)]
-    after = jnp.where(is_new, position + 1, cache.token_ids.shape[1])  # beyond: dropped
+    after = jnp.where(is_new, position + 1, cache.token_ids.shape[1])  # past the end: dropped
     token_ids = cache.token_ids.at[row, after].set(sampled.tokens, mode="drop")
-    # Not by `.at[:, :batch].add`: over all rows its scatter has no index, and XLA's partitioner
-    # (jaxlib 0.11.2, for GPUs) crashes on it.
-    grown = lengths + (lengths > 0)
-    lengths = jax.lax.dynamic_update_slice_in_dim(cache.lengths, grown, 0, axis=1)
-    cache = KVCache(k_pages, v_pages, cache.page_table, lengths, token_ids, cache.num_known)
-    return cache, sampled
+    cache = replace(cache, k_pages=k_pages, v_pages=v_pages, token_ids=token_ids)
+    return grow(cache, len(row)), sampled

@@ -21,17 +21,16 @@ makes the same selection, and packs what its own slots keep, slot after slot:
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.sharding import Mesh, PartitionSpec
+from jax.stages import Lowered
 from jaxtyping import Array, Bool, Float, Int
 
 from fairkv_jax.attention import KEY_BLOCK, attend_to_prompt
-from fairkv_jax.cache import KVCache
 from fairkv_jax.compress.contract import Chunk, LayerShape, Method, Scorer, distinct_scorers
 from fairkv_jax.models.model import Layer, Model
 from fairkv_jax.models.params import round_up
@@ -39,7 +38,7 @@ from fairkv_jax.models.rope import rotate
 from fairkv_jax.sampling import Sampled, ranked_logprobs
 from fairkv_jax.shapes import TENSOR_AXIS
 from fairkv_jax.sharding.load_weights import partition_specs
-from fairkv_jax.sharding.slots import SlotLayout
+from fairkv_jax.sharding.step_shapes import StepShapes
 
 _BY_DEVICE = PartitionSpec(None, TENSOR_AXIS)
 
@@ -93,32 +92,50 @@ class PrefillCarry:
 
 
 @dataclass(frozen=True)
-class KeptTokens:
-    """The tokens that a prefix kept of its prompt, on the host."""
+class PrefillShapes:
+    """What decides the shapes of a prefill's programs."""
 
-    lengths: np.ndarray
-    """Number of kept tokens, [L, K]."""
-    positions: list[list[np.ndarray]] | None
-    """Kept positions by layer and head, ascending."""
+    steps: StepShapes
+    bucket: int
+    """The longest prompt that the programs take, in tokens."""
+    chunk_size: int
+    methods: tuple[Method, ...]
+    packed_size: int
+    """Most tokens that all heads of one layer keep together."""
+
+    @cached_property
+    def carry(self) -> "PrefillCarry":
+        """The carry between two programs."""
+        shapes = jax.eval_shape(
+            partial(
+                start_prefill,
+                mesh=self.steps.mesh,
+                chunk_size=self.chunk_size,
+                methods=self.methods,
+                packed_size=self.packed_size,
+            ),
+            self.steps.model,
+            self.tokens,
+        )
+        return self.steps.placed(shapes, PrefillCarry.partition())
+
+    @property
+    def tokens(self) -> Any:
+        """A padded prompt."""
+        return self.steps.array((self.bucket,))
 
 
-def kept_tokens(prefix: CompressedPrefix, layout: SlotLayout, *, positions: bool) -> KeptTokens:
-    """Reads back which tokens a prefix kept; `positions` says whether to read their positions."""
-    lengths = np.asarray(prefix.head_lengths)
-    if not positions:
-        return KeptTokens(lengths, None)
-    num_layers = len(lengths)
-    packed = np.asarray(prefix.positions).reshape(num_layers, layout.num_devices, -1)
-    by_slot = np.asarray(prefix.slot_lengths).reshape(num_layers, layout.num_devices, -1)
-    starts = (np.cumsum(by_slot, -1) - by_slot).reshape(num_layers, -1)
-
-    def of_head(layer: int, head: int) -> np.ndarray:
-        slot = layout.first_slot[layer, head]
-        start = starts[layer, slot]
-        return packed[layer, slot // layout.slots_per_device][start : start + lengths[layer, head]]
-
-    heads = range(layout.num_heads)
-    return KeptTokens(lengths, [[of_head(n, head) for head in heads] for n in range(num_layers)])
+def lower_start_prefill(shapes: PrefillShapes) -> Lowered:
+    """Lowers `start_prefill`."""
+    return shapes.steps.lower(
+        start_prefill,
+        shapes.steps.model,
+        shapes.tokens,
+        mesh=shapes.steps.mesh,
+        chunk_size=shapes.chunk_size,
+        methods=shapes.methods,
+        packed_size=shapes.packed_size,
+    )
 
 
 @partial(jax.jit, static_argnames=("mesh", "chunk_size", "methods", "packed_size"))
@@ -192,6 +209,25 @@ def split_at_layers(
         start = end
 
 
+def lower_run_chunks(shapes: PrefillShapes) -> Lowered:
+    """Lowers `run_chunks`."""
+    steps = shapes.steps
+    return steps.lower(
+        run_chunks,
+        steps.model,
+        shapes.carry,
+        steps.number,
+        steps.number,
+        steps.array((), jnp.bool_),
+        (steps.number, steps.number),
+        steps.by_slot,
+        steps.by_head,
+        mesh=steps.mesh,
+        methods=shapes.methods,
+        chunk_size=shapes.chunk_size,
+    )
+
+
 @partial(jax.jit, static_argnames=("mesh", "methods", "chunk_size"), donate_argnums=1)
 def run_chunks(
     model: Model,
@@ -236,6 +272,23 @@ def run_chunks(
     return run(model, carry, head_of_slot, first_slot, length, method, keeps_whole, *chunks)
 
 
+def lower_compress_layer(shapes: PrefillShapes) -> Lowered:
+    """Lowers `compress_layer`."""
+    steps = shapes.steps
+    return steps.lower(
+        compress_layer,
+        shapes.carry,
+        steps.number,
+        steps.number,
+        steps.by_head,
+        steps.number,
+        steps.by_slot,
+        steps.by_head,
+        mesh=steps.mesh,
+        methods=shapes.methods,
+    )
+
+
 @partial(jax.jit, static_argnames=("mesh", "methods"), donate_argnums=0)
 def compress_layer(
     carry: PrefillCarry,
@@ -262,6 +315,20 @@ def compress_layer(
         check_vma=False,
     )
     return run(carry, head_of_slot, first_slot, layer, length, budgets, method)
+
+
+def lower_score_prompt(shapes: PrefillShapes, block: int) -> Lowered:
+    """Lowers `score_prompt` for blocks of that many positions."""
+    steps = shapes.steps
+    return steps.lower(
+        score_prompt,
+        steps.model,
+        shapes.carry.hidden,
+        shapes.tokens,
+        steps.number,
+        mesh=steps.mesh,
+        block=block,
+    )
 
 
 @partial(jax.jit, static_argnames=("mesh", "block"))
@@ -489,73 +556,3 @@ def _with_layer(
         for old, new in zip(_packed_part(prefix), packed, strict=True)
     )
     return CompressedPrefix(*arrays, logits=prefix.logits)
-
-
-@partial(jax.jit, static_argnames="mesh", donate_argnums=0)
-def insert(
-    cache: KVCache,
-    prefix: CompressedPrefix,
-    row: Int[Array, ""],
-    page_table: Int[Array, "L PC max_pages"],
-    lengths: Int[Array, "L PC"],
-    token_ids: Int[Array, "S"],
-    num_known: Int[Array, ""],
-    *,
-    mesh: Mesh,
-) -> KVCache:
-    """Copies a prefix into the pages of a row; slots of length 0 own nothing and write nothing.
-
-    The first `num_known` of `token_ids` are the prompt and the tokens generated so far.
-    """
-    run = jax.shard_map(
-        _insert_local,
-        mesh=mesh,
-        in_specs=(
-            KVCache.partition(),
-            CompressedPrefix.partition(),
-            _BY_DEVICE,
-            _BY_DEVICE,
-            *(PartitionSpec(),) * 3,
-        ),
-        out_specs=KVCache.partition(),
-        check_vma=False,
-    )
-    return run(cache, prefix, page_table, lengths, row, token_ids, num_known)
-
-
-def _insert_local(
-    cache: KVCache,
-    prefix: CompressedPrefix,
-    page_table: Array,
-    lengths: Array,
-    row: Array,
-    token_ids: Array,
-    num_known: Array,
-) -> KVCache:
-    num_pages, page_size, width = cache.k_pages.shape
-    num_layers, size, _ = prefix.k.shape
-    ends = jnp.cumsum(prefix.slot_lengths, axis=1)
-    item = jnp.arange(size)
-    slot = jnp.sum(item[:, None] >= ends[:, None], axis=-1)
-    is_kept = slot < ends.shape[1]
-    slot = jnp.minimum(slot, ends.shape[1] - 1)
-    layer = jnp.arange(num_layers)[:, None]
-    at = item - (ends - prefix.slot_lengths)[layer, slot]
-    owned = is_kept & (lengths[layer, slot] > 0)
-    page = page_table[layer, slot, jnp.where(owned, at // page_size, 0)]
-    page = jnp.where(owned, page, num_pages).reshape(-1)  # beyond the pool: dropped
-    at = (at % page_size).reshape(-1)
-    return KVCache(
-        cache.k_pages.at[page, at].set(prefix.k.reshape(-1, width), mode="drop"),
-        cache.v_pages.at[page, at].set(prefix.v.reshape(-1, width), mode="drop"),
-        cache.page_table.at[:, row].set(page_table),
-        cache.lengths.at[:, row].set(lengths),
-        cache.token_ids.at[row].set(token_ids),
-        cache.num_known.at[row].set(num_known),
-    )
-
-
-@partial(jax.jit, donate_argnums=0)
-def release(lengths: Int[Array, "L B PC"], row: Int[Array, ""]) -> Int[Array, "L B PC"]:
-    """Removes all ownership of a row."""
-    return lengths.at[:, row].set(0)

@@ -1,4 +1,4 @@
-"""Sampling on the devices: every row of the batch with options of its own."""
+"""Samples tokens on the devices; every row of the batch has its own options."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -17,34 +17,34 @@ from fairkv_jax.sampling_params import (
 from fairkv_jax.select import keep_mass
 
 _HOT = 1e30
-"""A temperature at which all tokens are alike, and a factor that float32 still holds."""
+"""A temperature at which all tokens are equally likely, and a factor that float32 still holds."""
 _HISTORY_BLOCK = 1024
-"""Tokens of every row that are counted at a time."""
+"""Tokens of each row that the penalties count at a time."""
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class SamplingState:
-    """The options of every row as arrays."""
+    """The sampling options of every row as arrays."""
 
     key: UInt32[Array, "B 2"]
-    """The row's seed; the key of a token is made of it and the token's place in the output."""
+    """The row's seed; a token's random key combines it with the token's index in the output."""
     temperature: Float[Array, "B"]
     top_k: Int[Array, "B"]
-    """The vocabulary's size where all tokens are kept."""
+    """The vocabulary size where all tokens are kept."""
     top_p: Float[Array, "B"]
     min_p: Float[Array, "B"]
     presence: Float[Array, "B"]
     frequency: Float[Array, "B"]
     repetition: Float[Array, "B"]
     bias_tokens: Int[Array, "B MAX_LOGIT_BIAS"]
-    """The vocabulary's size stands for no token."""
+    """Unused entries hold the vocabulary size."""
     bias: Float[Array, "B MAX_LOGIT_BIAS"]
     min_tokens: Int[Array, "B"]
     end_tokens: Int[Array, "B MAX_STOP_TOKEN_IDS"]
-    """What would end the output; the vocabulary's size stands for no token."""
-    is_guided: Bool[Array, "B"]
-    """Whether the row may draw only tokens that the host allows."""
+    """Tokens that would end the output; unused entries hold the vocabulary size."""
+    follows_grammar: Bool[Array, "B"]
+    """Whether the row may draw only tokens of its grammar bitmask."""
     wants_logprobs: Bool[Array, "B"]
 
     @classmethod
@@ -54,7 +54,7 @@ class SamplingState:
         vocab_size: int,
         eos_token_ids: Iterable[int] = (),
     ) -> "SamplingState":
-        """The options of (parameters, seed) pairs, one a row."""
+        """Builds the options of one (parameters, seed) pair per row."""
 
         params = [params for params, _ in rows]
         seeds = [divmod(seed % 2**64, 2**32) for _, seed in rows]
@@ -92,7 +92,7 @@ class SamplingState:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Sampled:
-    """The chosen tokens; the log-probabilities are zeros unless a row of the batch wants them."""
+    """The chosen tokens; the log-probabilities are zeros unless a row asks for them."""
 
     tokens: Int[Array, "B"]
     logprob: Float[Array, "B"]
@@ -104,32 +104,32 @@ class Sampled:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class TokenHistory:
-    """The tokens of every row so far, prompt and output."""
+    """The tokens of every row so far: its prompt and its output."""
 
     tokens: Int[Array, "rows S"]
-    """In their order; from `length` on they mean nothing, nor do rows beyond the batch."""
+    """In their order. Entries at or past `length`, and rows >= B, are undefined."""
     length: Int[Array, "B"]
 
 
 def sample(
     logits: Float[Array, "B V"],
     state: SamplingState,
-    place: Int[Array, "B"],
-    seen: TokenHistory,
-    allowed: UInt32[Array, "B W"],
+    output_index: Int[Array, "B"],
+    history: TokenHistory,
+    grammar_bitmask: UInt32[Array, "B W"],
 ) -> Sampled:
     """Chooses a token per row: greedy where the temperature is 0, else by the Gumbel-max rule.
 
-    `place` counts the tokens that the row has generated, which are the last of those it has seen:
-    a row's text depends on its logits, its options, its seed and its text so far, not on its place
-    in the batch. `allowed` has a bit per token, the lowest first, 32 a word (W is V / 32, rounded
-    up); it is read in guided rows only.
+    `output_index` is the number of tokens that the row has generated, the last ones of its history.
+    A row's token depends on its logits, its options, its seed and its history, and not on the row's
+    number. `grammar_bitmask` has a bit per token, the lowest first, 32 per word (W is V / 32,
+    rounded up); it is read only for rows that follow a grammar.
     """
-    adjusted = _adjust(logits, state, place, seen, allowed)
+    adjusted = _adjust(logits, state, output_index, history, grammar_bitmask)
     greedy = jnp.argmax(adjusted, -1)
     tokens = jax.lax.cond(
         jnp.any(state.temperature > 0),
-        lambda: jnp.where(state.temperature > 0, _draw(adjusted, state, place), greedy),
+        lambda: jnp.where(state.temperature > 0, _draw(adjusted, state, output_index), greedy),
         lambda: greedy,
     )
     logprobs = jax.lax.cond(
@@ -142,44 +142,51 @@ def sample(
     return Sampled(tokens, *logprobs)
 
 
-def mask_words(vocab_size: int) -> int:
-    """32-bit words of a mask with a bit per token."""
-    return -(-vocab_size // 32)
-
-
 @jax.jit
 def sample_first(
     logits: Float[Array, "V"],
     state: SamplingState,
-    seen: TokenHistory,
-    allowed: UInt32[Array, "1 W"],
+    history: TokenHistory,
+    grammar_bitmask: UInt32[Array, "1 W"],
 ) -> Sampled:
     """The first token of a row, from the logits of its prefill."""
-    return sample(logits[None], state, jnp.zeros(1, jnp.int32), seen, allowed)
+    return sample(logits[None], state, jnp.zeros(1, jnp.int32), history, grammar_bitmask)
 
 
 def _adjust(
-    logits: Array, state: SamplingState, place: Array, seen: TokenHistory, allowed: Array
+    logits: Array,
+    state: SamplingState,
+    output_index: Array,
+    history: TokenHistory,
+    grammar_bitmask: Array,
 ) -> Float[Array, "B V"]:
-    """The logits as each row's options change them; steps that no row wants cost nothing."""
-    is_early = place < state.min_tokens
+    """Applies each row's options to its logits; a step that no row needs costs nothing."""
+    is_early = output_index < state.min_tokens
     is_penalised = (state.presence != 0) | (state.frequency != 0) | (state.repetition != 1)
     steps = (
-        (state.is_guided, lambda logits: _mask(logits, state.is_guided, allowed)),
+        (
+            state.follows_grammar,
+            lambda logits: _apply_grammar(logits, state.follows_grammar, grammar_bitmask),
+        ),
         (state.bias.any(-1), lambda logits: _add_bias(logits, state)),
         (is_early, lambda logits: _postpone_end(logits, is_early, state.end_tokens)),
-        (is_penalised, lambda logits: _penalise(logits, state, place, seen, is_penalised)),
+        (
+            is_penalised,
+            lambda logits: _penalise(logits, state, output_index, history, is_penalised),
+        ),
     )
     for wanted, step in steps:
         logits = jax.lax.cond(jnp.any(wanted), step, lambda logits: logits, logits)
     return logits
 
 
-def _mask(logits: Array, is_guided: Array, allowed: UInt32[Array, "B W"]) -> Array:
-    """Leaves guided rows the tokens whose bit is set."""
-    bits = allowed[..., None] >> jnp.arange(32, dtype=jnp.uint32) & 1
+def _apply_grammar(
+    logits: Array, follows_grammar: Array, grammar_bitmask: UInt32[Array, "B W"]
+) -> Array:
+    """Leaves rows that follow a grammar the tokens whose bit is set."""
+    bits = grammar_bitmask[..., None] >> jnp.arange(32, dtype=jnp.uint32) & 1
     is_allowed = bits.reshape(len(logits), -1)[:, : logits.shape[-1]] > 0
-    return jnp.where(is_guided[:, None] & ~is_allowed, -jnp.inf, logits)
+    return jnp.where(follows_grammar[:, None] & ~is_allowed, -jnp.inf, logits)
 
 
 def _add_bias(logits: Array, state: SamplingState) -> Array:
@@ -188,7 +195,7 @@ def _add_bias(logits: Array, state: SamplingState) -> Array:
 
 
 def _postpone_end(logits: Array, is_early: Array, end_tokens: Array) -> Array:
-    """Bans what would end the output too early, unless nothing else is left."""
+    """Bans tokens that would end the output too early, unless no other token is left."""
     rows = jnp.arange(len(logits))[:, None]
     banned = logits.at[rows, end_tokens].set(-jnp.inf, mode="drop")
     is_left = jnp.any(banned > -jnp.inf, -1)
@@ -196,15 +203,19 @@ def _postpone_end(logits: Array, is_early: Array, end_tokens: Array) -> Array:
 
 
 def _penalise(
-    logits: Array, state: SamplingState, place: Array, seen: TokenHistory, is_penalised: Array
+    logits: Array,
+    state: SamplingState,
+    output_index: Array,
+    history: TokenHistory,
+    is_penalised: Array,
 ) -> Array:
     """Repetition, frequency and presence penalties, as in vLLM.
 
     They are those of CTRL (arXiv:1909.05858, section 4.1), over prompt and output, and OpenAI's,
     over the output alone.
     """
-    length = jnp.where(is_penalised, seen.length, 0)
-    in_prompt, in_output = _count(seen.tokens, length, length - place, logits.shape[-1])
+    length = jnp.where(is_penalised, history.length, 0)
+    in_prompt, in_output = _count(history.tokens, length, length - output_index, logits.shape[-1])
     factor = jnp.where((in_prompt + in_output) > 0, state.repetition[:, None], 1)
     logits = jnp.where(logits > 0, logits / factor, logits * factor)
     logits -= state.frequency[:, None] * in_output
@@ -240,7 +251,7 @@ def _count(
     return jax.lax.fori_loop(0, num_blocks, add, (zeros, zeros))
 
 
-def _draw(logits: Array, state: SamplingState, place: Array) -> Int[Array, "B"]:
+def _draw(logits: Array, state: SamplingState, output_index: Array) -> Int[Array, "B"]:
     """Samples from the softmax of the scaled and truncated logits."""
     # Below 0 before the division, so that no temperature makes an infinity of the maximum.
     scaled = logits - logits.max(-1, keepdims=True)
@@ -248,11 +259,11 @@ def _draw(logits: Array, state: SamplingState, place: Array) -> Int[Array, "B"]:
     needs_cut = (state.top_k < logits.shape[-1]) | (state.top_p < 1) | (state.min_p > 0)
     scaled = jax.lax.cond(jnp.any(needs_cut), lambda: _truncate(scaled, state), lambda: scaled)
 
-    def noise(key: Array, place: Array) -> Array:
-        key = jax.random.fold_in(jax.random.wrap_key_data(key, impl="threefry2x32"), place)
+    def noise(key: Array, output_index: Array) -> Array:
+        key = jax.random.fold_in(jax.random.wrap_key_data(key, impl="threefry2x32"), output_index)
         return jax.random.gumbel(key, logits.shape[-1:])
 
-    return jnp.argmax(scaled + jax.vmap(noise)(state.key, place), -1)
+    return jnp.argmax(scaled + jax.vmap(noise)(state.key, output_index), -1)
 
 
 def _truncate(scaled: Float[Array, "B V"], state: SamplingState) -> Float[Array, "B V"]:

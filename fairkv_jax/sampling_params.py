@@ -197,3 +197,8 @@ def _check_float(
         opening = "above" if low_open else "at least"
         ceiling = "" if math.isinf(high) else f" and at most {high:g}"
         raise ValueError(f"{name} must be a finite number {opening} {low:g}{ceiling}, got {value}")
+
+
+def num_bitmask_words(vocab_size: int) -> int:
+    """32-bit words of a grammar bitmask, which has a bit per token."""
+    return -(-vocab_size // 32)

@@ -23,3 +23,6 @@ it is C.
 
 DATA_AXIS = "data"
 TENSOR_AXIS = "tensor"
+
+MAX_DECODE_STEPS = 8
+"""Most decode steps that one call of the compiled program runs."""

@@ -1,6 +1,6 @@
 """What every plan, policy and mesh keeps, on the tiny model (3 KV heads)."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -62,9 +62,16 @@ def head_plan(strategy: str, num_devices: int) -> Plan:
     """Made for heads of unequal weight, so that balanced plans are far from contiguous blocks."""
     tokens = ((100.0, 30.0, 20.0), (15.0, 25.0, 90.0))
     profile = Profile(model="", policy="ada_snapkv", budget=50, tokens=tokens)
+    extra = num_devices - 1  # as many as the slots allow would leave no page pressure below
     if strategy == "proportional":
-        return make_plan(profile, num_devices, "fair_copying", row_split="proportional")
-    return make_plan(profile, num_devices, strategy)
+        return make_plan(
+            profile,
+            num_devices,
+            "fair_copying",
+            row_split="proportional",
+            max_extra_replicas=extra,
+        )
+    return make_plan(profile, num_devices, strategy, max_extra_replicas=extra)
 
 
 def test_the_plans_copy_heads():
@@ -135,17 +142,17 @@ def test_balanced_plans_spread_the_rows_of_a_copied_head(tiny_checkpoint: Path, 
     """Every replica serves some row once there are more rows than replicas."""
     plan = head_plan("fair_copying", num_devices)
     llm = LLM(model=tiny_checkpoint, tensor_parallel_size=num_devices, head_plan=plan, **ROWS)
-    requests = [request(str(i), random_prompt(100, i), greedy(40)) for i in range(2)]
-    served = np.zeros(llm.engine.engine.layout.head_of_slot.shape, bool)
+    requests = [request(str(i), random_prompt(100, i), greedy(120)) for i in range(2)]
+    served = np.zeros(llm.engine.runner.layout.head_of_slot.shape, bool)
 
     def look(engine: LLMEngine) -> None:
-        served[:] |= (engine.engine.book.lengths > 0).any(1)
+        served[:] |= (engine.scheduler.kv_cache.lengths > 0).any(1)
 
     run(llm.engine, requests, look)
-    replicas = llm.engine.engine.layout.replicas.sum(2)
+    replicas = llm.engine.runner.layout.replicas.sum(2)
     assert replicas.max() > 1
     twice = replicas[:, :, None] == 2
-    slots = llm.engine.engine.layout.slot_of_head
+    slots = llm.engine.runner.layout.slot_of_head
     for layer, head, device in np.argwhere(twice & (slots >= 0)):
         assert served[layer, slots[layer, head, device]]
 
@@ -160,13 +167,11 @@ def test_preemption_changes_no_output(tiny_checkpoint: Path, policy: str, num_de
         **POLICIES[policy],
         **ROWS,
     }
-    page_bytes = 2 * 16 * 16 * 4
     roomy = LLM(**engine_options)
-    slots = int(roomy.engine.engine.layout.replicas.sum((0, 1)).max())
-    tight = LLM(
-        **engine_options, kv_cache_memory_bytes=slots * (256 // 16) * page_bytes * num_devices
-    )
-    assert tight.engine.engine.book.pages_per_device < roomy.engine.engine.book.pages_per_device
+    slots = int(roomy.engine.runner.layout.replicas.sum((0, 1)).max())
+    spec = replace(roomy.engine.runner.cache_spec, pages_per_device=slots * (256 // 16))
+    tight = LLM(**engine_options, kv_cache_memory_bytes=spec.bytes_per_device * num_devices)
+    assert tight.engine.runner.cache_spec == spec
     sampled = SamplingParams(temperature=0.7, seed=3, max_tokens=120, ignore_eos=True, logprobs=1)
     requests = [
         request("greedy", random_prompt(128), greedy(120)),
@@ -177,7 +182,7 @@ def test_preemption_changes_no_output(tiny_checkpoint: Path, policy: str, num_de
 
     def look(engine: LLMEngine) -> None:
         check_owners(engine)
-        preempted.update(s.request.request_id for s in engine.scheduler.waiting if s.token_ids)
+        preempted.update(s.request_id for s in engine.scheduler.waiting if s.output_token_ids[1:])
 
     calm = run(roomy.engine, requests, look)
     assert not preempted

@@ -1,15 +1,19 @@
 """What a prefix packs, and where the insert puts it."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from fairkv_jax.checkpoint import open_checkpoint
 from fairkv_jax.config import EngineConfig, KVConfig
-from fairkv_jax.engine.engine import Engine, next_power_of_two, prefill_bucket
+from fairkv_jax.engine.kv_cache_manager import KVCacheManager
+from fairkv_jax.engine.model_runner import ModelRunner, kept_tokens
+from fairkv_jax.engine.prefill_shape import next_power_of_two, prefill_bucket
+from fairkv_jax.engine.scheduler_output import Insertion, NewRequest, PrefillChunks, SchedulerOutput
 from fairkv_jax.plan import Profile, make_plan
-from fairkv_jax.prefill import kept_tokens
+from fairkv_jax.sampling_params import SamplingParams
 from tests.engine.drive import random_prompt
 from tests.oracle.forward import Forward, forward, read_llama
 
@@ -17,11 +21,11 @@ PROMPT = 100
 
 
 @pytest.fixture(scope="module")
-def engine(tiny_checkpoint: Path) -> Engine:
+def runner(tiny_checkpoint: Path) -> ModelRunner:
     """Two devices; head 0 has a copy on both in layer 0, head 2 in layer 1."""
     tokens = ((90.0, 30.0, 20.0), (10.0, 25.0, 80.0))
     profile = Profile(model="", policy="ada_snapkv", budget=50, tokens=tokens)
-    return Engine(
+    return ModelRunner(
         open_checkpoint(tiny_checkpoint),
         make_plan(profile, 2, "fair_copying", max_extra_replicas=1),
         EngineConfig(tensor_parallel_size=2, max_model_len=256, max_num_seqs=2),
@@ -35,11 +39,11 @@ def dense(tiny_checkpoint: Path) -> Forward:
     return forward(read_llama(tiny_checkpoint), random_prompt(PROMPT))
 
 
-def test_every_replica_packs_its_head(engine: Engine, dense: Forward):
+def test_every_replica_packs_its_head(runner: ModelRunner, dense: Forward):
     """Keys of the kept positions slot after slot, in both copies of a head."""
-    layout = engine.layout
+    layout = runner.layout
     assert (layout.replicas.sum(2) == 2).any()
-    prefix = engine.prefill(random_prompt(PROMPT))
+    prefix = runner.prefill(random_prompt(PROMPT))
     kept = kept_tokens(prefix, layout, positions=True)
     assert kept.positions is not None
     packed = np.asarray(prefix.k).reshape(2, 2, -1, 16)
@@ -53,47 +57,43 @@ def test_every_replica_packs_its_head(engine: Engine, dense: Forward):
                 at += len(positions)
 
 
-def test_inserted_keys_lie_in_the_owners_pages(engine: Engine, dense: Forward):
+def test_inserted_keys_lie_in_the_owners_pages(runner: ModelRunner, dense: Forward):
     """And nothing else of the pool changes."""
-    prefix = engine.prefill(random_prompt(PROMPT))
-    kept = kept_tokens(prefix, engine.layout, positions=True)
-    assert kept.positions is not None
-    placement = engine.place(prefix)
-    assert not placement.missing_pages.any()
-    engine.insert(prefix, 1, placement, random_prompt(PROMPT))
-    book, cache = engine.book, engine.cache
-    pages = np.asarray(cache.k_pages).reshape(2, book.pages_per_device, book.page_size, 16)
+    prompt, manager = random_prompt(PROMPT), KVCacheManager(runner.cache_spec, runner.layout)
+    new = NewRequest("a", prompt, SamplingParams(), 0, return_kept_positions=True)
+    chunks = runner.start_prefill(new).shape.num_chunks
+    prefill = PrefillChunks("a", 0, chunks, chunks, 1.0, new)
+    result = runner.execute(output_of(manager, prefill=prefill)).result().prefill
+    assert result is not None
+    assert result.kept.positions is not None
+    lengths = manager.reserve_prompt(1, result.kept.lengths)
+    assert lengths is not None
+    insertion = Insertion("a", 1, lengths, [5])
+    runner.execute(output_of(manager, insertion=insertion)).result()
+    spec, layout = manager.spec, runner.layout
+    pages = np.asarray(runner.cache.k_pages).reshape(2, spec.pages_per_device, spec.page_size, 16)
     written = np.zeros(pages.shape[:3], bool)
-    for layer, slot in np.argwhere(placement.lengths > 0):
-        head, device = (
-            engine.layout.head_of_slot[layer, slot],
-            slot // engine.layout.slots_per_device,
-        )
-        positions = kept.positions[layer][head]
-        token = np.arange(int(placement.lengths[layer, slot]))
-        where = book.page_table[layer, 1, slot][token // book.page_size], token % book.page_size
+    for layer, slot in np.argwhere(lengths > 0):
+        head, device = layout.head_of_slot[layer, slot], slot // layout.slots_per_device
+        positions = result.kept.positions[layer][head]
+        token = np.arange(int(lengths[layer, slot]))
+        where = manager.pages_of(layer, 1, slot)[token // spec.page_size], token % spec.page_size
         got = pages[device][where]
         np.testing.assert_allclose(got, dense.k[layer][head, positions], atol=1e-4)
         written[device][where] = True
     assert np.abs(pages[written]).sum(-1).all()
     assert not pages[~written].any()
-    engine.release(1)
-    assert not book.used_pages.any()
+    np.testing.assert_array_equal(np.asarray(runner.cache.lengths)[:, 1], lengths)
+    manager.free(1)
+    runner.execute(output_of(manager, released_rows=(1,))).result()
+    assert not np.asarray(runner.cache.lengths).any()
 
 
-def test_placement_counts_the_next_steps_pages(engine: Engine):
-    """A row that just fits but could not take its next token is not placed."""
-    prefix = engine.prefill(random_prompt(32))  # kept whole: two full pages in every slot
-    needed = engine.book.pages_for(engine.place(prefix).lengths)
-    book = engine.book
-    free = book.free_pages
-    assert not engine.place(prefix).missing_pages.any()
-    book._num_free[:] = needed
-    try:
-        missing = engine.place(prefix).missing_pages
-    finally:
-        book._num_free[:] = free
-    np.testing.assert_array_equal(missing, needed // 2)
+def output_of(manager: KVCacheManager, **parts) -> SchedulerOutput:
+    """An output with the given parts."""
+    fields: dict[str, Any] = dict.fromkeys(("insertion", "prefill", "decode"))
+    fields |= {"preempted_request_ids": (), "finished_request_ids": (), "released_rows": ()} | parts
+    return SchedulerOutput(0, page_table_update=manager.take_page_table_update(), **fields)
 
 
 @pytest.mark.parametrize(

@@ -27,17 +27,17 @@ truncate: Any = jax.jit(sampling._truncate)
 def sample(
     logits: np.ndarray,
     state: SamplingState,
-    place: np.ndarray,
-    seen: TokenHistory | None = None,
-    allowed: np.ndarray | None = None,
+    output_index: np.ndarray,
+    history: TokenHistory | None = None,
+    grammar_bitmask: np.ndarray | None = None,
 ) -> Any:
     """Without a word on history or grammar: only options that do not read them."""
     batch = len(logits)
-    seen = TokenHistory(np.zeros((batch, 1), np.int32), place) if seen is None else seen  # pyright: ignore[reportArgumentType]
-    allowed = (
-        np.zeros((batch, -(-logits.shape[1] // 32)), np.uint32) if allowed is None else allowed
-    )
-    return jitted(logits, state, place, seen, allowed)
+    if history is None:
+        history = TokenHistory(np.zeros((batch, 1), np.int32), output_index)  # pyright: ignore[reportArgumentType]
+    if grammar_bitmask is None:
+        grammar_bitmask = np.zeros((batch, -(-logits.shape[1] // 32)), np.uint32)
+    return jitted(logits, state, output_index, history, grammar_bitmask)
 
 
 def softmax(x: np.ndarray) -> np.ndarray:
@@ -178,9 +178,9 @@ def test_a_row_depends_on_its_seed_and_place_not_on_its_neighbours():
     mine = SamplingParams(temperature=1.3, top_p=0.95)
     others = [SamplingParams(temperature=0), SamplingParams(top_k=2, logprobs=3)]
     alone = [
-        int(sample(logits[None], states([mine], [seed]), np.array([place], np.int32)).tokens[0])
+        int(sample(logits[None], states([mine], [seed]), np.array([index], np.int32)).tokens[0])
         for seed in (0, 2**40 + 1, -5)
-        for place in (0, 3)
+        for index in (0, 3)
     ]
     assert len(set(alone)) > 2
     for row in range(3):
@@ -189,9 +189,9 @@ def test_a_row_depends_on_its_seed_and_place_not_on_its_neighbours():
         params = [*others[:row], mine, *others[row:]]
         together = []
         for seed in (0, 2**40 + 1, -5):
-            for place in (0, 3):
+            for output_index in (0, 3):
                 seeds, places = [9, 9, 9], np.array([5, 5, 5], np.int32)
-                seeds[row], places[row] = seed, place
+                seeds[row], places[row] = seed, output_index
                 together.append(int(sample(batch, states(params, seeds), places).tokens[row]))
         assert together == alone
 
@@ -201,8 +201,8 @@ def test_seeds_differ_in_all_their_bits():
     seeds = [0, 1, 2**32, 2**33, 2**63, -1]
     state = states([SamplingParams()] * 6, seeds)
     tokens = [
-        np.asarray(sample(logits, state, np.full(6, place, np.int32)).tokens).tolist()
-        for place in range(8)
+        np.asarray(sample(logits, state, np.full(6, output_index, np.int32)).tokens).tolist()
+        for output_index in range(8)
     ]
     assert len(set(zip(*tokens, strict=True))) == len(seeds)
 
@@ -225,7 +225,7 @@ def test_logprobs_and_ranks():
 
 def test_no_logprobs_unless_a_row_wants_them():
     logits = np.random.default_rng(1).normal(size=(2, VOCAB)).astype(np.float32)
-    run = partial(sample, logits, place=np.zeros(2, np.int32))
+    run = partial(sample, logits, output_index=np.zeros(2, np.int32))
     assert not np.asarray(run(state=states([SamplingParams()] * 2)).top_logprobs).any()
     one = [SamplingParams(), SamplingParams(logprobs=0)]
     assert np.asarray(run(state=states(one)).logprob)[1] < 0
@@ -261,17 +261,17 @@ ADJUSTMENTS: list[dict[str, Any]] = [
 ]
 
 
-@pytest.mark.parametrize("history", [5, 300, 1024, 2500])
-def test_penalties_biases_bans_and_masks(history: int):
+@pytest.mark.parametrize("size", [5, 300, 1024, 2500])
+def test_penalties_biases_bans_and_masks(size: int):
     """All options side by side, histories of many lengths, garbage behind each row's last token."""
-    rng = np.random.default_rng(history)
+    rng = np.random.default_rng(size)
     batch = len(ADJUSTMENTS)
     logits = rng.normal(0, 3, (batch, VOCAB)).astype(np.float32)
     params = [SamplingParams(**options) for options in ADJUSTMENTS]
     state = SamplingState.stack([(each, 0) for each in params], VOCAB, ENDS)
-    length = rng.integers(5, history + 1, batch).astype(np.int32)
-    place = np.full(batch, 4, np.int32)
-    tokens = rng.integers(0, VOCAB // 2, (batch, history)).astype(np.int32)
+    length = rng.integers(5, size + 1, batch).astype(np.int32)
+    output_index = np.full(batch, 4, np.int32)
+    tokens = rng.integers(0, VOCAB // 2, (batch, size)).astype(np.int32)
     bits = rng.integers(0, 2, (batch, VOCAB)) > 0
     bits[:, 0] = True
     words = np.packbits(np.pad(bits, ((0, 0), (0, 8))), bitorder="little", axis=1).view(np.uint32)
@@ -281,9 +281,10 @@ def test_penalties_biases_bans_and_masks(history: int):
         output = tokens[row, length[row] - 4 : length[row]].tolist()
         allowed = set(np.flatnonzero(bits[row]).tolist())
         wanted.append(adjusted(logits[row], params[row], prompt, output, ENDS, allowed))
-    got = jax.jit(sampling._adjust)(logits, state, place, TokenHistory(tokens, length), words)  # pyright: ignore[reportArgumentType]
+    history = TokenHistory(tokens, length)  # pyright: ignore[reportArgumentType]
+    got = jax.jit(sampling._adjust)(logits, state, output_index, history, words)
     np.testing.assert_allclose(np.asarray(got), wanted, rtol=1e-5, atol=1e-5)
-    drawn = sample(logits, state, place, TokenHistory(tokens, length), words).tokens  # pyright: ignore[reportArgumentType]
+    drawn = sample(logits, state, output_index, history, words).tokens
     assert np.isfinite(np.take_along_axis(np.array(wanted), np.asarray(drawn)[:, None], 1)).all()
 
 
@@ -304,8 +305,8 @@ def test_what_ends_is_drawn_where_nothing_else_is_allowed():
     params = SamplingParams(structured_outputs=GUIDED, min_tokens=3)
     state = SamplingState.stack([(params, 0)], VOCAB, ENDS)
     only_an_end = np.array([[1 << ENDS[1]]], np.uint32)
-    for place in (0, 3):
-        out = sample(logits, state, np.full(1, place, np.int32), allowed=only_an_end)
+    for output_index in (0, 3):
+        out = sample(logits, state, np.full(1, output_index, np.int32), grammar_bitmask=only_an_end)
         assert out.tokens[0] == ENDS[1]
 
 
@@ -313,8 +314,8 @@ def test_what_ends_is_drawn_where_nothing_else_is_allowed():
 def test_extreme_penalties_give_a_token_that_has_not_been_seen_or_only_those(penalty: float):
     logits = np.linspace(-6, -3, VOCAB, dtype=np.float32)[None]
     params = SamplingParams(repetition_penalty=penalty, temperature=0.1)
-    seen = TokenHistory(np.arange(VOCAB // 2, VOCAB)[None], np.full(1, VOCAB // 2))  # pyright: ignore[reportArgumentType]
-    drawn = int(sample(logits, states([params]), np.zeros(1, np.int32), seen).tokens[0])
+    history = TokenHistory(np.arange(VOCAB // 2, VOCAB)[None], np.full(1, VOCAB // 2))  # pyright: ignore[reportArgumentType]
+    drawn = int(sample(logits, states([params]), np.zeros(1, np.int32), history).tokens[0])
     assert (drawn >= VOCAB // 2) == (penalty < 1)
 
 

@@ -25,7 +25,6 @@ from fairkv_jax.aot.kernels import compile_all
 from fairkv_jax.aot.report import Report, compile_and_report
 from fairkv_jax.aot.steps import (
     Setup,
-    abstract_model,
     config_of,
     device_bytes,
     lower_decode_step,
@@ -81,7 +80,7 @@ def main(argv: list[str]) -> None:
     setup = make_setup(target)
     mesh = target.mesh(_DEVICES.value)
     pool = setup.pool_elements
-    print(_header(setup, target, device_bytes(abstract_model(setup, mesh))))
+    print(_header(setup, target, device_bytes(setup.shapes(mesh).model)))
     steps = {"decode": lower_decode_step(setup, mesh)}
     if _PROMPT.value:
         kv_config = KVConfig("ada_snapkv", budget=_BUDGET.value)
@@ -161,8 +160,10 @@ def _header(setup: Setup, target: Target, weights: int) -> str:
         f"{plan.strategy}: {plan.slots} slots a layer and device, "
         f"{plan.num_extra_replicas} extra replicas, utilisation {plan.utilization:.3f}\n"
         f"  weights          {_gib(weights)}  a device\n"
-        f"  KV pool          {_gib(4 * setup.pool_elements)}  in {setup.pages_per_device} pages of "
-        f"{setup.page_size} tokens, for {_BUDGET.value} + {setup.new_tokens} tokens a head"
+        f"  KV pool          {_gib(4 * setup.pool_elements)}  in {setup.cache.pages_per_device} "
+        f"pages of {setup.page_size} tokens, for {_BUDGET.value} + {setup.new_tokens} tokens "
+        "per head\n"
+        f"  page tables      {_gib(setup.cache.table_bytes_per_device)}"
     )
 
 

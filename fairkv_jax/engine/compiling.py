@@ -1,21 +1,23 @@
-"""What JAX compiles: counted, and shown while one waits for it."""
+"""Compiles programs in threads, shows progress meanwhile, and counts whatever JAX compiles."""
 
+import os
+import threading
 import weakref
-from collections.abc import Callable
-from types import TracebackType
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 
 import jax.monitoring
-from jax.stages import Compiled
 from tqdm import tqdm
 
 _COMPILED = "/jax/core/compile/backend_compile_duration"
 _CACHE_HIT = "/jax/compilation_cache/cache_hits"
+_MAX_THREADS = 8
 
 
 class Compilations:
     """Counts what this process compiles from now on, whoever asks for it.
 
-    Programs that are read from the persistent cache count too: they are waited for as well.
+    Programs that are read from the persistent cache count too: requests wait for them as well.
     """
 
     def __init__(self) -> None:
@@ -32,43 +34,58 @@ class Compilations:
         weakref.finalize(self, forget, listen).atexit = False
 
 
-class CompilingBar:
-    """A progress bar over programs: how many of them, which one, how many the cache has had."""
+def compile_all(programs: Sequence[tuple[str, Callable[[], object]]], *, show: bool) -> None:
+    """Calls functions that each compile a program, several at a time.
 
-    def __init__(self, total: int, *, show: bool):
-        self._bar = tqdm(total=total, desc="compiling", disable=not show)
-        self._compilations = Compilations()
-        self._hits = 0
-        self._cached = 0
+    Tracing holds Python's lock and compiling does not, so threads fill the processor's cores.
 
-    def __enter__(self) -> "CompilingBar":
-        jax.monitoring.register_event_listener(self._listen)
+    Args:
+        programs: what each program is for, as the progress bar names it, and its function.
+        show: whether to show a progress bar, which says how many the persistent cache has had.
+    """
+    threads = min(_MAX_THREADS, os.cpu_count() or 1)
+    with (
+        _CacheHits() as hits,
+        tqdm(total=len(programs), desc="compiling", disable=not show) as bar,
+        ThreadPoolExecutor(threads, thread_name_prefix="compile") as pool,
+    ):
+        futures = {pool.submit(hits.watch, make): name for name, make in programs}
+        num_cached = 0
+        try:
+            for future in as_completed(futures):
+                num_cached += future.result()
+                bar.set_postfix_str(f"{futures[future]}; {num_cached} from the cache")
+                bar.update()
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+
+
+class _CacheHits:
+    """Tells of each function whether all that it compiled came from the persistent cache."""
+
+    def __init__(self) -> None:
+        self._seen = threading.local()  # JAX reports in the thread that compiles
+
+    def __enter__(self) -> "_CacheHits":
+        jax.monitoring.register_event_listener(self._count_hit)
+        jax.monitoring.register_event_duration_secs_listener(self._count_compiled)
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        jax.monitoring.unregister_event_listener(self._listen)
-        self._bar.close()
+    def __exit__(self, *error: object) -> None:
+        jax.monitoring.unregister_event_listener(self._count_hit)
+        jax.monitoring.unregister_event_duration_listener(self._count_compiled)
 
-    def __call__(self, shape: str, make: Callable[..., Compiled], *args: object) -> Compiled:
-        """Makes a program, or finds it made; `shape` says which."""
-        compiled, hits = self._compilations.count, self._hits
-        self._say(shape)
-        program = make(*args)
-        # What prepares a program compiles too: it is the cache's where all of that was.
-        hits = self._hits - hits
-        self._cached += 0 < hits == self._compilations.count - compiled
-        self._bar.update()
-        self._say(shape)
-        return program
+    def watch(self, make: Callable[[], object]) -> bool:
+        """Calls a function; whether it compiled something, and nothing anew."""
+        self._seen.hits = self._seen.compiled = 0
+        make()
+        return 0 < self._seen.hits == self._seen.compiled
 
-    def _say(self, shape: str) -> None:
-        self._bar.set_postfix_str(f"{shape}; {self._cached} from the cache")
-
-    def _listen(self, event: str, **details: object) -> None:
+    def _count_hit(self, event: str, **details: object) -> None:
         if event == _CACHE_HIT:
-            self._hits += 1
+            self._seen.hits = getattr(self._seen, "hits", 0) + 1
+
+    def _count_compiled(self, event: str, duration_secs: float, **details: object) -> None:
+        if event == _COMPILED:
+            self._seen.compiled = getattr(self._seen, "compiled", 0) + 1

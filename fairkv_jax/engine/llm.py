@@ -11,7 +11,7 @@ from tqdm import tqdm
 from fairkv_jax.checkpoint.fetch import DEMO_MODEL
 from fairkv_jax.config import ENGINE_CLASSES, ENGINE_OPTIONS
 from fairkv_jax.engine.build import build_engine
-from fairkv_jax.engine.request import Request, RequestOutput
+from fairkv_jax.engine.request import Request, RequestOutput, ValidatedRequest
 from fairkv_jax.options import document_options, with_new_names
 from fairkv_jax.sampling_params import SamplingParams
 from fairkv_jax.tokenizer import Tokenizer
@@ -87,7 +87,7 @@ class LLM:
             raise ValueError(f"prefill_logits takes token ids, got the text {prompt!r}")
         prompt = list(prompt)
         self.engine.validate(Request("prefill_logits", prompt))
-        return np.asarray(self.engine.engine.prefill(prompt).logits)
+        return np.asarray(self.engine.runner.prefill(prompt).logits)
 
     def get_tokenizer(self) -> Tokenizer:
         return self.engine.tokenizer
@@ -97,7 +97,7 @@ class LLM:
         batch: Sequence[tuple[str | None, list[int]]],
         params: SamplingParams | Sequence[SamplingParams] | None,
         positions: bool,
-    ) -> list[Request]:
+    ) -> list[ValidatedRequest]:
         """Makes and validates a request for every (text, token ids) pair."""
         if params is None or isinstance(params, SamplingParams):
             params = [params or SamplingParams()] * len(batch)
@@ -111,16 +111,17 @@ class LLM:
         for (text, token_ids), each in zip(batch, params, strict=True):
             self._num_requests += 1
             request = Request(str(self._num_requests), token_ids, each, text, positions)
-            self.engine.validate(request)
-            requests.append(request)
+            requests.append(self.engine.validate(request))
         return requests
 
-    def _run(self, requests: list[Request]) -> list[RequestOutput]:
+    def _run(self, requests: list[ValidatedRequest]) -> list[RequestOutput]:
         """Runs requests until they finish; if that is interrupted, aborts the others."""
         self.engine.warm_up(
-            [len(request.prompt_token_ids) for request in requests],
+            [len(each.request.prompt_token_ids) for each in requests],
             len(requests),
-            prompt_logprobs=any(r.sampling_params.prompt_logprobs is not None for r in requests),
+            prompt_logprobs=any(
+                each.request.sampling_params.prompt_logprobs is not None for each in requests
+            ),
         )
         finished: dict[str, RequestOutput] = {}
         try:

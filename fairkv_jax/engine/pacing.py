@@ -1,48 +1,49 @@
-"""How much work goes to the devices at a time: steps of decoding, and units of a prefill."""
+"""How long decode steps and prefills take: measured by the engine, an input of the scheduler."""
 
-from fairkv_jax.decode import MAX_STEPS
+from dataclasses import dataclass
 
-_DISPATCH_SECONDS = 0.04
-"""Decoding that is dispatched at once: as long as this a new request may have to wait."""
-_STALL = 1.25
-"""Decode steps' time that a part of a prefill may take between two of them."""
-_PREFILL_SECONDS = 0.25
-"""A part of a prefill when nobody decodes: as long as this a cancelled request goes on."""
+from fairkv_jax.engine.scheduler_output import SchedulerOutput
+
 _MEMORY = 0.7
-"""Weight of what was measured before in a running mean."""
+"""Weight of earlier measurements in a running mean."""
 
 
-class Pacer:
-    """Running means of what a decode step and a unit of prefill take; none are assumed at first."""
+@dataclass(frozen=True)
+class Timings:
+    """What the scheduler knows of the devices' speed; None: not measured yet."""
+
+    step_seconds: float | None = None
+    """Seconds of one decode step."""
+    prefill_work_per_second: float | None = None
+    """Multiply-adds of a prefill per second, in the unit of `PrefillChunks.work`."""
+
+
+class StepTimer:
+    """Running means of what executions take."""
 
     def __init__(self) -> None:
-        self._step_seconds: float | None = None
-        self._work_per_second: float | None = None
+        self.timings = Timings()
+        self._last_end = 0.0
 
-    @property
-    def num_steps(self) -> int:
-        """Decode steps of a dispatch where nobody waits."""
-        if not self._step_seconds:
-            return 1
-        return max(1, min(MAX_STEPS, int(_DISPATCH_SECONDS / self._step_seconds)))
+    def record(self, output: SchedulerOutput, start: float | None, end: float) -> None:
+        """Takes note of an execution that was given to the devices at `start` and read at `end`.
 
-    def prefill_work(self, *, is_alone: bool) -> float:
-        """Work of a prefill's next part, beside running requests or alone, in units of `prefilled`.
-
-        0, which stands for the least that there is, as long as nothing was measured.
+        Times are in seconds. `start` is None for an execution that included compiling, which is
+        left out. The devices are busy with one execution after the other.
         """
-        seconds = _PREFILL_SECONDS if is_alone else _STALL * (self._step_seconds or 0.0)
-        return seconds * (self._work_per_second or 0.0)
-
-    def decoded(self, num_steps: int, seconds: float) -> None:
-        """Takes note of steps that had the devices for themselves."""
-        self._step_seconds = _mean(self._step_seconds, seconds / num_steps)
-
-    def prefilled(self, work: float, num_steps: int, seconds: float) -> None:
-        """Takes note of a part of a prefill, and of the decode steps that came with it."""
-        seconds -= num_steps * (self._step_seconds or 0.0)
-        if seconds > 0:
-            self._work_per_second = _mean(self._work_per_second, work / seconds)
+        previous, self._last_end = self._last_end, end
+        if start is None:
+            return
+        seconds = end - max(start, previous)
+        num_steps = output.decode.num_steps if output.decode is not None else 0
+        step, rate = self.timings.step_seconds, self.timings.prefill_work_per_second
+        if output.prefill is not None:
+            seconds -= num_steps * (step or 0.0)
+            if seconds > 0:
+                rate = _mean(rate, output.prefill.work / seconds)
+        elif num_steps:
+            step = _mean(step, seconds / num_steps)
+        self.timings = Timings(step, rate)
 
 
 def _mean(before: float | None, now: float) -> float:

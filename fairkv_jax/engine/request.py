@@ -67,3 +67,16 @@ class Request:
     """In place of the engine's own, see `compress.budgets.request_kv_config`."""
     kv_budget: int | None = None
     """In place of the engine's own, and no larger."""
+
+
+@dataclass(frozen=True)
+class ValidatedRequest:
+    """A request that the engine has found that it can serve."""
+
+    request: Request
+    max_tokens: int
+    """Most tokens to generate: as many as are asked for and as the context holds."""
+
+    @property
+    def request_id(self) -> str:
+        return self.request.request_id

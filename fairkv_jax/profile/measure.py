@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from fairkv_jax.engine.engine import Engine
+from fairkv_jax.engine.model_runner import ModelRunner
 from fairkv_jax.plan import (
     STRATEGIES,
     CostModel,
@@ -23,7 +23,7 @@ HELD_OUT_BATCH = 16
 
 
 def measure_lengths(
-    engine: Engine, prompts: Sequence[list[int]], log: Path, *, progress: bool = True
+    runner: ModelRunner, prompts: Sequence[list[int]], log: Path, *, progress: bool = True
 ) -> np.ndarray:
     """Kept tokens [prompts, L, K] of every prompt, in the prompts' order.
 
@@ -33,26 +33,26 @@ def measure_lengths(
     known = dict(_read_log(log))
     with log.open("a", encoding="utf-8") as file:
         for prompt in tqdm(prompts, "prompts", disable=not progress):
-            key = _key(engine, prompt)
+            key = _key(runner, prompt)
             if key not in known:
-                known[key] = np.asarray(engine.prefill(prompt).head_lengths).tolist()
+                known[key] = np.asarray(runner.prefill(prompt).head_lengths).tolist()
                 file.write(json.dumps({"key": key, "tokens": known[key]}) + "\n")
                 file.flush()
-    return np.array([known[_key(engine, prompt)] for prompt in prompts])
+    return np.array([known[_key(runner, prompt)] for prompt in prompts])
 
 
 def make_profile(
-    engine: Engine, model: str, prompts: Sequence[list[int]], lengths: np.ndarray, devices: int
+    runner: ModelRunner, model: str, prompts: Sequence[list[int]], lengths: np.ndarray, devices: int
 ) -> Profile:
     """The profile of measured lengths, with each strategy's utilisation on prompts left out."""
-    config = engine.kv_config
+    config = runner.kv_config
     fields = {
         "model": model,
         "policy": config.policy,
         "budget": config.budget,
         "prompt_tokens": float(np.mean([len(prompt) for prompt in prompts])),
         "source": f"measured on {len(prompts)} prompts",
-        "shape": ModelShape.from_config(engine.model_config),
+        "shape": ModelShape.from_config(runner.model_config),
     }
     held_out = ()
     if len(prompts) > 1:
@@ -83,9 +83,9 @@ def held_out_utilization(profile: Profile, lengths: np.ndarray, devices: int) ->
     return result | {f"fair_copying, not routed, on {devices}": unrouted}
 
 
-def _key(engine: Engine, prompt: list[int]) -> str:
+def _key(runner: ModelRunner, prompt: list[int]) -> str:
     """What a measured prompt is known by: the configuration and its tokens."""
-    text = f"{engine.model_config} {engine.kv_config} {engine.config.dtype} {prompt}"
+    text = f"{runner.model_config} {runner.kv_config} {runner.config.dtype} {prompt}"
     return hashlib.sha256(text.encode()).hexdigest()
 
 

@@ -64,7 +64,7 @@ def _rehearse(engine: Engine, rows: int) -> None:
     """Fill the batch row by row: what is left to be compiled, or to fail, shows before ready."""
     params = SamplingParams(max_tokens=rows + 1, ignore_eos=True, seed=0)
     for row in range(rows):
-        engine.add_request(Request(f"rehearsal-{row}", [0], params))
+        engine.add_request(engine.validate(Request(f"rehearsal-{row}", [0], params)))
     while engine.has_unfinished_requests():
         engine.step()
 

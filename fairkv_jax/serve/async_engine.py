@@ -16,7 +16,7 @@ from queue import Empty, SimpleQueue
 from typing import Protocol
 
 from fairkv_jax.config import EngineConfig, KVConfig, ModelConfig
-from fairkv_jax.engine.request import Request, RequestOutput
+from fairkv_jax.engine.request import Request, RequestOutput, ValidatedRequest
 from fairkv_jax.engine.stats import EngineStats
 from fairkv_jax.plan import Plan
 from fairkv_jax.sampling_params import StructuredOutputsParams
@@ -41,8 +41,8 @@ class Engine(Protocol):
     @property
     def kv_capacity_tokens(self) -> int: ...
     def compile_grammar(self, params: StructuredOutputsParams) -> None: ...
-    def validate(self, request: Request) -> None: ...
-    def add_request(self, request: Request) -> None: ...
+    def validate(self, request: Request) -> ValidatedRequest: ...
+    def add_request(self, request: ValidatedRequest) -> None: ...
     def abort_request(self, request_id: str) -> None: ...
     def has_unfinished_requests(self) -> bool: ...
     def step(self) -> list[RequestOutput]: ...
@@ -82,7 +82,7 @@ class QueueFull(Exception):
 
 @dataclass(frozen=True)
 class _Add:
-    request: Request
+    request: ValidatedRequest
 
 
 @dataclass(frozen=True)
@@ -239,8 +239,7 @@ class AsyncEngine:
         """
         engine = self.engine
         try:
-            for request in requests:
-                engine.validate(request)
+            valid = [engine.validate(request) for request in requests]
         except ValueError as error:
             raise RequestRefused(str(error)) from error
         limit = self._limit
@@ -251,7 +250,7 @@ class AsyncEngine:
             )
         self.check_room(len(requests))
         stream = OutputStream(self, requests)
-        for request in requests:
+        for request in valid:
             self._streams[request.request_id] = stream
             self._mailbox.put(_Add(request))
         self._observer.submitted(requests)

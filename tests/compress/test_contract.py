@@ -14,11 +14,11 @@ from fairkv_jax.compress.allocators import Uniform
 from fairkv_jax.compress.contract import Chunk, LayerShape, Method, Scores, Stats
 from fairkv_jax.compress.registry import make_method
 from fairkv_jax.config import KVConfig
+from fairkv_jax.engine.model_runner import kept_tokens
 from fairkv_jax.plan import Profile, make_plan
 from fairkv_jax.prefill import (
     PrefillCarry,
     compress_layer,
-    kept_tokens,
     run_chunks,
     split_at_layers,
     start_prefill,

@@ -1,4 +1,4 @@
-"""Runs an engine step by step, and looks into its books while it does."""
+"""Runs an engine step by step, and checks its account of the cache while it does."""
 
 from collections.abc import Callable, Iterable, Sequence
 
@@ -6,9 +6,25 @@ import numpy as np
 
 from fairkv_jax.engine.llm_engine import LLMEngine
 from fairkv_jax.engine.request import Request, RequestOutput
+from fairkv_jax.kv_cache_spec import KVCacheSpec
 from fairkv_jax.sampling_params import SamplingParams
 
 TINY_VOCAB = 384
+
+
+def tiny_cache_bytes(num_pages: int, num_rows: int, max_tokens: int) -> int:
+    """Bytes of the tiny model's KV cache with that many pages, on one device."""
+    spec = KVCacheSpec(
+        num_layers=2,
+        num_rows=num_rows,
+        num_devices=1,
+        slots_per_device=3,
+        head_dim=16,
+        page_size=16,
+        pages_per_device=num_pages,
+        max_tokens=max_tokens,
+    )
+    return spec.bytes_per_device
 
 
 def random_prompt(num_tokens: int, seed: int = 0) -> list[int]:
@@ -42,18 +58,24 @@ def run(
 
 
 def check_owners(engine: LLMEngine) -> None:
-    """Every (layer, head, row) has one owner with the right length, on the devices too."""
-    book, layout, cache = engine.engine.book, engine.engine.layout, engine.engine.cache
-    lengths, table = np.asarray(cache.lengths), np.asarray(cache.page_table)
-    np.testing.assert_array_equal(lengths, book.lengths)
+    """Every (layer, head, row) has one owner with the right length, on the devices too.
+
+    The devices hold what has been executed: rows that have ended since are released by the next
+    output, and their pages may be in use already only after that.
+    """
+    manager, layout = engine.scheduler.kv_cache, engine.runner.layout
+    lengths, on_devices = manager.lengths, np.asarray(engine.runner.cache.lengths)
+    running = engine.scheduler.running
+    rows = sorted(running)
+    np.testing.assert_array_equal(on_devices[:, rows], lengths[:, rows])
     num_cached = 0
     for row in range(lengths.shape[1]):
-        sequence = engine.scheduler.running.get(row)
-        if sequence is None:
-            assert not lengths[:, row].any(), f"nobody sits in row {row}, but it owns tokens"
+        if row not in running:
+            assert not lengths[:, row].any(), f"nobody occupies row {row}, but it owns tokens"
             continue
-        assert sequence.kept is not None
-        expected = sequence.kept.lengths + sequence.num_cached
+        state = engine.output_processor._states[running[row].request_id]
+        assert state.kept is not None
+        expected = state.kept.lengths + running[row].num_cached
         num_cached += expected.sum()
         for layer, heads in enumerate(layout.head_of_slot):
             for head in range(layout.num_heads):
@@ -62,29 +84,32 @@ def check_owners(engine: LLMEngine) -> None:
                 assert of_replicas.sum() == expected[layer, head]
             assert not lengths[layer, row, heads < 0].any()
     assert lengths.sum() == num_cached
-    _check_pages(engine, lengths, table)
+    _check_pages(engine, lengths)
 
 
-def _check_pages(engine: LLMEngine, lengths: np.ndarray, table: np.ndarray) -> None:
-    """Book and devices agree on the pages in use, and none of them serves two slots."""
-    book = engine.engine.book
-    used = np.arange(book.max_pages) < -(-lengths // book.page_size)[..., None]
-    np.testing.assert_array_equal(table[used], book.page_table[used])
-    device = np.broadcast_to(
-        np.arange(lengths.shape[2]) // engine.engine.layout.slots_per_device, lengths.shape
-    )[..., None]
-    pages = np.stack([np.broadcast_to(device, used.shape)[used], table[used]])
-    assert np.unique(pages, axis=1).shape == pages.shape
-    np.testing.assert_array_equal(
-        np.bincount(pages[0], minlength=book.num_devices), book.used_pages
-    )
+def _check_pages(engine: LLMEngine, lengths: np.ndarray) -> None:
+    """Host and devices agree on the pages in use, and none of them serves two slots."""
+    manager, table = engine.scheduler.kv_cache, engine.runner.cache.page_table
+    spec, starts = manager.spec, np.asarray(table.starts)
+    entries = np.asarray(table.pages).reshape(spec.num_devices, -1)
+    used = [0] * spec.num_devices
+    seen = set()
+    for layer, row, slot in np.argwhere(lengths > 0):
+        device, start = slot // spec.slots_per_device, starts[layer, row, slot]
+        pages = manager.pages_of(layer, row, slot)
+        assert len(pages) == -(-lengths[layer, row, slot] // spec.page_size)
+        np.testing.assert_array_equal(entries[device, start : start + len(pages)], pages)
+        seen |= {(device, page) for page in pages.tolist()}
+        used[device] += len(pages)
+    assert len(seen) == sum(used)
+    assert used == manager.used_pages.tolist()
 
 
 def check_idle(engine: LLMEngine) -> None:
     """Nothing runs or waits, every page is free, no row owns anything."""
+    manager = engine.scheduler.kv_cache
     assert not engine.has_unfinished_requests()
     assert not engine.scheduler.running
-    assert not engine.engine.book.used_pages.any()
-    assert not engine.engine.book.lengths.any()
-    assert not np.asarray(engine.engine.cache.lengths).any()
     assert engine.scheduler.has_free_row
+    assert not manager.used_pages.any()
+    assert not manager.lengths.any()

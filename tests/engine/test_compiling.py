@@ -3,13 +3,14 @@
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import pytest
 
-from fairkv_jax.engine.compiling import Compilations, CompilingBar
+from fairkv_jax.engine.compiling import Compilations, compile_all
 
 
 def test_whatever_is_compiled_is_counted_once():
@@ -25,23 +26,39 @@ def test_whatever_is_compiled_is_counted_once():
 
 def test_the_bar_says_how_many_and_which(capsys: pytest.CaptureFixture[str]):
     step = jax.jit(lambda x: x + 1)
-    with CompilingBar(2, show=True) as compiled:
-        for size in (2, 3):
-            program = compiled(f"{size} rows", lambda n: step.lower(jnp.zeros(n)).compile(), size)
-            assert program(jnp.zeros(size)).shape == (size,)
+    programs = {}
+
+    def make(size: int) -> None:
+        programs[size] = step.lower(jnp.zeros(size)).compile()
+
+    compile_all([(f"{n} rows", partial(make, n)) for n in (2, 3)], show=True)
+    assert {size: program(jnp.zeros(size)).shape for size, program in programs.items()} == {
+        2: (2,),
+        3: (3,),
+    }
     shown = capsys.readouterr().err
     assert "2/2" in shown
-    assert "3 rows; 0 from the cache" in shown
+    assert " rows; 0 from the cache" in shown
+
+
+def test_a_program_that_does_not_compile_ends_the_rest():
+    def fail() -> None:
+        raise RuntimeError("too many registers")
+
+    with pytest.raises(RuntimeError, match="too many registers"):
+        compile_all([("good", lambda: None), ("bad", fail), ("good", lambda: None)], show=False)
 
 
 BAR = """
+from functools import partial
 import jax, jax.numpy as jnp
-from fairkv_jax.engine.compiling import CompilingBar
+from fairkv_jax.engine.compiling import compile_all
 
-with CompilingBar(2, show=True) as compiled:
-    for size in (2, 3):
-        # What prepares it compiles as well.
-        compiled("x", lambda: jax.jit(lambda x: x + 1).lower(jnp.zeros(size) * 2).compile())
+# What prepares a program compiles as well.
+def make(size):
+    jax.jit(lambda x: x + 1).lower(jnp.zeros(size) * 2).compile()
+
+compile_all([("x", partial(make, size)) for size in (2, 3)], show=True)
 """
 
 

@@ -12,8 +12,9 @@ import pytest
 from fairkv_jax import LLM
 from fairkv_jax.compress.registry import make_method
 from fairkv_jax.config import KVConfig
+from fairkv_jax.engine.model_runner import kept_tokens
+from fairkv_jax.engine.programs import Programs
 from fairkv_jax.plan import Profile, make_plan
-from fairkv_jax.prefill import kept_tokens
 from tests.engine.texts import STORY
 from tests.oracle.forward import Forward, forward, read_llama
 from tests.oracle.selection import Options, kept_positions
@@ -120,14 +121,16 @@ def test_kept_positions(
     several: list[Case],
 ):
     """Exactly the oracle's, layer by layer and head by head, on two devices with a copied head."""
-    engine = demo_llms(2).engine.engine
+    engine = demo_llms(2).engine.runner
     assert engine.layout.replicas.all(2).any()
     dense = oracle(PROMPT)
     # An engine of these options on the same weights; its cache is not touched.
     other = copy(engine)
     other.kv_config = several[0].config
     other.methods = (make_method(other.kv_config),)
-    other._programs = {}
+    other.programs = Programs(
+        engine.programs._shapes, engine.config, other.kv_config, other.methods, show=False
+    )
     for case in several:
         prefix = other.prefill(token_ids[:PROMPT], case.config)
         kept = kept_tokens(prefix, engine.layout, positions=True)

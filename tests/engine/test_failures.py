@@ -10,9 +10,9 @@ from fairkv_jax import LLM, SamplingParams
 from fairkv_jax.compress.registry import METHODS
 from fairkv_jax.config import POLICY_NAMES
 from fairkv_jax.engine.device_errors import DeviceError, translate_xla_errors
-from fairkv_jax.engine.engine import Engine, PrefillTask
-from fairkv_jax.engine.llm_engine import LLMEngine
-from tests.engine.drive import check_idle, greedy, random_prompt, request, run
+from fairkv_jax.engine.model_runner import ModelRunner, PrefillTask
+from fairkv_jax.engine.pacing import StepTimer
+from tests.engine.drive import check_idle, greedy, random_prompt, request, run, tiny_cache_bytes
 
 ROWS = {"max_num_seqs": 3, "max_model_len": 256, "progress": False}
 
@@ -22,7 +22,7 @@ def llm(tiny_checkpoint: Path) -> LLM:
     return LLM(tiny_checkpoint, tensor_parallel_size=2, **ROWS)
 
 
-@pytest.mark.parametrize("failing", ["insert", "generate"])
+@pytest.mark.parametrize("failing", ["_insert", "_decode"])
 def test_requests_survive_a_step_that_loses_the_cache(
     llm: LLM, failing: str, monkeypatch: pytest.MonkeyPatch
 ):
@@ -32,15 +32,15 @@ def test_requests_survive_a_step_that_loses_the_cache(
     for each in requests:
         engine.add_request(each)
     engine.step()
-    original = getattr(Engine, failing)
+    original = getattr(ModelRunner, failing)
 
-    def fail(self: Engine, *args: object) -> None:
+    def fail(self: ModelRunner, *args: object) -> None:
         # As an error while a step executes: its arguments were donated.
         jax.tree.map(lambda array: array.delete(), self.cache)
-        monkeypatch.setattr(Engine, failing, original)
+        monkeypatch.setattr(ModelRunner, failing, original)
         raise RuntimeError("out of memory")
 
-    monkeypatch.setattr(Engine, failing, fail)
+    monkeypatch.setattr(ModelRunner, failing, fail)
     with pytest.raises(RuntimeError, match="out of memory"):
         run(engine)
     finished = run(engine)
@@ -52,17 +52,17 @@ def test_requests_survive_a_failing_prefill(llm: LLM, monkeypatch: pytest.Monkey
     """The step had taken its state, and with it what the layers before had kept."""
     requests = [request(str(i), random_prompt(40 + i), greedy(12)) for i in range(3)]
     expected = {name: out.outputs[0].token_ids for name, out in run(llm.engine, requests).items()}
-    original = Engine.advance_prefill
+    original = ModelRunner.run_chunks
 
-    def fail(self: Engine, prefill: PrefillTask, units: int) -> None:
-        jax.tree.map(lambda array: array.delete(), prefill.state)
-        monkeypatch.setattr(Engine, "advance_prefill", original)
+    def fail(self: ModelRunner, task: PrefillTask, start: int, stop: int) -> None:
+        jax.tree.map(lambda array: array.delete(), task.carry)
+        monkeypatch.setattr(ModelRunner, "run_chunks", original)
         raise RuntimeError("out of memory")
 
     for each in requests:
         llm.engine.add_request(each)
     llm.engine.step()
-    monkeypatch.setattr(Engine, "advance_prefill", fail)
+    monkeypatch.setattr(ModelRunner, "run_chunks", fail)
     with pytest.raises(RuntimeError, match="out of memory"):
         run(llm.engine)
     finished = run(llm.engine)
@@ -74,15 +74,15 @@ def test_an_interrupt_loses_no_token(llm: LLM, monkeypatch: pytest.MonkeyPatch):
     """Ctrl-C, when tokens have been read and not handed out."""
     requests = [request(str(i), random_prompt(40 + i), greedy(12)) for i in range(2)]
     expected = {name: out.outputs[0].token_ids for name, out in run(llm.engine, requests).items()}
-    original = LLMEngine._note_pace
+    original = StepTimer.record
 
-    def interrupt(self: LLMEngine, dispatch: object) -> None:
-        monkeypatch.setattr(LLMEngine, "_note_pace", original)
+    def interrupt(self: StepTimer, *args: object) -> None:
+        monkeypatch.setattr(StepTimer, "record", original)
         raise KeyboardInterrupt
 
     for each in requests:
         llm.engine.add_request(each)
-    monkeypatch.setattr(LLMEngine, "_note_pace", interrupt)
+    monkeypatch.setattr(StepTimer, "record", interrupt)
     with pytest.raises(KeyboardInterrupt):
         run(llm.engine)
     finished = run(llm.engine)
@@ -105,13 +105,13 @@ def test_other_errors_of_the_devices_keep_their_first_line():
 
 
 def test_a_failed_generate_leaves_no_request_behind(llm: LLM, monkeypatch: pytest.MonkeyPatch):
-    def fail(self: Engine, *args: object) -> None:
+    def fail(self: ModelRunner, *args: object) -> None:
         jax.tree.map(lambda array: array.delete(), self.cache)
         raise RuntimeError("out of memory")
 
     prompts = [random_prompt(30, seed) for seed in range(3)]
     with monkeypatch.context() as patch:
-        patch.setattr(Engine, "generate", fail)
+        patch.setattr(ModelRunner, "_decode", fail)
         with pytest.raises(RuntimeError, match="out of memory"):
             llm.generate(prompts, greedy(4))
     check_idle(llm.engine)
@@ -119,11 +119,12 @@ def test_a_failed_generate_leaves_no_request_behind(llm: LLM, monkeypatch: pytes
 
 
 def test_preempted_requests_wait_until_there_is_room_for_all_they_had(tiny_checkpoint: Path):
-    small = 6 * (256 // 16) * 2 * 16 * 16 * 4  # one row of full length, on one device
-    llm = LLM(tiny_checkpoint, kv_cache_memory_bytes=small + small // 4, **ROWS)
+    one_row = 6 * (256 // 16)
+    small = tiny_cache_bytes(one_row + one_row // 4, 3, 256)
+    llm = LLM(tiny_checkpoint, kv_cache_memory_bytes=small, **ROWS)
     prefills = []
-    original = llm.engine.engine.start_prefill
-    llm.engine.engine.start_prefill = lambda *a, **k: prefills.append(1) or original(*a, **k)  # pyright: ignore[reportAttributeAccessIssue]
+    original = llm.engine.runner.start_prefill
+    llm.engine.runner.start_prefill = lambda *a, **k: prefills.append(1) or original(*a, **k)  # pyright: ignore[reportAttributeAccessIssue]
     requests = [request(str(i), random_prompt(8, i), greedy(200)) for i in range(3)]
     assert len(run(llm.engine, requests)) == 3
     # A preempted request that came back at once would be thrown out again every few tokens.

@@ -11,9 +11,11 @@ import pytest
 
 from fairkv_jax import LLM, SamplingParams
 from fairkv_jax.engine.llm_engine import LLMEngine
+from fairkv_jax.engine.model_runner import Execution
 from fairkv_jax.engine.request import Request
+from fairkv_jax.engine.scheduler_output import SchedulerOutput
 from fairkv_jax.sampling_params import StructuredOutputsParams
-from tests.engine.drive import check_idle, greedy, random_prompt, request, run
+from tests.engine.drive import check_idle, greedy, random_prompt, request, run, tiny_cache_bytes
 from tests.oracle.sampling import adjusted
 
 EOS = (0, 2)
@@ -98,7 +100,9 @@ def test_options_change_nobody_elses_output(engine: LLMEngine):
         assert output.outputs[0].finish_reason == alone[name].outputs[0].finish_reason
 
 
-def test_preemption_changes_no_output(tiny_checkpoint: Path, engine: LLMEngine):
+def test_preemption_changes_no_output(
+    tiny_checkpoint: Path, engine: LLMEngine, monkeypatch: pytest.MonkeyPatch
+):
     """Pages for little more than one request; penalties and grammars go on where they were."""
     long_digits = StructuredOutputsParams(regex="[0-9]{4}(-[0-9]{4}){16}")
     requests = [
@@ -108,17 +112,22 @@ def test_preemption_changes_no_output(tiny_checkpoint: Path, engine: LLMEngine):
         request("person", random_prompt(28, 3), greedy(60, structured_outputs=PERSON)),
     ]
     expected = run(engine, requests)
-    full_row = 6 * (128 // 16) * 2 * 16 * 16 * 4
+    one_row = 6 * (128 // 16)
     small = LLM(
         tiny_checkpoint,
         max_model_len=128,
         max_num_seqs=2,
-        kv_cache_memory_bytes=full_row + full_row // 8,
+        kv_cache_memory_bytes=tiny_cache_bytes(one_row + one_row // 8, 2, 128),
         progress=False,
     ).engine
     preempted = set()
-    wait_first = small.scheduler.wait_first
-    small.scheduler.wait_first = lambda s: preempted.add(s.request.request_id) or wait_first(s)  # pyright: ignore[reportAttributeAccessIssue]
+    execute = small.runner.execute
+
+    def watch(output: SchedulerOutput) -> Execution:
+        preempted.update(output.preempted_request_ids)
+        return execute(output)
+
+    monkeypatch.setattr(small.runner, "execute", watch)
     outputs = run(small, requests)
     assert {"digits", "repeating"} & preempted
     for name, output in outputs.items():
@@ -169,7 +178,7 @@ def test_a_grammar_that_fails_on_the_way_ends_its_request_only(
     engine.add_request(other)
     while engine.scheduler.row_of("failing") is None:
         engine.step()
-    matcher = engine.scheduler.running[engine.scheduler.row_of("failing") or 0].matcher
+    matcher = engine.output_processor._states["failing"].matcher
     assert matcher is not None
     matcher.accept(EOS[0])
     outputs = run(engine)

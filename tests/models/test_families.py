@@ -12,7 +12,7 @@ import pytest
 
 from fairkv_jax.checkpoint import open_checkpoint
 from fairkv_jax.config import EngineConfig, KVConfig
-from fairkv_jax.engine.engine import Engine
+from fairkv_jax.engine.model_runner import ModelRunner
 from fairkv_jax.plan import Profile, make_plan
 from tests.oracle.forward import Llama, forward, read_llama, silu
 from tests.oracle.tiny import write_tiny_checkpoint
@@ -91,7 +91,7 @@ def folder(case, gguf, tmp_path_factory) -> Path:
     return write_tiny_folder(tmp_path_factory.mktemp("hf"), gguf, changes=case.hf)
 
 
-def make_engine(path: Path, num_devices: int = 2) -> Engine:
+def make_engine(path: Path, num_devices: int = 2) -> ModelRunner:
     checkpoint = open_checkpoint(path)
     config = checkpoint.config
     profile = Profile.uniform(config.num_layers, config.num_kv_heads, 64)
@@ -99,7 +99,7 @@ def make_engine(path: Path, num_devices: int = 2) -> Engine:
     sizes = EngineConfig(
         tensor_parallel_size=num_devices, max_model_len=64, kv_cache_bytes=1 << 22, max_num_seqs=1
     )
-    return Engine(checkpoint, plan, sizes, KVConfig(), progress=False)
+    return ModelRunner(checkpoint, plan, sizes, KVConfig(), progress=False)
 
 
 def test_the_logits_are_those_of_the_formulas_from_either_format(case, gguf, folder):

@@ -61,7 +61,7 @@ class Llama:
     rope_divisors: np.ndarray | None = None
     """[H/2], divisors of the rotary frequencies of a model that was scaled to longer contexts."""
     activation: Callable[[np.ndarray], np.ndarray] = silu
-    """Of the MLP's gate."""
+    """The activation of the MLP's gate."""
     norm_offset: float = 0.0
     """Added to the weights of norms: 1 in Gemma."""
     embedding_scale: float = 1.0

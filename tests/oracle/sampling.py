@@ -17,7 +17,7 @@ def adjusted(
 ) -> np.ndarray:
     """One row's logits before the temperature, token by token, in vLLM's order of steps.
 
-    `ends` are the ids that end a text, `allowed` those that a guided row may draw.
+    `ends` are the ids that end a text, `allowed` those that a row which follows a grammar may draw.
     """
     row = [float(x) for x in logits]
     if params.structured_outputs and allowed is not None:

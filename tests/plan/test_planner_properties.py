@@ -174,7 +174,9 @@ def test_only_the_slots_limit_replicas_by_default(row_split):
     """
     tokens = np.full(32 * 8, 384.0)
     tokens[np.random.default_rng(0).permutation(32 * 8)[:128]] = 8192
-    profile = Profile("half", "head_budgets", None, tuple(map(tuple, tokens.reshape(32, 8).tolist())))
+    profile = Profile(
+        "half", "head_budgets", None, tuple(map(tuple, tokens.reshape(32, 8).tolist()))
+    )
     cost = CostModel.of(SHAPES["llama-3.1-8b"], 8, "H100", batch=64)
     static = make_plan(profile, 8, "static", cost=cost)
     unlimited = make_plan(profile, 8, row_split=row_split, cost=cost)

@@ -35,8 +35,8 @@ def prompts_of(built: LLMEngine, count: int) -> list[list[int]]:
 
 def test_lengths_are_what_the_prefill_keeps(built: LLMEngine, tmp_path: Path):
     prompts = prompts_of(built, 3)
-    lengths = measure_lengths(built.engine, prompts, tmp_path / "log", progress=False)
-    expected = [np.asarray(built.engine.prefill(prompt).head_lengths) for prompt in prompts]
+    lengths = measure_lengths(built.runner, prompts, tmp_path / "log", progress=False)
+    expected = [np.asarray(built.runner.prefill(prompt).head_lengths) for prompt in prompts]
     np.testing.assert_array_equal(lengths, expected)
     assert abs(lengths.mean() - 24) < 1
 
@@ -45,25 +45,25 @@ def test_an_interrupted_measurement_goes_on(
     built: LLMEngine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     prompts, log = prompts_of(built, 3), tmp_path / "log"
-    whole = measure_lengths(built.engine, prompts, log, progress=False)
+    whole = measure_lengths(built.runner, prompts, log, progress=False)
     lines = log.read_text().splitlines()
     log.write_text("\n".join(lines[:2]) + "\n" + lines[2][:10])  # cut in the third
-    prefill, measured = built.engine.prefill, []
+    prefill, measured = built.runner.prefill, []
 
     def counted(prompt: list[int]):
         measured.append(prompt)
         return prefill(prompt)
 
-    monkeypatch.setattr(built.engine, "prefill", counted)
-    again = measure_lengths(built.engine, prompts, log, progress=False)
+    monkeypatch.setattr(built.runner, "prefill", counted)
+    again = measure_lengths(built.runner, prompts, log, progress=False)
     np.testing.assert_array_equal(again, whole)
     assert measured == [prompts[2]]
 
 
 def test_a_profile_holds_means_and_what_other_prompts_got(built: LLMEngine, tmp_path: Path):
     prompts = prompts_of(built, 6)
-    lengths = measure_lengths(built.engine, prompts, tmp_path / "log", progress=False)
-    profile = make_profile(built.engine, "tiny", prompts, lengths, devices=2)
+    lengths = measure_lengths(built.runner, prompts, tmp_path / "log", progress=False)
+    profile = make_profile(built.runner, "tiny", prompts, lengths, devices=2)
     np.testing.assert_allclose(profile.array, lengths.mean(0))
     assert profile.prompt_tokens == 100
     held_out = dict(profile.held_out)

@@ -14,9 +14,15 @@ import numpy as np
 from fairkv_jax.checkpoint.open import open_checkpoint
 from fairkv_jax.compress.budgets import num_kept_tokens, request_kv_config
 from fairkv_jax.config import EngineConfig, KVConfig, ModelConfig
-from fairkv_jax.engine.guided import Grammars
-from fairkv_jax.engine.request import CompletionOutput, Logprob, Request, RequestOutput
+from fairkv_jax.engine.request import (
+    CompletionOutput,
+    Logprob,
+    Request,
+    RequestOutput,
+    ValidatedRequest,
+)
 from fairkv_jax.engine.stats import EngineStats, RequestMetrics
+from fairkv_jax.engine.structured_output import GrammarCompiler
 from fairkv_jax.plan import CostModel, Plan
 from fairkv_jax.plan.plan import Replica
 from fairkv_jax.sampling_params import StructuredOutputsParams
@@ -43,8 +49,9 @@ class ScriptedEngine:
         self.kv_capacity_tokens = 60_000
         self.plan = plan_of(self.model_config)
         self.step_seconds = step_seconds
-        self.grammars = Grammars(self.tokenizer, self.model_config.vocab_size)
+        self.grammars = GrammarCompiler(self.tokenizer, self.model_config.vocab_size)
         self.aborted: list[str] = []
+        self.num_validated = 0
         self.requests: dict[str, Request] = {}
         self.generated: dict[str, list[int]] = {}
         self.times: dict[str, RequestMetrics] = {}
@@ -53,15 +60,19 @@ class ScriptedEngine:
         """It is compiled, for its faults, and then takes no effect."""
         self.grammars.matcher(params)
 
-    def validate(self, request: Request) -> None:
+    def validate(self, request: Request) -> ValidatedRequest:
+        self.num_validated += 1
         length = len(request.prompt_token_ids)
         limit = self.engine_config.max_model_len
         if not 0 < length < limit:
             raise ValueError(f"a prompt of {length} tokens: 1 to {limit - 1} fit the context")
         self._kept(request)
+        return ValidatedRequest(request, limit - length)
 
-    def add_request(self, request: Request) -> None:
-        self.validate(request)
+    def add_request(self, request: ValidatedRequest) -> None:
+        self._add(request.request)
+
+    def _add(self, request: Request) -> None:
         self.requests[request.request_id] = request
         self.generated[request.request_id] = []
         self.times[request.request_id] = RequestMetrics(time.monotonic())

@@ -13,7 +13,7 @@ from tokenizers import decoders, models
 
 from fairkv_jax.checkpoint import open_checkpoint
 from fairkv_jax.checkpoint.fetch import DEMO_MODEL
-from fairkv_jax.engine.guided import Grammars, Matcher
+from fairkv_jax.engine.structured_output import GrammarCompiler, GrammarMatcher
 from fairkv_jax.sampling_params import StructuredOutputsParams
 from fairkv_jax.tokenizer import Tokenizer
 
@@ -72,17 +72,17 @@ def tokenizer(tiny_checkpoint: Path) -> Tokenizer:
 
 
 @pytest.fixture(scope="module")
-def grammars(tokenizer: Tokenizer) -> Grammars:
-    return Grammars(tokenizer, 384)
+def grammars(tokenizer: Tokenizer) -> GrammarCompiler:
+    return GrammarCompiler(tokenizer, 384)
 
 
-def allowed(matcher: Matcher) -> list[int]:
-    bits = np.unpackbits(matcher.allowed().view(np.uint8), bitorder="little")
+def allowed(matcher: GrammarMatcher) -> list[int]:
+    bits = np.unpackbits(matcher.bitmask().view(np.uint8), bitorder="little")
     return np.flatnonzero(bits).tolist()
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_whatever_is_drawn_matches(grammars: Grammars, tokenizer: Tokenizer, name: str):
+def test_whatever_is_drawn_matches(grammars: GrammarCompiler, tokenizer: Tokenizer, name: str):
     params, matches, _ = CASES[name]
     rng = np.random.default_rng(4)
     finished = set()
@@ -103,7 +103,7 @@ def test_whatever_is_drawn_matches(grammars: Grammars, tokenizer: Tokenizer, nam
 
 @pytest.mark.parametrize("name", CASES)
 def test_what_matches_can_be_drawn_and_ended_by_any_end(
-    grammars: Grammars, tokenizer: Tokenizer, name: str
+    grammars: GrammarCompiler, tokenizer: Tokenizer, name: str
 ):
     params, _, example = CASES[name]
     matcher = grammars.matcher(params)
@@ -114,7 +114,7 @@ def test_what_matches_can_be_drawn_and_ended_by_any_end(
     assert set(tokenizer.eos_token_ids) <= set(allowed(matcher))
 
 
-def test_any_object(grammars: Grammars, tokenizer: Tokenizer):
+def test_any_object(grammars: GrammarCompiler, tokenizer: Tokenizer):
     matcher = grammars.matcher(StructuredOutputsParams(json_object=True))
     for token in tokenizer.encode('{"a": [1, {"b": null}], "c": "d"}'):
         assert token in allowed(matcher)
@@ -124,7 +124,9 @@ def test_any_object(grammars: Grammars, tokenizer: Tokenizer):
     assert not set(allowed(first)) & set(tokenizer.encode("[1"))
 
 
-def test_a_forbidden_token_is_a_failure_and_stays_one(grammars: Grammars, tokenizer: Tokenizer):
+def test_a_forbidden_token_is_a_failure_and_stays_one(
+    grammars: GrammarCompiler, tokenizer: Tokenizer
+):
     params = StructuredOutputsParams(regex="[0-9]+")
     matcher, other = grammars.matcher(params), grammars.matcher(params)
     for text in ("x", "1"):
@@ -155,7 +157,7 @@ def test_a_forbidden_token_is_a_failure_and_stays_one(grammars: Grammars, tokeni
         ({"regex": "((((a{100}){100}){100}){100}){100}"}, "too many expressions"),
     ],
 )  # fmt: skip
-def test_faults_are_named_in_a_line(grammars: Grammars, params: dict, fault: str):
+def test_faults_are_named_in_a_line(grammars: GrammarCompiler, params: dict, fault: str):
     with pytest.raises(ValueError, match=fault) as error:
         grammars.matcher(StructuredOutputsParams(**params))
     assert len(str(error.value)) <= 200
@@ -171,12 +173,12 @@ def test_a_tokenizer_that_no_grammar_can_be_laid_over_is_named():
         backend = Backend(model)
         if decoder is not None:
             backend.decoder = decoder  # type: ignore[assignment]  # its stubs know the getter only
-        grammars = Grammars(Tokenizer(backend, eos_token_ids=ends), 2)
+        grammars = GrammarCompiler(Tokenizer(backend, eos_token_ids=ends), 2)
         with pytest.raises(ValueError, match="outputs of this model cannot be constrained"):
             grammars.matcher(StructuredOutputsParams(regex="a"))
 
 
-def test_threads_compile_and_match_side_by_side(grammars: Grammars, tokenizer: Tokenizer):
+def test_threads_compile_and_match_side_by_side(grammars: GrammarCompiler, tokenizer: Tokenizer):
     def walk(number: int) -> bool:
         matcher = grammars.matcher(StructuredOutputsParams(regex=f"{number % 3}[ab]{{200}}"))
         for token in tokenizer.encode(f"{number % 3}" + "ab" * 100):
@@ -192,7 +194,7 @@ def test_a_real_vocabulary_allows_long_tokens():
     """One token of the demo model's stands for several characters of the object."""
     checkpoint = open_checkpoint(DEMO_MODEL)
     tokenizer = checkpoint.tokenizer()
-    matcher = Grammars(tokenizer, checkpoint.config.vocab_size).matcher(
+    matcher = GrammarCompiler(tokenizer, checkpoint.config.vocab_size).matcher(
         StructuredOutputsParams(json_object=True)
     )
     for token in tokenizer.encode('{"name": "SmolLM", "sizes": [135, 360, 1700]}'):

@@ -1,6 +1,6 @@
-"""Outputs that match a schema, an expression or a grammar: which tokens may come next.
+"""Structured outputs: which tokens may come next in an output that follows a schema or grammar.
 
-The host says it, token by token, by llguidance; the devices read it as a mask in `sample`.
+The host asks llguidance token by token; the devices read the answer as a bitmask in `sample`.
 """
 
 import json
@@ -11,35 +11,35 @@ import numpy as np
 from jaxtyping import UInt32
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer, grammar_from
 
-from fairkv_jax.sampling import mask_words
-from fairkv_jax.sampling_params import StructuredOutputsParams
+from fairkv_jax.sampling_params import StructuredOutputsParams, num_bitmask_words
 from fairkv_jax.tokenizer import Tokenizer
 
 _MAX_COMPILED = 64
 _MAX_LEXER_STATES = 50_000
-"""Of one grammar, at one or two KB each."""
+"""Lexer states of one grammar, at one or two KB each."""
 _MAX_FAULT_CHARACTERS = 200
 
 
-class Grammars:
-    """Compiles what outputs must match for one vocabulary, and keeps the last ones compiled.
+class GrammarCompiler:
+    """Compiles schemas and grammars for one vocabulary, and caches the last compiled ones.
 
-    Any thread may call it: what a client sends can take a second to compile.
+    Any thread may call it: a client's grammar can take a second to compile.
     """
 
     def __init__(self, tokenizer: Tokenizer, vocab_size: int):
         self._tokenizer = tokenizer
+        self._num_words = num_bitmask_words(vocab_size)
         self._vocab_size = vocab_size
         self._compiled = lru_cache(_MAX_COMPILED)(self._compile)
 
-    def matcher(self, params: StructuredOutputsParams) -> "Matcher":
-        """At the beginning of an output.
+    def matcher(self, params: StructuredOutputsParams) -> "GrammarMatcher":
+        """A matcher at the beginning of an output.
 
         Raises:
-            ValueError: the schema or grammar has a fault, which the message names, is too large,
-                or nothing matches it.
+            ValueError: the schema or grammar is invalid or too large, or nothing matches it; the
+                message says which.
         """
-        return Matcher(self._compiled(params), mask_words(self._vocab_size)).copy()
+        return GrammarMatcher(self._compiled(params), self._num_words).copy()
 
     def _compile(self, params: StructuredOutputsParams) -> LLMatcher:
         limits = LLParserLimits(verbose_errors=False, max_lexer_states=_MAX_LEXER_STATES)
@@ -48,13 +48,13 @@ class Grammars:
             matcher = LLMatcher(self._vocabulary, grammar, limits=limits, log_level=0)
         except ValueError as error:
             raise ValueError(_fault(str(error))) from error
-        # Some faults show only at the first tokens, whose masks take the longest.
-        trial = Matcher(matcher, mask_words(self._vocab_size))
-        first = _lowest(trial.allowed())
+        # Some faults show only at the first tokens, whose bitmasks take the longest.
+        trial = GrammarMatcher(matcher, self._num_words)
+        first = _lowest_token(trial.bitmask())
         if not trial.has_failed:
             trial = trial.copy()
             trial.accept(first)
-            trial.allowed()
+            trial.bitmask()
         if trial.has_failed:
             raise ValueError(_fault(trial.error))
         return matcher
@@ -69,48 +69,48 @@ class Grammars:
             raise ValueError(f"outputs of this model cannot be constrained: {error}") from error
 
 
-class Matcher:
-    """How far one output has come."""
+class GrammarMatcher:
+    """How far one output has come in its grammar."""
 
     def __init__(self, matcher: LLMatcher, num_words: int):
         self._matcher = matcher
         self._num_words = num_words
 
-    def copy(self) -> "Matcher":
-        """One that stands where this one stands, and goes its own way."""
-        return Matcher(self._matcher.deep_copy(), self._num_words)
+    def copy(self) -> "GrammarMatcher":
+        """A matcher in the same state that advances on its own."""
+        return GrammarMatcher(self._matcher.deep_copy(), self._num_words)
 
-    def allowed(self) -> UInt32[np.ndarray, "W"]:
-        """The tokens that may come next, a bit each, as `sample` takes them."""
+    def bitmask(self) -> UInt32[np.ndarray, "W"]:
+        """The tokens that may come next, one bit per token, as `sample` takes them."""
         return np.frombuffer(self._matcher.compute_bitmask(), np.uint32)[: self._num_words]
 
     def accept(self, token_id: int) -> None:
-        """Takes the token that came."""
+        """Advances by the token that was sampled."""
         self._matcher.consume_token(token_id)
 
     @property
     def is_over(self) -> bool:
-        """Whether the output is whole and nothing but its end can follow."""
+        """Whether the output is complete and nothing but its end can follow."""
         return self._matcher.is_stopped()
 
     @property
     def has_failed(self) -> bool:
-        """Whether the grammar took more work than is granted, or a token that it forbids."""
+        """Whether the grammar exceeded its limits of work, or met a token that it forbids."""
         return self._matcher.is_error()
 
     @property
     def error(self) -> str:
-        """What llguidance says of the failure."""
+        """llguidance's message of the failure."""
         return self._matcher.get_error()
 
 
-def _lowest(mask: UInt32[np.ndarray, "W"]) -> int:
-    """The lowest token of a mask; some token is always allowed, an end if nothing else."""
-    return int(np.flatnonzero(np.unpackbits(mask.view(np.uint8), bitorder="little"))[0])
+def _lowest_token(bitmask: UInt32[np.ndarray, "W"]) -> int:
+    """The lowest token of a bitmask; some token is always allowed, an end if nothing else."""
+    return int(np.flatnonzero(np.unpackbits(bitmask.view(np.uint8), bitorder="little"))[0])
 
 
 def _grammar(params: StructuredOutputsParams) -> str:
-    """In llguidance's own form."""
+    """The parameters as a grammar in llguidance's own form."""
     if params.json is not None:
         schema = str(params.json)
         try:
@@ -128,7 +128,7 @@ def _grammar(params: StructuredOutputsParams) -> str:
 
 
 def _fault(message: str) -> str:
-    """What llguidance says, without the drawing of where, which quotes what may be long."""
+    """llguidance's message without its drawing of the place, which quotes a text of any length."""
     if "NoExtension" in message:
         message = "no output matches it"
     said = re.search(r"^error: (.*)$", message, re.MULTILINE)  # of regular expressions

@@ -1,0 +1,196 @@
+"""The host's account of the KV cache: pages, page tables, and which replica serves which row.
+
+It mirrors the devices' page tables and lengths, which follow the same rules, so that nothing is
+read back to know what is full. The scheduler asks it before it schedules:
+
+    reserve_prompt   routes a row's heads to replicas and takes pages for its kept prompt
+    reserve          takes pages for the next tokens of every row
+    commit           counts tokens that the devices have written
+    free             gives a row's pages back
+"""
+
+import numpy as np
+
+from fairkv_jax.engine.page_tables import PageTables, PageTableUpdate
+from fairkv_jax.kv_cache_spec import KVCacheSpec
+from fairkv_jax.plan import route
+from fairkv_jax.sharding.slots import SlotLayout
+
+
+class PagePool:
+    """The pages of every device with their reference counts; a page is free at count 0."""
+
+    def __init__(self, num_devices: int, pages_per_device: int):
+        self.references = np.zeros((num_devices, pages_per_device), np.int32)
+        # A stack of free pages per device; the lowest numbers are on top.
+        self._free = np.tile(np.arange(pages_per_device, dtype=np.int32)[::-1], (num_devices, 1))
+        self._num_free = np.full(num_devices, pages_per_device)
+
+    @property
+    def num_free(self) -> np.ndarray:
+        """[P] free pages on every device."""
+        return self._num_free.copy()
+
+    def take(self, devices: np.ndarray) -> np.ndarray:
+        """Takes a free page on each of the given devices, with one reference.
+
+        Raises:
+            RuntimeError: a device has too few free pages; the caller has not looked.
+        """
+        needed = np.bincount(devices, minlength=len(self._num_free))
+        if (needed > self._num_free).any():
+            device = int(np.argmax(needed > self._num_free))
+            raise RuntimeError(
+                f"device {device} has {self._num_free[device]} free pages, "
+                f"{needed[device]} are needed"
+            )
+        taken = np.empty(len(devices), np.int32)
+        for device in np.flatnonzero(needed):
+            left = self._num_free[device] - needed[device]
+            taken[devices == device] = self._free[device, left : self._num_free[device]][::-1]
+            self._num_free[device] = left
+        self.references[devices, taken] = 1
+        return taken
+
+    def retain(self, devices: np.ndarray, pages: np.ndarray) -> None:
+        """Adds a reference to each page; they are in use already."""
+        np.add.at(self.references, (devices, pages), 1)
+
+    def release(self, devices: np.ndarray, pages: np.ndarray) -> None:
+        """Takes a reference from each page; those that have none left are free."""
+        np.subtract.at(self.references, (devices, pages), 1)
+        is_free = self.references[devices, pages] == 0
+        for device in range(len(self._num_free)):
+            freed = np.unique(pages[is_free & (devices == device)])
+            start = self._num_free[device]
+            self._free[device, start : start + len(freed)] = freed
+            self._num_free[device] += len(freed)
+
+
+class KVCacheManager:
+    """Decides which pages hold the tokens of each (layer, row, slot)."""
+
+    def __init__(self, spec: KVCacheSpec, layout: SlotLayout):
+        self.spec = spec
+        self._layout = layout
+        self._pool = PagePool(spec.num_devices, spec.pages_per_device)
+        self._tables = PageTables(spec)
+        # Tokens that fit into the last page of every (layer, row, slot), [L, B, P*C].
+        self._room = np.full((spec.num_layers, spec.num_rows, spec.num_slots), _NOT_OWNED)
+        self._rows = np.zeros(spec.num_rows, bool)
+        self._uncommitted = np.zeros(spec.num_rows, np.int64)
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """[L, B, P*C] tokens for which there are pages; 0 where a slot owns no part of a row."""
+        counts = self._tables.counts
+        return np.where(counts > 0, counts * self.spec.page_size - self._room, 0)
+
+    @property
+    def committed_lengths(self) -> np.ndarray:
+        """[L, B, P*C] tokens that the devices have written."""
+        lengths = self.lengths
+        return lengths - (lengths > 0) * self._uncommitted[:, None]
+
+    @property
+    def used_pages(self) -> np.ndarray:
+        """[P] pages in use on every device."""
+        return self.spec.pages_per_device - self._pool.num_free
+
+    @property
+    def free_pages(self) -> np.ndarray:
+        """[P] free pages on every device."""
+        return self._pool.num_free
+
+    @property
+    def tokens_per_device(self) -> np.ndarray:
+        """[L, P] cached tokens of every layer on every device."""
+        by_slot = self.lengths.sum(1)
+        return by_slot.reshape(len(by_slot), self.spec.num_devices, -1).sum(2)
+
+    def pages_of(self, layer: int, row: int, slot: int) -> np.ndarray:
+        """The page numbers, within the slot's device, that hold a slot's part of a row."""
+        pair = np.ravel_multi_index((layer, row, slot), self._room.shape)
+        return self._tables.pages(np.array([pair]))[1]
+
+    def reserve_prompt(
+        self, row: int, head_lengths: np.ndarray, num_known_tokens: int = 0
+    ) -> np.ndarray | None:
+        """Takes pages of an empty row for what is kept of a prompt, [L, K] tokens.
+
+        Each head is routed to the replica on the device that holds the fewest tokens. The row is
+        given pages only if there are enough also for the `num_known_tokens` that will be appended
+        to it in any case, for one more, and for one more token in every other row.
+
+        Returns:
+            The tokens of every slot, [L, P*C], 0 where the slot does not serve the row; None where
+            the pages do not suffice.
+        """
+        owner = route(self._layout.replicas, head_lengths, self.tokens_per_device)
+        slots = np.take_along_axis(self._layout.slot_of_head, owner[..., None], -1)[..., 0]
+        lengths = np.zeros(self._layout.head_of_slot.shape, np.int32)
+        np.put_along_axis(lengths, slots, head_lengths, axis=1)
+        grown = lengths + (lengths > 0) * (1 + num_known_tokens)
+        needed = self._per_device(-(-grown // self.spec.page_size)[:, None])
+        if (needed + self._num_opened(1) > self._pool.num_free).any():
+            return None
+        layer, slot = np.nonzero(lengths)
+        pairs = np.ravel_multi_index((layer, row, slot), self._room.shape)
+        counts = -(-lengths[layer, slot] // self.spec.page_size)
+        self._room.flat[pairs] = counts * self.spec.page_size - lengths[layer, slot]
+        self._rows[row] = True
+        self._append_pages(pairs, counts)
+        return lengths
+
+    def can_reserve(self, num_tokens: int) -> bool:
+        """Whether there are pages for that many more tokens in every row."""
+        return not (self._num_opened(num_tokens) > self._pool.num_free).any()
+
+    def reserve(self, num_tokens: int) -> bool:
+        """Takes pages for at most a page of further tokens in every row; False if too few are free.
+
+        All rows get them, or none.
+        """
+        if not self.can_reserve(num_tokens):
+            return False
+        pairs = np.flatnonzero(self._room < num_tokens)
+        self._room[:, self._rows] -= num_tokens
+        self._room.flat[pairs] += self.spec.page_size
+        self._uncommitted[self._rows] += num_tokens
+        self._append_pages(pairs, np.ones(len(pairs), np.int64))
+        return True
+
+    def commit(self, row: int, num_tokens: int) -> None:
+        """Counts reserved tokens of a row that the devices have written."""
+        self._uncommitted[row] -= num_tokens
+
+    def free(self, row: int) -> None:
+        """Gives back all pages of a row."""
+        layer, slot = np.nonzero(self._tables.counts[:, row])
+        pairs = np.ravel_multi_index((layer, row, slot), self._room.shape)
+        self._pool.release(*self._tables.pages(pairs))
+        self._tables.clear(pairs)
+        self._room[:, row] = _NOT_OWNED
+        self._rows[row] = False
+        self._uncommitted[row] = 0
+
+    def take_page_table_update(self) -> PageTableUpdate:
+        """What has changed in the page tables since the last call."""
+        return self._tables.take_update()
+
+    def _num_opened(self, num_tokens: int) -> np.ndarray:
+        """[P] pages that at most a page of further tokens in every row would take."""
+        return self._per_device(self._room < num_tokens)
+
+    def _per_device(self, pages: np.ndarray) -> np.ndarray:
+        """[P] sums of an array [L, rows, P*C]."""
+        return pages.sum((0, 1)).reshape(self.spec.num_devices, -1).sum(1)
+
+    def _append_pages(self, pairs: np.ndarray, counts: np.ndarray) -> None:
+        """Takes pages and appends them to the tables of pairs, `counts[i]` to `pairs[i]`."""
+        devices = np.repeat(pairs % self.spec.num_slots // self.spec.slots_per_device, counts)
+        self._tables.append(pairs, counts, self._pool.take(devices))
+
+
+_NOT_OWNED = np.int32(1 << 30)
+"""Room where a slot owns no part of a row: it never opens a page."""

@@ -1,0 +1,143 @@
+"""The host's page tables: a flat list of page numbers per device, in segments that can move.
+
+Every (layer, row, slot) that owns tokens has a segment of its device's list:
+
+    starts    [L, B, P*C]   where the segment begins
+    entries   [P, E]        [ page page page .. | page page .... | page .. | free ......... ]
+                              segment of a pair   of another
+
+A segment has a few spare entries. When it is full it moves to the end of the list with a quarter
+more; when the list's end is reached, the live segments are moved together. The size of the list
+therefore follows from the pages that there are, whatever the longest request may be. Changes are
+collected, so that only what has changed is sent to the devices.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from fairkv_jax.kv_cache_spec import SPARE_ENTRIES, KVCacheSpec
+
+
+@dataclass(frozen=True)
+class PageTableUpdate:
+    """Entries of the page tables to be overwritten; every index occurs once."""
+
+    entry_index: np.ndarray
+    """[n] places in the lists of all devices, one behind the other: device * E + place."""
+    entry_value: np.ndarray
+    """[n] page numbers within the device."""
+    start_index: np.ndarray
+    """[m] places in the flattened [L, B, P*C]."""
+    start_value: np.ndarray
+    """[m] places in the device's list."""
+
+    @property
+    def num_entries(self) -> int:
+        return len(self.entry_index)
+
+    def __bool__(self) -> bool:
+        return bool(len(self.entry_index) or len(self.start_index))
+
+
+class PageTables:
+    """Segments of page numbers for (layer, row, slot) pairs; it takes and frees no pages itself."""
+
+    def __init__(self, spec: KVCacheSpec):
+        self._spec = spec
+        shape = (spec.num_layers, spec.num_rows, spec.num_slots)
+        self.starts = np.zeros(shape, np.int32)
+        self.counts = np.zeros(shape, np.int32)
+        """Pages of every pair."""
+        self.entries = np.zeros((spec.num_devices, spec.table_entries), np.int32)
+        self._capacity = np.zeros(shape, np.int32)
+        self._end = np.zeros(spec.num_devices, np.int64)
+        self._changed_entries: list[tuple[np.ndarray, np.ndarray]] = []
+        self._changed_starts: list[np.ndarray] = []
+
+    def pages(self, pairs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The devices and page numbers of all pages of some pairs, in the pairs' order.
+
+        `pairs` are indices into the flattened [L, B, P*C].
+        """
+        counts = self.counts.flat[pairs]
+        devices = np.repeat(self._device(pairs), counts)
+        return devices, self.entries[devices, _ranges(self.starts.flat[pairs], counts)]
+
+    def append(self, pairs: np.ndarray, counts: np.ndarray, pages: np.ndarray) -> None:
+        """Appends `counts[i]` pages to `pairs[i]`; `pages` holds them one pair after another."""
+        old = self.counts.flat[pairs]
+        is_full = old + counts > self._capacity.flat[pairs]
+        if is_full.any():
+            self._move(pairs[is_full], (old + counts)[is_full])
+        devices = np.repeat(self._device(pairs), counts)
+        places = _ranges(self.starts.flat[pairs] + old, counts)
+        self._write(devices, places, pages)
+        self.counts.flat[pairs] = old + counts
+
+    def clear(self, pairs: np.ndarray) -> None:
+        """Forgets all pages of some pairs."""
+        self.counts.flat[pairs] = 0
+        self._capacity.flat[pairs] = 0
+
+    def take_update(self) -> PageTableUpdate:
+        """What has changed since the last call."""
+        changed, self._changed_entries = self._changed_entries, []
+        starts, self._changed_starts = self._changed_starts, []
+        index = np.concatenate([part[0] for part in changed] or [_NONE])
+        value = np.concatenate([part[1] for part in changed] or [_NONE])
+        # The last write of an entry counts.
+        index, last = np.unique(index[::-1], return_index=True)
+        moved = np.unique(np.concatenate(starts or [_NONE]))
+        value = value[::-1][last].astype(np.int32)
+        return PageTableUpdate(index, value, moved, self.starts.flat[moved])
+
+    def _device(self, pairs: np.ndarray) -> np.ndarray:
+        return pairs % self._spec.num_slots // self._spec.slots_per_device
+
+    def _move(self, pairs: np.ndarray, sizes: np.ndarray) -> None:
+        """Gives pairs new segments, of at least `sizes` entries, at the ends of the lists."""
+        devices = self._device(pairs)
+        for device in np.unique(devices):
+            mine = devices == device
+            capacity = _capacity_for(sizes[mine])
+            if self._end[device] + capacity.sum() > self._spec.table_entries:
+                self._compact(int(device))
+            self._place(int(device), pairs[mine], capacity)
+
+    def _compact(self, device: int) -> None:
+        """Moves the segments of a device together, to the front of its list."""
+        pairs = np.flatnonzero(self.counts)
+        pairs = pairs[self._device(pairs) == device]
+        self._end[device] = 0
+        self._place(device, pairs, _capacity_for(self.counts.flat[pairs]))
+
+    def _place(self, device: int, pairs: np.ndarray, capacity: np.ndarray) -> None:
+        """Copies the pages of pairs into new segments behind the last one."""
+        counts = self.counts.flat[pairs]
+        pages = self.entries[device, _ranges(self.starts.flat[pairs], counts)]
+        starts = self._end[device] + np.cumsum(capacity) - capacity
+        self._end[device] += capacity.sum()
+        self.starts.flat[pairs] = starts
+        self._capacity.flat[pairs] = capacity
+        self._write(np.full(len(pages), device), _ranges(starts, counts), pages)
+        self._changed_starts.append(pairs)
+
+    def _write(self, devices: np.ndarray, places: np.ndarray, pages: np.ndarray) -> None:
+        self.entries[devices, places] = pages
+        index = devices.astype(np.int64) * self._spec.table_entries + places
+        self._changed_entries.append((index, pages))
+
+
+_NONE = np.zeros(0, np.int64)
+
+
+def _capacity_for(counts: np.ndarray) -> np.ndarray:
+    """Entries of a segment: a quarter more than it needs now."""
+    return counts + np.maximum(SPARE_ENTRIES, counts // 4)
+
+
+def _ranges(starts: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """[starts[0], starts[0] + 1, .. starts[1], ..]: `counts[i]` consecutive numbers from each."""
+    offsets = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
+    return np.repeat(starts.astype(np.int64), counts) + offsets

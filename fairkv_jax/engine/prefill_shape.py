@@ -1,0 +1,74 @@
+"""How the work of a prefill is divided into chunks; plain arithmetic that host and devices share.
+
+A chunk is a block of prompt tokens in one layer. Chunks are counted layer by layer; behind those of
+the layers come, where they are asked for, blocks of the prompt's own log-probabilities:
+
+    layer 0: 0, 1, .. | layer 1: n, n + 1, .. | ... | log-probabilities: L*n, ..
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from fairkv_jax.config import EngineConfig, ModelConfig
+
+MIN_PREFILL_BUCKET = 32
+_LOGPROBS_BLOCK = 128
+"""Prompt tokens whose logits are on the devices at a time."""
+
+
+@dataclass(frozen=True)
+class PrefillShape:
+    """The chunks of one prompt."""
+
+    num_tokens: int
+    bucket: int
+    """The compiled prompt length."""
+    chunk_size: int
+    num_layers: int
+    wants_logprobs: bool = False
+
+    @classmethod
+    def of(
+        cls, num_tokens: int, model: ModelConfig, config: EngineConfig, *, wants_logprobs: bool
+    ) -> "PrefillShape":
+        """The chunks of a prompt of `num_tokens`."""
+        bucket = prefill_bucket(num_tokens, config.max_model_len)
+        chunk_size = min(config.prefill_chunk_size, bucket)
+        return cls(num_tokens, bucket, chunk_size, model.num_layers, wants_logprobs)
+
+    @property
+    def num_layer_chunks(self) -> int:
+        """Chunks of all layers."""
+        return self.num_layers * -(-self.num_tokens // self.chunk_size)
+
+    @property
+    def num_chunks(self) -> int:
+        """Chunks of the layers, and blocks of log-probabilities."""
+        blocks = -(-(self.num_tokens - 1) // logprobs_block(self.bucket))
+        return self.num_layer_chunks + blocks * self.wants_logprobs
+
+    def work(self, model: ModelConfig) -> np.ndarray:
+        """Multiply-adds of every chunk: of a layer's weights, and of its attention."""
+        heads = model.num_heads * model.head_dim
+        weights = 2 * model.hidden_size * heads * (1 + 1 / model.group_size)
+        weights += 3 * model.hidden_size * model.intermediate_size
+        per_layer = self.num_layer_chunks // self.num_layers
+        past = (np.arange(self.num_layer_chunks) % per_layer + 0.5) * self.chunk_size
+        logits = logprobs_block(self.bucket) * model.hidden_size * model.vocab_size
+        logprobs = np.full(self.num_chunks - self.num_layer_chunks, float(logits))
+        return np.concatenate([self.chunk_size * (weights + 2 * heads * past), logprobs])
+
+
+def prefill_bucket(num_tokens: int, max_tokens: int) -> int:
+    """The compiled prompt length that holds `num_tokens`."""
+    return min(max(next_power_of_two(num_tokens), MIN_PREFILL_BUCKET), max_tokens)
+
+
+def logprobs_block(bucket: int) -> int:
+    """Prompt tokens of a bucket whose log-probabilities are computed at a time."""
+    return min(_LOGPROBS_BLOCK, bucket)
+
+
+def next_power_of_two(number: int) -> int:
+    return 1 << (number - 1).bit_length()

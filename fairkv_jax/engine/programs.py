@@ -1,0 +1,173 @@
+"""The compiled programs of an engine: one per step and size, compiled at the first use or before.
+
+Which arguments a step takes is declared beside its function, in `prefill.py` and `decode.py`.
+"""
+
+from collections.abc import Callable, Iterable
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jax.stages import Compiled, Lowered
+
+from fairkv_jax import prefill
+from fairkv_jax.cache import release_rows, write_tables
+from fairkv_jax.compress.budgets import max_kept_per_layer
+from fairkv_jax.compress.contract import Method
+from fairkv_jax.config import EngineConfig, KVConfig
+from fairkv_jax.decode import (
+    abstract_table_writes,
+    idle_inputs,
+    lower_decode_step,
+    max_table_writes,
+)
+from fairkv_jax.engine.compiling import compile_all
+from fairkv_jax.engine.device_errors import STEP_DOES_NOT_FIT, translate_xla_errors
+from fairkv_jax.engine.prefill_shape import logprobs_block, prefill_bucket
+from fairkv_jax.insert import lower_insert
+from fairkv_jax.sampling import TokenHistory, sample_first
+from fairkv_jax.sharding.mesh import compiler_options
+from fairkv_jax.sharding.step_shapes import StepShapes
+
+
+class Programs:
+    """Compiles and keeps the programs that requests run."""
+
+    def __init__(
+        self,
+        shapes: StepShapes,
+        config: EngineConfig,
+        kv_config: KVConfig,
+        methods: tuple[Method, ...],
+        *,
+        show: bool,
+    ):
+        """`show` says whether to show a progress bar while many programs are compiled."""
+        self._shapes, self._config, self._kv_config = shapes, config, kv_config
+        self._methods, self._show = methods, show
+        self._compiled: dict[tuple[str, int], Compiled] = {}
+        self.max_table_writes = max_table_writes(shapes)
+
+    @property
+    def num_compiled(self) -> int:
+        """Programs compiled so far."""
+        return len(self._compiled)
+
+    def warm_up(
+        self, prompt_lengths: Iterable[int], batches: Iterable[int], *, prompt_logprobs: bool
+    ) -> None:
+        """Compiles what prompts of these lengths and batches of these sizes run.
+
+        `prompt_logprobs`: also what computes the log-probabilities of the prompts.
+        """
+        longest = self._config.max_model_len
+        buckets = sorted({prefill_bucket(length, longest) for length in prompt_lengths})
+        steps = [self.start_prefill, self.run_chunks, self.compress_layer, self.insert]
+        steps += [self.score_prompt] * prompt_logprobs
+        wanted = [(f"{n} rows", ("decode", n), partial(self.decode, n)) for n in batches]
+        wanted += [
+            (f"prompts of {n}", (step.__name__, n), partial(step, n))
+            for n in buckets
+            for step in steps
+        ]
+        wanted += [
+            (step.__name__, (step.__name__, 0), step)
+            for step in (self.sample_first, self.release_rows, self.write_tables)
+        ]
+        missing = [(name, make) for name, key, make in wanted if key not in self._compiled]
+        if missing:
+            compile_all(missing[::-1], show=self._show)  # the largest take the longest
+
+    def decode(self, batch: int) -> Compiled:
+        """`decode_step` of the first `batch` rows."""
+        backend = self._config.attention_backend
+        return self._get("decode", batch, lambda: lower_decode_step(self._shapes, batch, backend))
+
+    def start_prefill(self, bucket: int) -> Compiled:
+        """`start_prefill` of prompts of up to `bucket` tokens; so are the following."""
+        return self._get(
+            "start_prefill", bucket, lambda: prefill.lower_start_prefill(self._prefill(bucket))
+        )
+
+    def run_chunks(self, bucket: int) -> Compiled:
+        return self._get(
+            "run_chunks", bucket, lambda: prefill.lower_run_chunks(self._prefill(bucket))
+        )
+
+    def compress_layer(self, bucket: int) -> Compiled:
+        return self._get(
+            "compress_layer", bucket, lambda: prefill.lower_compress_layer(self._prefill(bucket))
+        )
+
+    def score_prompt(self, bucket: int) -> Compiled:
+        block = logprobs_block(bucket)
+        return self._get(
+            "score_prompt",
+            bucket,
+            lambda: prefill.lower_score_prompt(self._prefill(bucket), block),
+        )
+
+    def insert(self, bucket: int) -> Compiled:
+        return self._get("insert", bucket, lambda: lower_insert(self._prefill(bucket)))
+
+    def sample_first(self) -> Compiled:
+        """The first token of one row."""
+
+        def lower() -> Lowered:
+            shapes, spec = self._shapes, self._shapes.spec
+            inputs = idle_inputs(1, shapes.config.vocab_size)
+            history = TokenHistory(shapes.array((1, spec.max_tokens)), shapes.array((1,)))
+            return shapes.lower(
+                sample_first,
+                shapes.array((shapes.config.vocab_size,), jnp.float32),
+                jax.eval_shape(lambda: inputs.sampling),
+                history,
+                jax.eval_shape(lambda: inputs.grammar_bitmask),
+            )
+
+        return self._get("sample_first", 0, lower)
+
+    def release_rows(self) -> Compiled:
+        """`release_rows` of the cache's lengths."""
+        rows = self._shapes.array((self._shapes.spec.num_rows,))
+        return self._get(
+            "release_rows",
+            0,
+            lambda: self._shapes.lower(release_rows, self._shapes.cache.lengths, rows),
+        )
+
+    def write_tables(self) -> Compiled:
+        """`write_tables` of as many changes as one call takes."""
+        shapes = self._shapes
+        return self._get(
+            "write_tables",
+            0,
+            lambda: shapes.lower(
+                write_tables,
+                shapes.cache.page_table,
+                abstract_table_writes(shapes),
+                mesh=shapes.mesh,
+            ),
+        )
+
+    def _prefill(self, bucket: int) -> "prefill.PrefillShapes":
+        """What decides the shapes of a prefill."""
+        model = self._shapes.config
+        return prefill.PrefillShapes(
+            self._shapes,
+            bucket,
+            min(self._config.prefill_chunk_size, bucket),
+            self._methods,
+            max_kept_per_layer(self._kv_config, bucket, model.num_layers, model.num_kv_heads),
+        )
+
+    def _get(self, name: str, size: int, lower: Callable[[], Lowered]) -> Compiled:
+        """The compiled program; compiled now if it is needed for the first time."""
+        key = name, size
+        if key not in self._compiled:
+            int8 = self._config.quantization == "int8"
+            options = compiler_options(self._shapes.mesh, int8=int8)
+            doing = f"compiling {name} of {size}" if size else f"compiling {name}"
+            with translate_xla_errors(doing, STEP_DOES_NOT_FIT):
+                self._compiled[key] = lower().compile(compiler_options=options)
+        return self._compiled[key]

@@ -1,0 +1,159 @@
+"""What the scheduler decides and what it learns, as plain data without JAX.
+
+A `SchedulerOutput` says all that one execution does. The same sequence of outputs gives the same
+tokens on every process, so it can be logged, replayed and broadcast. An execution does its parts in
+the order of the fields: it releases rows, writes page tables, inserts a compressed prompt into a
+row, runs chunks of another prompt's prefill, and decodes.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from fairkv_jax.engine.page_tables import PageTableUpdate
+from fairkv_jax.sampling_params import SamplingParams
+
+
+@dataclass(frozen=True)
+class NewRequest:
+    """A request as the model runner needs it."""
+
+    request_id: str
+    prompt_token_ids: list[int]
+    sampling_params: SamplingParams
+    seed: int
+    kv_policy: str | None = None
+    """In place of the engine's own; None: the engine's."""
+    kv_budget: int | None = None
+    return_kept_positions: bool = False
+
+
+@dataclass(frozen=True)
+class PrefillChunks:
+    """Chunks [start, stop) of a prompt's `num_chunks`, see `PrefillShape`."""
+
+    request_id: str
+    start: int
+    stop: int
+    num_chunks: int
+    work: float
+    """Multiply-adds, about."""
+    new_request: NewRequest | None
+    """With the first chunk; a prompt that is prefilled again brings it again."""
+    samples_token: bool = False
+    """Whether the token that follows the prompt is to be sampled after the last chunk."""
+    grammar_bitmask: np.ndarray | None = None
+    """[W] words of the tokens that may be sampled then; None: all."""
+
+    @property
+    def is_last(self) -> bool:
+        return self.stop == self.num_chunks
+
+
+@dataclass(frozen=True)
+class Insertion:
+    """A compressed prompt to be copied into an empty row of the cache."""
+
+    request_id: str
+    row: int
+    slot_lengths: np.ndarray
+    """[L, P*C] tokens of the slots that serve the row, 0 in the others."""
+    output_token_ids: list[int]
+    """Generated so far, at least one; the row decodes from the first one on."""
+
+
+@dataclass(frozen=True)
+class DecodeRow:
+    """A row of the batch in a decode step."""
+
+    row: int
+    request_id: str
+    position: int
+    """Of the row's last token, whose key and value the step appends."""
+    output_index: int
+    """How many tokens the output has when the first token of this execution comes."""
+
+
+@dataclass(frozen=True)
+class Decode:
+    """Decode steps of all occupied rows."""
+
+    rows: tuple[DecodeRow, ...]
+    num_steps: int
+    grammar_bitmasks: dict[int, np.ndarray]
+    """By row, for rows whose output follows a grammar: [W] words of the tokens that may come."""
+
+
+@dataclass(frozen=True)
+class SchedulerOutput:
+    """One execution; parts that are None or empty are left out."""
+
+    index: int
+    """Counts the outputs from 0."""
+    preempted_request_ids: tuple[str, ...]
+    finished_request_ids: tuple[str, ...]
+    """Requests that have ended or were aborted since the last output."""
+    released_rows: tuple[int, ...]
+    """Rows that nobody owns any more."""
+    page_table_update: PageTableUpdate
+    insertion: Insertion | None
+    prefill: PrefillChunks | None
+    decode: Decode | None
+
+
+@dataclass(frozen=True)
+class SampledTokens:
+    """Sampled tokens on the host, with leading axes of steps and rows.
+
+    The log-probabilities are zeros unless a row of the batch asked for them.
+    """
+
+    tokens: np.ndarray
+    logprob: np.ndarray
+    rank: np.ndarray
+    top_tokens: np.ndarray
+    top_logprobs: np.ndarray
+
+
+@dataclass(frozen=True)
+class KeptTokens:
+    """What the compressed cache of a prompt has kept."""
+
+    lengths: np.ndarray
+    """[L, K] tokens."""
+    positions: list[list[np.ndarray]] | None
+    """For each layer and head its kept positions, ascending; None unless asked for."""
+
+
+@dataclass(frozen=True)
+class PrefillResult:
+    """What the devices know at the end of a prompt."""
+
+    kept: KeptTokens
+    first_token: SampledTokens | None
+    """One step of one row; None where no token was to be sampled."""
+    prompt_logprobs: SampledTokens | None
+    """For each token of the prompt but the first: one row, with a leading axis of them."""
+
+
+@dataclass(frozen=True)
+class ExecutionResult:
+    """What the devices know after an execution."""
+
+    prefill: PrefillResult | None
+    """With the last chunk of a prompt."""
+    sampled: SampledTokens | None
+    """[num_steps, batch], where the execution decoded."""
+
+
+@dataclass(frozen=True)
+class NewTokens:
+    """What an execution has brought a request."""
+
+    request_id: str
+    sampled: SampledTokens | None
+    """Where its tokens are: in `row`, at `steps`; None where the prompt was only read."""
+    row: int
+    steps: range
+    prefill: PrefillResult | None = None
+    """With the first token of a request, or when its prompt was only read."""

@@ -1,0 +1,94 @@
+"""Insert: copies the compressed cache of a prompt into the pages of a row."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, PartitionSpec
+from jax.stages import Lowered
+from jaxtyping import Array, Int
+
+from fairkv_jax.cache import KVCache
+from fairkv_jax.prefill import CompressedPrefix, PrefillShapes
+from fairkv_jax.shapes import TENSOR_AXIS
+
+_BY_DEVICE = PartitionSpec(None, TENSOR_AXIS)
+
+
+def lower_insert(shapes: PrefillShapes) -> Lowered:
+    """Lowers `insert`."""
+    steps = shapes.steps
+    return steps.lower(
+        insert,
+        steps.cache,
+        shapes.carry.prefix,
+        steps.number,
+        steps.by_slot,
+        steps.array((steps.spec.max_tokens,)),
+        steps.number,
+        mesh=steps.mesh,
+    )
+
+
+@partial(jax.jit, static_argnames="mesh", donate_argnums=0)
+def insert(
+    cache: KVCache,
+    prefix: CompressedPrefix,
+    row: Int[Array, ""],
+    lengths: Int[Array, "L PC"],
+    token_ids: Int[Array, "S"],
+    num_known: Int[Array, ""],
+    *,
+    mesh: Mesh,
+) -> KVCache:
+    """Copies a prefix into the pages that the page tables give its row.
+
+    Slots of length 0 own nothing and write nothing. The first `num_known` of `token_ids` are the
+    prompt and the tokens that the row has generated so far.
+    """
+    run = jax.shard_map(
+        _insert_local,
+        mesh=mesh,
+        in_specs=(
+            KVCache.partition(),
+            CompressedPrefix.partition(),
+            _BY_DEVICE,
+            *(PartitionSpec(),) * 3,
+        ),
+        out_specs=KVCache.partition(),
+        check_vma=False,
+    )
+    return run(cache, prefix, lengths, row, token_ids, num_known)
+
+
+def _insert_local(
+    cache: KVCache,
+    prefix: CompressedPrefix,
+    lengths: Int[Array, "L C"],
+    row: Array,
+    token_ids: Array,
+    num_known: Array,
+) -> KVCache:
+    """One device's part, inside `shard_map`."""
+    num_pages, page_size, head_dim = cache.k_pages.shape
+    num_layers, size, _ = prefix.k.shape
+    ends = jnp.cumsum(prefix.slot_lengths, axis=1)
+    item = jnp.arange(size)
+    slot = jnp.sum(item[:, None] >= ends[:, None], axis=-1)
+    is_kept = slot < ends.shape[1]
+    slot = jnp.minimum(slot, ends.shape[1] - 1)
+    layer = jnp.arange(num_layers)[:, None]
+    token = item - (ends - prefix.slot_lengths)[layer, slot]
+    owned = is_kept & (token < lengths[layer, slot])
+    start = cache.page_table.starts[layer, row, slot]
+    page = cache.page_table.entries(start, jnp.where(owned, token // page_size, 0))
+    page = jnp.where(owned, page, num_pages).reshape(-1)  # past the pool: dropped
+    token = (token % page_size).reshape(-1)
+    return KVCache(
+        cache.k_pages.at[page, token].set(prefix.k.reshape(-1, head_dim), mode="drop"),
+        cache.v_pages.at[page, token].set(prefix.v.reshape(-1, head_dim), mode="drop"),
+        cache.page_table,
+        cache.lengths.at[:, row].set(lengths),
+        cache.token_ids.at[row].set(token_ids),
+        cache.num_known.at[row].set(num_known),
+    )

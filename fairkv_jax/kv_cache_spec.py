@@ -1,0 +1,87 @@
+"""The sizes of the KV cache, counted once: pages, page tables, and their bytes."""
+
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+SPARE_ENTRIES = 4
+"""Entries, at the least, that a new segment of a page table has beyond its pages."""
+_ENTRY_BYTES = 4
+_ENTRIES_PER_PAGE = 2.5
+_ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+
+
+@dataclass(frozen=True)
+class KVCacheSpec:
+    """The sizes of the paged KV cache: its pages, its page tables, and what they take in bytes.
+
+    Every device holds `pages_per_device` pages, shared by all layers, and a flat list of
+    `table_entries` page numbers. The list is sized by the pages that there are, not by the longest
+    request times the rows: a (layer, row, slot) holds a segment of it, as long as it needs.
+
+    Raises:
+        ValueError: a size is not positive.
+    """
+
+    num_layers: int
+    num_rows: int
+    """Rows of the decode batch (B)."""
+    num_devices: int
+    slots_per_device: int
+    """Head slots of each layer on each device (C)."""
+    head_dim: int
+    page_size: int
+    """Tokens per page."""
+    pages_per_device: int
+    max_tokens: int
+    """Most tokens of one row, prompt and output together."""
+    dtype: str = "float32"
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if field.name != "dtype" and value < 1:
+                raise ValueError(f"{field.name} must be at least 1, got {value}")
+
+    @classmethod
+    def fit(cls, num_bytes: int, max_pages_per_device: int, **sizes: Any) -> "KVCacheSpec":
+        """The largest cache of at most `num_bytes` over all devices, page tables included.
+
+        `sizes` are the other fields. Where not even one page fits, the cache has one.
+        """
+        least = cls(pages_per_device=1, **sizes)
+        per_page = least.page_bytes + _ENTRY_BYTES * _ENTRIES_PER_PAGE
+        room = num_bytes // least.num_devices - least.bytes_per_device + per_page
+        pages = min(int(room // per_page), max_pages_per_device)
+        return replace(least, pages_per_device=max(pages, 1))
+
+    @property
+    def num_slots(self) -> int:
+        """Slots of one layer over all devices, P*C."""
+        return self.num_devices * self.slots_per_device
+
+    @property
+    def page_bytes(self) -> int:
+        """Bytes of one page: its keys and its values."""
+        return 2 * self.page_size * self.head_dim * _ITEM_BYTES[self.dtype]
+
+    @property
+    def table_entries(self) -> int:
+        """Entries of a device's list of page numbers.
+
+        Twice what the segments of all pages take, so that moving segments together, when the end
+        of the list is reached, makes room for as much again.
+        """
+        pairs = self.num_layers * self.num_rows * self.slots_per_device
+        return int(_ENTRIES_PER_PAGE * self.pages_per_device) + 2 * SPARE_ENTRIES * pairs
+
+    @property
+    def table_bytes_per_device(self) -> int:
+        """Bytes of a device's page tables: the list, where segments start, and the lengths."""
+        pairs = self.num_layers * self.num_rows * self.slots_per_device
+        return _ENTRY_BYTES * (self.table_entries + 2 * pairs)
+
+    @property
+    def bytes_per_device(self) -> int:
+        """Bytes of the cache on each device: pages, page tables, and the rows' token ids."""
+        tokens = _ENTRY_BYTES * self.num_rows * (self.max_tokens + 1)
+        return self.pages_per_device * self.page_bytes + self.table_bytes_per_device + tokens

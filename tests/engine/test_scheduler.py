@@ -1,0 +1,273 @@
+"""The scheduler without a model: random arrivals, aborts and pressure, on a device that checks."""
+
+from collections import deque
+
+import numpy as np
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from fairkv_jax.engine.kv_cache_manager import KVCacheManager
+from fairkv_jax.engine.pacing import Timings
+from fairkv_jax.engine.scheduler import ScheduledRequest, Scheduler
+from fairkv_jax.engine.scheduler_output import NewRequest, SchedulerOutput
+from fairkv_jax.kv_cache_spec import KVCacheSpec
+from fairkv_jax.plan import Profile, make_plan
+from fairkv_jax.sampling_params import SamplingParams
+from fairkv_jax.sharding.slots import SlotLayout
+from tests.engine.fake_device import FakeDevice, token
+
+MAX_TOKENS = 64
+PAGE = 8
+FAST = Timings(step_seconds=0.01, prefill_work_per_second=400.0)
+"""Four decode steps at once, five chunks beside them, and a hundred alone."""
+
+
+def make_layout(num_devices: int) -> SlotLayout:
+    """Two layers of three heads; on several devices some heads have two replicas."""
+    profile = Profile("", "ada_snapkv", 50, ((90.0, 30.0, 20.0), (10.0, 25.0, 80.0)))
+    return SlotLayout.from_plan(make_plan(profile, num_devices, max_extra_replicas=1))
+
+
+def make_scheduler(num_devices: int, num_rows: int, spare_pages: int) -> Scheduler:
+    """With pages for one row of full length and as many more on each device."""
+    layout = make_layout(num_devices)
+    one_row = int(layout.replicas.sum((0, 1)).max()) * -(-MAX_TOKENS // PAGE)
+    spec = KVCacheSpec(
+        num_layers=2,
+        num_rows=num_rows,
+        num_devices=num_devices,
+        slots_per_device=layout.slots_per_device,
+        head_dim=16,
+        page_size=PAGE,
+        pages_per_device=one_row + spare_pages,
+        max_tokens=MAX_TOKENS,
+    )
+    return Scheduler(KVCacheManager(spec, layout), lambda request_id: np.zeros(1, np.uint32))
+
+
+def make_request(
+    name: str, arrival: int, prompt_tokens: int, max_tokens: int, *, grammar: bool = False
+) -> ScheduledRequest:
+    new = NewRequest(name, list(range(prompt_tokens)), SamplingParams(), seed=0)
+    room = MAX_TOKENS - prompt_tokens
+    work = np.ones(2 * -(-prompt_tokens // 16))
+    return ScheduledRequest(new, arrival, min(max_tokens, room), work, follows_grammar=grammar)
+
+
+class Driver:
+    """Drives a scheduler over a fake device, as the engine does over a real one."""
+
+    def __init__(self, scheduler: Scheduler, *, keeps_all: bool = False):
+        self.scheduler = scheduler
+        manager = scheduler.kv_cache
+        self.device = FakeDevice(manager.spec, manager._layout, keeps_all=keeps_all)
+        self.in_flight: deque = deque()
+        self.outputs: list[SchedulerOutput] = []
+        self.tokens: dict[str, list[int]] = {}
+        self.max_tokens: dict[str, int] = {}
+        self.finished: list[str] = []
+
+    def add(self, request: ScheduledRequest) -> None:
+        self.tokens[request.request_id] = []
+        self.max_tokens[request.request_id] = request.max_tokens
+        self.scheduler.add(request)
+
+    def abort(self, name: str) -> None:
+        self.scheduler.abort(name)
+        self.tokens.pop(name, None)
+
+    def schedule(self, timings: Timings = FAST) -> SchedulerOutput | None:
+        if len(self.in_flight) == 2:
+            return None
+        output = self.scheduler.schedule(timings)
+        if output is not None:
+            self.outputs.append(output)
+            self.in_flight.append((output, self.device.execute(output)))
+        return output
+
+    def read(self) -> None:
+        output, result = self.in_flight.popleft()
+        for new in self.scheduler.update(output, result):
+            have = self.tokens[new.request_id]
+            for step in new.steps:
+                assert new.sampled is not None
+                have.append(int(new.sampled.tokens[step, new.row]))
+            limit = self.max_tokens[new.request_id]
+            if len(have) >= limit:
+                del have[limit:]
+                self.scheduler.abort(new.request_id)
+                self.finished.append(new.request_id)
+                assert have == [token(new.request_id, i) for i in range(limit)]
+
+    def step(self, timings: Timings = FAST) -> None:
+        while self.schedule(timings) is not None:
+            pass
+        assert self.in_flight or not len(self.scheduler), "it waits for nothing"
+        if self.in_flight:
+            self.read()
+
+    def run(self, timings: Timings = FAST, most_steps: int = 2000) -> None:
+        for _ in range(most_steps):
+            if not len(self.scheduler) and not self.in_flight:
+                break
+            self.step(timings)
+        assert not len(self.scheduler), "a request starves"
+
+
+class SchedulerMachine(RuleBasedStateMachine):
+    """Requests arrive, are aborted and end, in any interleaving with the devices."""
+
+    @initialize(
+        num_devices=st.sampled_from([1, 2, 3]),
+        num_rows=st.integers(1, 4),
+        spare_pages=st.integers(0, 40),
+    )
+    def start(self, num_devices: int, num_rows: int, spare_pages: int) -> None:
+        self.driver = Driver(make_scheduler(num_devices, num_rows, spare_pages))
+        self.arrivals = 0
+
+    @rule(
+        prompt_tokens=st.integers(1, MAX_TOKENS - 1),
+        max_tokens=st.integers(0, MAX_TOKENS),
+        grammar=st.booleans(),
+    )
+    def add(self, prompt_tokens: int, max_tokens: int, grammar: bool) -> None:
+        name = str(self.arrivals)
+        self.driver.add(
+            make_request(name, self.arrivals, prompt_tokens, max_tokens, grammar=grammar)
+        )
+        self.arrivals += 1
+
+    @rule(data=st.data())
+    def abort(self, data: st.DataObject) -> None:
+        names = [each.request_id for each in self.driver.scheduler._requests()]
+        self.driver.abort(data.draw(st.sampled_from([*names, "nobody"])))
+
+    @rule(step_seconds=st.sampled_from([None, 0.001, 0.01, 1.0]))
+    def schedule(self, step_seconds: float | None) -> None:
+        self.driver.schedule(Timings(step_seconds, 400.0))
+
+    @precondition(lambda self: self.driver.in_flight)
+    @rule()
+    def read(self) -> None:
+        self.driver.read()
+
+    @rule()
+    def fail(self) -> None:
+        """The devices lose everything; only tokens that have been handed out count."""
+        self.driver.in_flight.clear()
+        self.driver.scheduler.reset(self.driver.tokens)
+        manager = self.driver.scheduler.kv_cache
+        self.driver.device = FakeDevice(manager.spec, manager._layout)
+        assert not manager.used_pages.any()
+
+    @invariant()
+    def books_agree(self) -> None:
+        if not hasattr(self, "driver"):
+            return
+        scheduler = self.driver.scheduler
+        manager = scheduler.kv_cache
+        spec = manager.spec
+        assert len(scheduler.running) <= spec.num_rows
+        arrivals = [each.arrival for each in scheduler.waiting]
+        assert arrivals == sorted(arrivals), "first come, first served"
+        lengths = manager.lengths
+        assert set(np.flatnonzero(lengths.any((0, 2)))) == set(scheduler.running)
+        references = np.zeros((spec.num_devices, spec.pages_per_device), int)
+        for layer, row, slot in np.argwhere(lengths > 0):
+            pages = manager.pages_of(layer, row, slot)
+            assert len(pages) == -(-lengths[layer, row, slot] // spec.page_size)
+            references[slot // spec.slots_per_device, pages] += 1
+        assert references.max(initial=0) <= 1
+        np.testing.assert_array_equal(references, manager._pool.references)
+        np.testing.assert_array_equal(references.sum(1), manager.used_pages)
+        assert (manager.committed_lengths <= lengths).all()
+
+    def teardown(self) -> None:
+        if not hasattr(self, "driver"):
+            return
+        self.driver.run()
+        assert not self.driver.scheduler.kv_cache.used_pages.any()
+
+
+TestScheduler = SchedulerMachine.TestCase
+TestScheduler.settings = settings(max_examples=120, stateful_step_count=40, deadline=None)
+
+
+def test_nobody_overtakes_and_all_finish_under_pressure():
+    driver = Driver(make_scheduler(2, num_rows=4, spare_pages=6))
+    for i in range(12):
+        driver.add(make_request(str(i), i, 5 + 4 * i, 50))
+    first_inserted = []
+    for _ in range(2000):
+        if not len(driver.scheduler):
+            break
+        driver.step()
+    for output in driver.outputs:
+        name = output.insertion.request_id if output.insertion else None
+        if name is not None and name not in first_inserted:
+            first_inserted.append(name)
+    assert driver.scheduler.num_preemptions > 0
+    assert first_inserted == [str(i) for i in range(12)]
+    assert len(driver.finished) == 12
+
+
+def test_a_request_that_waits_for_pages_slows_nobody():
+    """Several steps at once and two executions in flight, although a row is free."""
+    driver = Driver(make_scheduler(1, num_rows=3, spare_pages=0), keeps_all=True)
+    driver.add(make_request("first", 0, 40, 24))
+    driver.add(make_request("second", 1, 62, 2))
+    while "first" not in {each.request_id for each in driver.scheduler.running.values()}:
+        driver.step()
+    while driver.scheduler.waiting[0].head_lengths is None:
+        driver.step()
+    assert driver.scheduler.has_free_row
+    while len(driver.in_flight) < 2:
+        output = driver.schedule()
+        assert output is not None
+        assert output.insertion is None
+        assert output.decode is not None
+        assert output.decode.num_steps > 1
+    driver.run()
+    assert sorted(driver.finished) == ["first", "second"]
+
+
+def test_chunks_follow_the_measured_times():
+    """One at a time while nothing is measured; then as many as the streams can bear."""
+    driver = Driver(make_scheduler(1, num_rows=2, spare_pages=100))
+    driver.add(make_request("a", 0, 16, 40))
+    while not driver.scheduler.running:
+        driver.step(Timings())
+    driver.add(make_request("b", 1, 63, 2))
+    unknown = driver.schedule(Timings())
+    assert unknown is not None
+    assert unknown.prefill is not None
+    assert (unknown.prefill.start, unknown.prefill.stop) == (0, 1)
+    while driver.in_flight:
+        driver.read()
+    known = driver.schedule(Timings(step_seconds=0.01, prefill_work_per_second=320.0))
+    assert known is not None
+    assert known.prefill is not None
+    assert (known.prefill.start, known.prefill.stop) == (1, 5)  # 1.25 * 0.01 s * 320/s
+    assert known.decode is not None
+    assert known.decode.num_steps == 1
+    driver.run()
+
+
+@pytest.mark.parametrize("grammar", [False, True])
+def test_a_grammar_sees_every_token_before_the_next(grammar: bool):
+    driver = Driver(make_scheduler(1, num_rows=2, spare_pages=100))
+    driver.add(make_request("a", 0, 16, 40, grammar=grammar))
+    while not driver.scheduler.running:
+        driver.step()
+    while driver.in_flight:
+        driver.read()
+    first, second = driver.schedule(), driver.schedule()
+    assert first is not None
+    assert first.decode is not None
+    assert (second is None) == grammar
+    assert first.decode.num_steps == (1 if grammar else 4)
+    assert list(first.decode.grammar_bitmasks) == [0] * grammar
+    driver.run()
