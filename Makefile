@@ -14,13 +14,17 @@ INSTALLED := $(VENV)/.installed
 INSTALLED_DEV := $(VENV)/.installed-dev
 CHECKPOINT := checkpoints/SmolLM2-135M-Instruct/SmolLM2-135M-Instruct.Q4_1.gguf
 
-.PHONY: serve test check lint format types layers option-table clean
+.PHONY: serve test test-long check lint format types layers option-table clean
 
 serve: $(CHECKPOINT)
 	$(BIN)/python -m fairkv_jax.serve $(ARGS)
 
 test: $(INSTALLED_DEV) $(CHECKPOINT)
 	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile $(ARGS)
+
+# The suites that take longer than a change should wait for; each has a short form in `make test`.
+test-long: $(INSTALLED_DEV) $(CHECKPOINT)
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile --long $(ARGS)
 
 check: lint format types layers
 

@@ -108,6 +108,11 @@ class KVCacheManager:
         by_slot = self.lengths.sum(1)
         return by_slot.reshape(len(by_slot), self.spec.num_devices, -1).sum(2)
 
+    @property
+    def num_table_bytes(self) -> int:
+        """Bytes of the page tables on the host."""
+        return self._tables.num_bytes + self._room.nbytes
+
     def pages_of(self, layer: int, row: int, slot: int) -> np.ndarray:
         """The page numbers, within the slot's device, that hold a slot's part of a row."""
         pair = np.ravel_multi_index((layer, row, slot), self._room.shape)

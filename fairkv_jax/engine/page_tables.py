@@ -55,6 +55,12 @@ class PageTables:
         self._changed_entries: list[tuple[np.ndarray, np.ndarray]] = []
         self._changed_starts: list[np.ndarray] = []
 
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of all arrays."""
+        arrays = (self.starts, self.counts, self.entries, self._capacity)
+        return sum(array.nbytes for array in arrays)
+
     def pages(self, pairs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """The devices and page numbers of all pages of some pairs, in the pairs' order.
 

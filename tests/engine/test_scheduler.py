@@ -192,8 +192,13 @@ class SchedulerMachine(RuleBasedStateMachine):
         assert not self.driver.scheduler.kv_cache.used_pages.any()
 
 
-TestScheduler = SchedulerMachine.TestCase
-TestScheduler.settings = settings(max_examples=120, stateful_step_count=40, deadline=None)
+class TestScheduler(SchedulerMachine.TestCase):
+    settings = settings(max_examples=100, stateful_step_count=40, deadline=None)
+
+
+@pytest.mark.long
+class TestSchedulerLong(SchedulerMachine.TestCase):
+    settings = settings(max_examples=1500, stateful_step_count=80, deadline=None)
 
 
 def test_nobody_overtakes_and_all_finish_under_pressure():
