@@ -144,7 +144,7 @@ def fullest_lengths(profile: Profile, plan: Plan, batch: int) -> np.ndarray:
 def owned_lengths(profile: Profile, plan: Plan, batch: int) -> np.ndarray:
     """[L, B, P, C] tokens that each slot owns of each row, dealt by the engine's router."""
     rng = np.random.default_rng(7)
-    copies, head_of_slot = plan.copies(), plan.head_of_slot()
+    copies, head_of_slot = plan.replicas(), plan.head_of_slot()
     load = np.zeros((plan.num_layers, plan.num_devices))
     owned = np.zeros((plan.num_layers, batch, *head_of_slot.shape[1:]), np.int32)
     layer, device, slot = np.nonzero(head_of_slot >= 0)

@@ -1,15 +1,12 @@
 """Head profiles and plans in pure NumPy and SciPy: importing this imports no JAX."""
 
 from fairkv_jax.plan.calibrate import Calibration, Step, calibrate
-from fairkv_jax.plan.cost import HARDWARE, CostModel
+from fairkv_jax.plan.cost import HARDWARE, OBJECTIVES, CostModel
 from fairkv_jax.plan.make import ROW_SPLITS, STRATEGIES, default_cost, make_plan
-from fairkv_jax.plan.objective import OBJECTIVES
 from fairkv_jax.plan.plan import Plan, Replica
-from fairkv_jax.plan.profile import Profile
-from fairkv_jax.plan.route import route
-from fairkv_jax.plan.rows import row_counts
+from fairkv_jax.plan.profile import Profile, shipped_profile
+from fairkv_jax.plan.route import route, row_counts
 from fairkv_jax.plan.shape import SHAPES, ModelShape, find_shape
-from fairkv_jax.plan.shipped import shipped_profile
 from fairkv_jax.plan.simulate import Trace, Workload, simulate
 
 __all__ = [

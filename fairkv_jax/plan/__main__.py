@@ -9,9 +9,8 @@ from absl import flags
 from rich.console import Console
 
 from fairkv_jax.command_line import with_underscores
-from fairkv_jax.plan.cost import HARDWARE, MAX_BATCH
+from fairkv_jax.plan.cost import HARDWARE, MAX_BATCH, OBJECTIVES
 from fairkv_jax.plan.make import ROW_SPLITS, STRATEGIES, default_cost, make_plan
-from fairkv_jax.plan.objective import OBJECTIVES
 from fairkv_jax.plan.plan import Plan
 from fairkv_jax.plan.profile import Profile
 from fairkv_jax.plan.report import report_page

@@ -4,14 +4,11 @@ from dataclasses import replace
 
 import numpy as np
 
-from fairkv_jax.plan.cost import HARDWARE, MAX_BATCH, MEMORY_UTILIZATION, CostModel
-from fairkv_jax.plan.frontier import Candidate, find_frontier, relabel
-from fairkv_jax.plan.labels import balance_labels
-from fairkv_jax.plan.objective import Objective
+from fairkv_jax.plan.cost import HARDWARE, MAX_BATCH, MEMORY_UTILIZATION, CostModel, Objective
 from fairkv_jax.plan.plan import Plan, Replica
 from fairkv_jax.plan.profile import Profile
-from fairkv_jax.plan.search import Search
 from fairkv_jax.plan.shape import find_shape
+from fairkv_jax.plan.solver.search import Candidate, Search, balance_labels, find_frontier, relabel
 
 STRATEGIES = ("static", "best_effort", "fair_copying")
 ROW_SPLITS = ("equal", "proportional")
@@ -33,7 +30,7 @@ def make_plan(
     """Assigns the heads of every layer to devices so that decoding is fast.
 
     Args:
-        strategy: "static" (contiguous blocks), "best_effort" (no copies) or "fair_copying".
+        strategy: "static" (contiguous blocks), "best_effort" (no replicas) or "fair_copying".
         row_split: how replicas share a head's rows: "equal", or "proportional" to what is free.
         max_extra_replicas: most replicas per layer beyond one per head; by default only the slots
             limit them.
@@ -47,13 +44,11 @@ def make_plan(
         ValueError: an argument is out of range, or a limit cannot be met; the message says which,
             and the nearest that can.
     """
-    copies = _check(
-        profile, num_devices, strategy, row_split, max_extra_replicas, max_slots, effort
-    )
+    limit = _check(profile, num_devices, strategy, row_split, max_extra_replicas, max_slots, effort)
     cost = default_cost(profile, num_devices) if cost is None else cost
     goal = Objective(cost, profile.num_layers, objective, device_bytes)
     batch, shares, bound, gain = _choose(
-        profile, num_devices, strategy, row_split, copies, max_slots, goal, effort
+        profile, num_devices, strategy, row_split, limit, max_slots, goal, effort
     )
     return _describe(
         profile,
@@ -72,12 +67,12 @@ def _choose(
     num_devices: int,
     strategy: str,
     row_split: str,
-    copies: int,
+    limit: int,
     max_slots: int | None,
     goal: Objective,
     effort: int,
 ) -> tuple[int, np.ndarray, float, float]:
-    """The batch, the shares [L, K, P], the bound in seconds and what one more copy would gain.
+    """The batch, the shares [L, K, P], the bound in seconds and what one more replica would gain.
 
     All is searched with the heads in descending weight, so that their order cannot matter.
     """
@@ -87,27 +82,27 @@ def _choose(
     fixed = np.take_along_axis(fixed, order[:, :, None], 1)
     distinct, which = np.unique(weights, axis=0, return_inverse=True)
     most = profile.num_heads * (num_devices - 1)
-    # One copy more than asked for, to say what it would gain.
+    # One replica more than the limit, to report what it would gain.
     search = Search(
         weights=distinct,
         distinct=which.reshape(-1),
         devices=num_devices,
-        max_extra_replicas=min(copies + 1, most) if strategy == "fair_copying" else 0,
+        max_extra_replicas=min(limit + 1, most) if strategy == "fair_copying" else 0,
         row_split=row_split,
         effort=effort,
     )
-    frontier = find_frontier(search, goal, max_slots or profile.num_heads, copies)
+    frontier = find_frontier(search, goal, max_slots or profile.num_heads, limit)
     chosen = _judged(weights, fixed, goal)
     if strategy != "static":
-        found = _balanced(weights, frontier.within(copies), goal)
+        found = _balanced(weights, frontier.within(limit), goal)
         chosen = min(found, chosen, key=lambda candidate: candidate.token_seconds)
     batch = goal.batch(chosen.slots, chosen.fullest_tokens)
     if not batch:
         raise ValueError(_memory_error(goal, chosen, strategy))
-    more = frontier.within(copies + 1).token_seconds if strategy == "fair_copying" else np.inf
+    more = frontier.within(limit + 1).token_seconds if strategy == "fair_copying" else np.inf
     shares = np.empty_like(chosen.shares)
     np.put_along_axis(shares, np.broadcast_to(order[:, :, None], shares.shape), chosen.shares, 1)
-    bound = frontier.lower_bound(copies, batch)
+    bound = frontier.lower_bound(limit, batch)
     return batch, shares, bound, max(0.0, float(chosen.token_seconds / more - 1))
 
 
@@ -159,7 +154,7 @@ def _check(
     max_slots: int | None,
     effort: int,
 ) -> int:
-    """The most copies per layer that the strategy may use; raises where an argument is wrong."""
+    """Checks the arguments and returns the limit on extra replicas per layer."""
     if strategy not in STRATEGIES:
         raise ValueError(f"strategy must be one of {', '.join(STRATEGIES)}, got {strategy!r}")
     if row_split not in ROW_SPLITS:
@@ -245,7 +240,7 @@ def _describe(
         utilization=float(busy / shares.shape[2] / seconds),
         step_seconds=float(seconds),
         lower_bound_seconds=float(min(bound, seconds)),
-        one_more_copy_gain=gain,
+        one_more_replica_gain=gain,
         fullest_tokens=float(load.sum(0).max()),
         model=profile.model,
     )

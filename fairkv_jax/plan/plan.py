@@ -31,7 +31,7 @@ class Plan:
     Hashable, and a static argument of jitted steps.
 
     Raises:
-        ValueError: a head has no copy, shares do not add to 1, or an index is out of range.
+        ValueError: a head has no replica, shares do not add to 1, or an index is out of range.
     """
 
     strategy: str
@@ -40,7 +40,7 @@ class Plan:
     num_devices: int
     num_heads: int
     layers: tuple[Layer, ...]
-    """Per layer its copies, sorted by (device, head)."""
+    """Per layer its replicas, sorted by (device, head)."""
     cost: CostModel
     utilization: float
     """Busy time over elapsed time of attention; an empty slot's time is not busy."""
@@ -48,8 +48,8 @@ class Plan:
     """Attention's part of a step: the fullest device of each layer, added over layers."""
     lower_bound_seconds: float
     """No plan within the same limits has a shorter attention part."""
-    one_more_copy_gain: float = 0.0
-    """By which fraction one more copy per layer, beyond the limit, would raise the tokens/s."""
+    one_more_replica_gain: float = 0.0
+    """By which fraction one more replica per layer, beyond the limit, would raise the tokens/s."""
     fullest_tokens: float = 0.0
     """Cached tokens of one row, over all layers, on the device that holds the most."""
     model: str = ""
@@ -71,11 +71,11 @@ class Plan:
     @property
     def slots(self) -> int:
         """Head slots per device and layer (C): one number for the model."""
-        return max(int(self.copies().sum(1).max()), 1) if self.layers else 1
+        return max(int(self.replicas().sum(1).max()), 1) if self.layers else 1
 
     @property
     def num_extra_replicas(self) -> int:
-        """Copies beyond one per head, over all layers."""
+        """Replicas beyond one per head, over all layers."""
         return sum(len(layer) - self.num_heads for layer in self.layers)
 
     @property
@@ -94,16 +94,16 @@ class Plan:
         weights = self.cost.rest_bytes + self.num_layers * self.slots * self.cost.head_bytes
         return weights + self.cost.batch * self.fullest_tokens * self.cost.token_bytes
 
-    def copies(self) -> np.ndarray:
-        """Where each head has a copy, bool [L, K, P]."""
+    def replicas(self) -> np.ndarray:
+        """Where each head has a replica, bool [L, K, P]."""
         return self.shares() > 0
 
     def shares(self) -> np.ndarray:
         """The share of the rows that each device serves of each head, [L, K, P]."""
         shares = np.zeros((len(self.layers), self.num_heads, self.num_devices))
         for index, layer in enumerate(self.layers):
-            for copy in layer:
-                shares[index, copy.head, copy.device] = copy.share
+            for replica in layer:
+                shares[index, replica.head, replica.device] = replica.share
         return shares
 
     def head_of_slot(self) -> np.ndarray:
@@ -111,9 +111,9 @@ class Plan:
         slots = np.full((len(self.layers), self.num_devices, self.slots), -1, np.int32)
         for index, layer in enumerate(self.layers):
             filled = [0] * self.num_devices
-            for copy in layer:
-                slots[index, copy.device, filled[copy.device]] = copy.head
-                filled[copy.device] += 1
+            for replica in layer:
+                slots[index, replica.device, filled[replica.device]] = replica.head
+                filled[replica.device] += 1
         return slots
 
     def to_json(self) -> str:
@@ -130,12 +130,12 @@ class Plan:
             "rest_seconds": self.rest_seconds,
             "lower_bound_seconds": self.lower_bound_seconds,
             "gap": self.gap,
-            "one_more_copy_gain": self.one_more_copy_gain,
+            "one_more_replica_gain": self.one_more_replica_gain,
             "tokens_per_second": self.tokens_per_second,
             "fullest_tokens": self.fullest_tokens,
             "device_bytes": self.device_bytes,
             "cost": asdict(self.cost),
-            "layers": [[asdict(copy) for copy in layer] for layer in self.layers],
+            "layers": [[asdict(replica) for replica in layer] for layer in self.layers],
         }
         return json.dumps(record) + "\n"
 
@@ -166,11 +166,11 @@ class Plan:
         layers = tuple(_read_layer(index, layer) for index, layer in enumerate(record["layers"]))
         if not layers:
             raise ValueError("the plan has no layers")
-        heads = 1 + max((copy.head for layer in layers for copy in layer), default=0)
+        heads = 1 + max((replica.head for layer in layers for replica in layer), default=0)
         heads = record.get("num_heads", heads)
         if isinstance(heads, bool) or not isinstance(heads, int):
             raise ValueError(f"the plan's num_heads must be of type int, got {heads!r}")
-        optional = ("one_more_copy_gain", "fullest_tokens", "model")
+        optional = ("one_more_replica_gain", "fullest_tokens", "model")
         return cls(
             **{name: record[name] for name in _FIELDS if name in cls.__dataclass_fields__}
             | {name: record[name] for name in optional if name in record}
@@ -178,8 +178,12 @@ class Plan:
         )
 
 
-_OLD_NAMES = {"n_devices": "num_devices", "n_heads": "num_heads"}
-"""Keys of plan files written by version 0.1, and what they are called now."""
+_OLD_NAMES = {
+    "n_devices": "num_devices",
+    "n_heads": "num_heads",
+    "one_more_copy_gain": "one_more_replica_gain",
+}
+"""Deprecated keys of plan files and the keys that replaced them."""
 
 _FIELDS: dict[str, tuple[type, ...]] = {
     "strategy": (str,),
@@ -199,35 +203,36 @@ def _names(kinds: tuple[type, ...]) -> str:
 
 
 def _sorted(layer: Layer) -> Layer:
-    return tuple(sorted(layer, key=lambda copy: (copy.device, copy.head)))
+    return tuple(sorted(layer, key=lambda replica: (replica.device, replica.head)))
 
 
 def _check_layer(index: int, layer: Layer, num_heads: int, num_devices: int) -> None:
     shares = [0.0] * num_heads
-    for copy in layer:
-        if not (0 <= copy.head < num_heads and 0 <= copy.device < num_devices):
+    for replica in layer:
+        if not (0 <= replica.head < num_heads and 0 <= replica.device < num_devices):
             raise ValueError(
-                f"layer {index} of the plan places head {copy.head} on device {copy.device}, "
+                f"layer {index} of the plan places head {replica.head} on device {replica.device}, "
                 f"but there are {num_heads} heads and {num_devices} devices"
             )
-        if not 0 < copy.share <= 1 + SHARE_TOLERANCE:
+        if not 0 < replica.share <= 1 + SHARE_TOLERANCE:
             raise ValueError(
-                f"layer {index}, head {copy.head}: a share must lie in (0, 1], got {copy.share}"
+                f"layer {index}, head {replica.head}: a share must lie in (0, 1], "
+                f"got {replica.share}"
             )
-        shares[copy.head] += copy.share
-    if len({(copy.head, copy.device) for copy in layer}) != len(layer):
+        shares[replica.head] += replica.share
+    if len({(replica.head, replica.device) for replica in layer}) != len(layer):
         raise ValueError(f"layer {index} of the plan places a head twice on one device")
     for head, share in enumerate(shares):
         if abs(share - 1) > SHARE_TOLERANCE:
             raise ValueError(
-                f"layer {index}, head {head}: the shares of its copies add to {share}, not 1"
+                f"layer {index}, head {head}: the shares of its replicas add to {share}, not 1"
             )
 
 
 def _read_layer(index: int, layer: Any) -> Layer:
     if not isinstance(layer, list):
-        raise ValueError(f"layer {index} of the plan must be a list of copies, got {layer!r}")
-    copies = []
+        raise ValueError(f"layer {index} of the plan must be a list of replicas, got {layer!r}")
+    replicas = []
     for entry in layer:
         whole = isinstance(entry, Mapping) and all(
             isinstance(entry.get(name), int) and not isinstance(entry.get(name), bool)
@@ -235,8 +240,8 @@ def _read_layer(index: int, layer: Any) -> Layer:
         )
         if not whole or not isinstance(entry.get("share"), int | float):
             raise ValueError(
-                f"layer {index} of the plan: a copy is an object with head, device and share, "
+                f"layer {index} of the plan: a replica is an object with head, device and share, "
                 f"got {entry!r}"
             )
-        copies.append(Replica(entry["head"], entry["device"], float(entry["share"])))
-    return tuple(copies)
+        replicas.append(Replica(entry["head"], entry["device"], float(entry["share"])))
+    return tuple(replicas)

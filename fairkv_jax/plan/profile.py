@@ -4,6 +4,7 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from importlib import resources
 from typing import Any, Self
 
 import numpy as np
@@ -143,6 +144,12 @@ class Profile:
         if "held_out" in known:
             known["held_out"] = tuple(known["held_out"].items())
         return cls(**known)
+
+
+def shipped_profile(model: str, policy: str) -> Profile | None:
+    """The measured profile of a model under a policy, or None where nobody has measured one."""
+    file = resources.files("fairkv_jax.plan") / "profiles" / f"{model}.{policy}.json"
+    return Profile.from_json(file.read_text(encoding="utf-8")) if file.is_file() else None
 
 
 def prompt_correlation(samples: np.ndarray) -> float | None:

@@ -5,11 +5,12 @@ from html import escape
 
 import numpy as np
 
-from fairkv_jax.plan.chart import bars, heat_map
 from fairkv_jax.plan.plan import Plan
 from fairkv_jax.plan.profile import Profile
 from fairkv_jax.plan.table import plan_name
 
+CELL_HEIGHT, MARGIN, HEADER = 13, 34, 18
+WIDE, WIDEST_CELL, NARROWEST_CELL = 260, 64, 14
 STYLE = """
 :root { color-scheme: light dark; --ink: #1d2430; --soft: #5d6675; --line: #d9dee6;
   --paper: #ffffff; --panel: #f5f7fa; --heat: #1f5fbf; --mark: #d9480f; --cell: #e9eef5; }
@@ -76,7 +77,7 @@ def _figures(plan: Plan, static: Plan) -> str:
         (f"{static.utilization:.0%} → {plan.utilization:.0%}", "utilisation in attention"),
         (
             f"{plan.num_extra_replicas}",
-            f"copies in {plan.num_layers} layers, {plan.slots} slots a device",
+            f"extra replicas in {plan.num_layers} layers, {plan.slots} slots a device",
         ),
         (f"{plan.gap:.1%}", "at most above the best possible plan"),
     )
@@ -86,14 +87,14 @@ def _figures(plan: Plan, static: Plan) -> str:
 
 def _heads(profile: Profile, plan: Plan) -> str:
     tokens = profile.array
-    replicas = plan.copies().sum(2)
+    replicas = plan.replicas().sum(2)
     hints = [
         [
             f"layer {layer}, head {head}: {tokens[layer, head]:.0f} tokens, "
             + ", ".join(
-                f"device {copy.device} ({copy.share:.0%})"
-                for copy in plan.layers[layer]
-                if copy.head == head
+                f"device {replica.device} ({replica.share:.0%})"
+                for replica in plan.layers[layer]
+                if replica.head == head
             )
             for head in range(profile.num_heads)
         ]
@@ -103,8 +104,8 @@ def _heads(profile: Profile, plan: Plan) -> str:
     return (
         "<h2>Heads</h2><p>Cached tokens of one row, darker for more: "
         f"{tokens.min():.0f} to {tokens.max():.0f}. In the median layer the heaviest head holds "
-        f"{np.median(spread):.2f} times the mean. Framed heads are copied; the number says on how "
-        "many devices they are.</p>"
+        f"{np.median(spread):.2f} times the mean. Framed heads are replicated; the number is the "
+        "number of replicas.</p>"
         + heat_map(tokens / tokens.max(), hints, "head", np.where(replicas > 1, replicas, 0))
     )
 
@@ -120,7 +121,9 @@ def _devices(profile: Profile, before: Plan, after: Plan) -> str:
             [
                 f"layer {layer}, device {device}: {load[layer, device]:.0f} tokens, "
                 f"{relative[layer, device]:.2f} times the mean; heads "
-                + ", ".join(str(copy.head) for copy in plan.layers[layer] if copy.device == device)
+                + ", ".join(
+                    str(replica.head) for replica in plan.layers[layer] if replica.device == device
+                )
                 for device in range(plan.num_devices)
             ]
             for layer in range(plan.num_layers)
@@ -144,7 +147,7 @@ def _devices(profile: Profile, before: Plan, after: Plan) -> str:
 def _strategies(chosen: Plan, plans: Sequence[Plan]) -> str:
     heads = (
         "strategy", "attention", "whole step", "utilisation", "batch", "tokens/s", "ratio",
-        "copies", "slots", "one more", "fullest",
+        "extra replicas", "slots", "one more", "fullest",
     )  # fmt: skip
     rows = []
     for plan in plans:
@@ -158,7 +161,7 @@ def _strategies(chosen: Plan, plans: Sequence[Plan]) -> str:
             f"{plan.tokens_per_second / plans[0].tokens_per_second:.2f}×",
             str(plan.num_extra_replicas),
             str(plan.slots),
-            f"+{plan.one_more_copy_gain:.2%}",
+            f"+{plan.one_more_replica_gain:.2%}",
             f"{plan.device_bytes / 2**30:.2f} GiB",
         )
         mark = ' class="chosen"' if plan is chosen else ""
@@ -168,9 +171,69 @@ def _strategies(chosen: Plan, plans: Sequence[Plan]) -> str:
     return (
         "<h2>Every strategy</h2><p>Reading one head's weights takes as long as reading "
         f"{slot:,.0f} cached tokens, and every slot costs that, empty or not: with a batch of "
-        f"{chosen.cost.batch} that is {slot / chosen.cost.batch:,.0f} tokens of each row. Copies "
+        f"{chosen.cost.batch} that is {slot / chosen.cost.batch:,.0f} tokens of each row. Replicas "
         "pay where they move more than that, or where they fill a slot that is there anyway. "
-        "<i>Ratio</i> is of tokens/s; <i>one more</i> is what one more copy per layer would add to "
-        "it; <i>fullest</i> is the device with the most weights and cache.</p>"
+        "<i>Ratio</i> is of tokens/s; <i>one more</i> is what one more replica per layer would "
+        "add to it; <i>fullest</i> is the device with the most weights and cache.</p>"
         f'<div class="scroll"><table><tr>{head}</tr>{"".join(rows)}</table></div>'
+    )
+
+
+def heat_map(
+    shade: np.ndarray, hints: Sequence[Sequence[str]], axis: str, marks: np.ndarray | None = None
+) -> str:
+    """One row a layer; `shade` [L, n] in [0, 1]; positive `marks` [L, n] are framed and written."""
+    layers, columns = shade.shape
+    width = min(max(WIDE // columns, NARROWEST_CELL), WIDEST_CELL)
+    every = 1 if columns <= 16 else 4
+    parts = ['<text x="0" y="12">layer</text>']
+    for column in range(0, columns, every):
+        x = MARGIN + column * width + width / 2
+        parts.append(f'<text x="{x}" y="12" text-anchor="middle">{column}</text>')
+    for layer in range(layers):
+        y = HEADER + layer * CELL_HEIGHT
+        if layer % 5 == 0 or layer == layers - 1:
+            parts.append(f'<text x="24" y="{y + 10}" text-anchor="end">{layer}</text>')
+        for column in range(columns):
+            x = MARGIN + column * width
+            mark = 0 if marks is None else int(marks[layer, column])
+            parts.append(_cell(x, y, width, shade[layer, column], hints[layer][column], mark))
+    size = (MARGIN + columns * width + 2, HEADER + layers * CELL_HEIGHT + 2)
+    return _svg(size, f"{axis}s by layer", parts)
+
+
+def bars(values: np.ndarray, most: float) -> str:
+    """A horizontal bar for each device, with the mean as a dashed line."""
+    length, height = 220, 16
+    parts = []
+    for index, value in enumerate(values):
+        y = index * height
+        parts.append(
+            f'<text x="24" y="{y + 12}" text-anchor="end">{index}</text>'
+            f'<rect class="bar" x="{MARGIN}" y="{y + 2}" height="{height - 4}" rx="2" '
+            f'width="{value / most * length:.1f}"/>'
+            f'<text x="{MARGIN + value / most * length + 5:.1f}" y="{y + 12}">{value:,.0f}</text>'
+        )
+    x = MARGIN + values.mean() / most * length
+    parts.append(f'<line class="mean" x1="{x:.1f}" x2="{x:.1f}" y1="0" y2="{len(values) * 16}"/>')
+    return _svg((MARGIN + length + 70, len(values) * height), "tokens per device", parts)
+
+
+def _cell(x: float, y: float, width: float, shade: float, hint: str, mark: int) -> str:
+    box = f'x="{x}" y="{y}" width="{width - 1.5}" height="{CELL_HEIGHT - 1.5}" rx="1.5"'
+    cell = f'<rect class="cell" {box}/><rect class="heat" {box} opacity="{shade:.3f}"/>'
+    if mark:
+        cell += f'<rect class="mark" {box}/>'
+        cell += (
+            f'<text class="{"light" if shade > 0.5 else "dark"}" x="{x + width / 2 - 0.75}" '
+            f'y="{y + 10}" text-anchor="middle">{mark}</text>'
+        )
+    return f"<g><title>{escape(hint)}</title>{cell}</g>"
+
+
+def _svg(size: tuple[float, float], label: str, parts: Sequence[str]) -> str:
+    width, height = size
+    return (
+        f'<svg role="img" aria-label="{escape(label)}" width="{width}" height="{height}" '
+        f'viewBox="0 0 {width} {height}">' + "".join(parts) + "</svg>"
     )

@@ -5,8 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from fairkv_jax.plan.plan import Plan
-from fairkv_jax.plan.route import route
-from fairkv_jax.plan.rows import row_counts
+from fairkv_jax.plan.route import route, row_counts
 
 
 @dataclass(frozen=True)
@@ -84,8 +83,8 @@ def simulate(plan: Plan, workload: Workload, batch: int, *, routed: bool = True)
     replicas are chosen by `route` when it joins; without, row r of the batch always goes to the
     replica that the plan's shares give it, whatever its lengths are.
     """
-    copies, fixed = plan.copies(), _fixed_owners(plan, batch)
-    num_layers, num_heads, devices = copies.shape
+    replicas, fixed = plan.replicas(), _fixed_owners(plan, batch)
+    num_layers, num_heads, devices = replicas.shape
     if workload.lengths.shape[1:] != (num_layers, num_heads):
         raise ValueError(
             f"the lengths are of {workload.lengths.shape[1:]} layers and heads, "
@@ -103,7 +102,7 @@ def simulate(plan: Plan, workload: Workload, batch: int, *, routed: bool = True)
                 break
             lengths = workload.lengths[following]
             load = np.einsum("rlk,rlkp->lp", held, owned)
-            owner = route(copies, lengths, load) if routed else fixed[row]
+            owner = route(replicas, lengths, load) if routed else fixed[row]
             held[row], left[row] = lengths, workload.new_tokens[following]
             owned[row] = owner[..., None] == np.arange(devices)
             following += 1
@@ -121,8 +120,8 @@ def _measure(plan: Plan, load: np.ndarray, rows: int) -> tuple[float, float, int
     cost, (num_layers, devices) = plan.cost, load.shape
     peak, total = load.max(1).sum(), load.sum()
     seconds = num_layers * plan.slots * cost.a_seconds + peak * cost.b_seconds_per_token
-    copies = num_layers * plan.num_heads + plan.num_extra_replicas
-    busy = copies * cost.a_seconds + total * cost.b_seconds_per_token
+    num_replicas = num_layers * plan.num_heads + plan.num_extra_replicas
+    busy = num_replicas * cost.a_seconds + total * cost.b_seconds_per_token
     held = load.sum(0)
     return (
         busy / devices / seconds,

@@ -17,10 +17,10 @@ def plan_tables(profile: Profile, chosen: Plan, plans: Sequence[Plan]) -> list[T
 
 
 def comparison_table(profile: Profile, chosen: Plan, plans: Sequence[Plan]) -> Table:
-    """One line a strategy; ratios of tokens/s are to the first, `static`.
+    """One line per strategy; ratios of tokens/s are relative to the first one, `static`.
 
-    "gap": at most so far above the best plan; "+1 copy": what one more per layer would add to the
-    tokens/s; "GiB": weights and cache on the fullest device.
+    "gap" bounds how far the plan is above the best one. "+1 replica" is what one more replica per
+    layer would add to the tokens/s. "GiB" is weights and cache on the fullest device.
     """
     table = Table(
         title=f"{profile.model or 'model'}: {profile.num_layers} layers x {profile.num_heads} "
@@ -30,7 +30,7 @@ def comparison_table(profile: Profile, chosen: Plan, plans: Sequence[Plan]) -> T
     )
     table.add_column("strategy", no_wrap=True)
     for column in (
-        "slots", "copies", "util", "attn ms", "step ms", "x static", "gap", "+1 copy",
+        "slots", "replicas", "util", "attn ms", "step ms", "x static", "gap", "+1 replica",
         "batch", "tokens/s", "GiB",
     ):  # fmt: skip
         table.add_column(column, justify="right", no_wrap=True)
@@ -46,7 +46,7 @@ def comparison_table(profile: Profile, chosen: Plan, plans: Sequence[Plan]) -> T
             f"{step * 1e3:.4g}",
             f"{speed:.3f}",
             f"{plan.gap:.2%}",
-            f"+{plan.one_more_copy_gain:.2%}",
+            f"+{plan.one_more_replica_gain:.2%}",
             str(plan.cost.batch),
             f"{plan.tokens_per_second:,.0f}",
             f"{plan.device_bytes / 2**30:.3g}",
@@ -89,16 +89,16 @@ def simulation_table(routed: Trace, fixed: Trace, batch: int, requests: int) -> 
 
 def plan_name(plan: Plan) -> str:
     """The strategy as one reads it."""
-    copying = plan.strategy == "fair_copying"
-    return f"{plan.strategy}, {plan.row_split}" if copying else plan.strategy
+    is_replicated = plan.strategy == "fair_copying"
+    return f"{plan.strategy}, {plan.row_split}" if is_replicated else plan.strategy
 
 
 def _heads(layer: Layer, device: int) -> str:
-    copies = [copy for copy in layer if copy.device == device]
+    replicas = [replica for replica in layer if replica.device == device]
     return (
         " ".join(
-            str(copy.head) if copy.share > 1 - 1e-9 else f"{copy.head}:{copy.share:.0%}"
-            for copy in copies
+            str(replica.head) if replica.share > 1 - 1e-9 else f"{replica.head}:{replica.share:.0%}"
+            for replica in replicas
         )
         or "-"
     )

@@ -15,15 +15,16 @@ CACHE_BYTES = 2 << 30
 
 
 def main() -> int:
-    """Read the flags, prepare the process for JAX, serve."""
+    """Reads the flags, prepares the process for JAX, and serves."""
     options = parse(sys.argv[1:])
     logging.basicConfig(
         level=options.server.log_level.upper(),
         format="%(asctime)s %(levelname)s %(name)s: %(message)s",
         datefmt="%Y-%m-%d %H:%M:%S",
     )
+    hide_missing_tpu()
     _prepare_jax(options)
-    # Only now, as whatever imports JAX must find the environment that it reads.
+    # These modules import JAX, which reads the environment variables set above.
     from fairkv_jax.serve.access import log_to_stdout
     from fairkv_jax.serve.server import serve
 
@@ -31,11 +32,21 @@ def main() -> int:
     return serve(partial(_load, options), options.server)
 
 
-def _prepare_jax(options: Options) -> None:
-    """Set what JAX reads from the environment; what the user has set there stays.
+def hide_missing_tpu() -> None:
+    """Drops JAX's message that there is no TPU, which it logs at INFO on every other machine."""
+    logging.getLogger("jax._src.xla_bridge").addFilter(_is_not_missing_tpu)
 
-    The CPU is split into devices, which changes nothing where there are GPUs. Everything compiled
-    is kept on disk, however small, so that the next start only reads it.
+
+def _is_not_missing_tpu(record: logging.LogRecord) -> bool:
+    is_missing = record.getMessage().startswith("Unable to initialize backend 'tpu'")
+    return record.levelno > logging.INFO or not is_missing
+
+
+def _prepare_jax(options: Options) -> None:
+    """Sets the environment variables that JAX reads, unless the user has set them.
+
+    The CPU is split into virtual devices, which does not affect GPUs. Every compiled program is
+    cached on disk, however small, so that the next start only reads it.
     """
     flags = os.environ.get("XLA_FLAGS", "")
     if CPU_DEVICES_FLAG not in flags:
@@ -48,7 +59,7 @@ def _prepare_jax(options: Options) -> None:
 
 
 def _load(options: Options) -> Engine:
-    """The engine with all that it runs compiled, on every device unless fewer are asked for."""
+    """Builds the engine, by default on every device, and compiles all of its programs."""
     import jax
 
     from fairkv_jax.engine.build import build_engine
@@ -61,7 +72,7 @@ def _load(options: Options) -> Engine:
 
 
 def _rehearse(engine: Engine, rows: int) -> None:
-    """Fill the batch row by row: what is left to be compiled, or to fail, shows before ready."""
+    """Fills the batch row by row, so that remaining compilations and failures precede "ready"."""
     params = SamplingParams(max_tokens=rows + 1, ignore_eos=True, seed=0)
     for row in range(rows):
         engine.add_request(engine.validate(Request(f"rehearsal-{row}", [0], params)))

@@ -39,7 +39,7 @@ def plan(path: Path, kv_policy: str = "snapkv") -> Plan:
 
 def test_a_converted_checkpoint_brings_its_profile(gguf: Path, tmp_path: Path):
     converted = convert(open_checkpoint(gguf), tmp_path / "converted")
-    copies = plan(converted).copies()
+    copies = plan(converted).replicas()
     # The heavy head of each layer is alone on its device.
     assert [layer.sum(0).min() for layer in copies] == [1, 1]
     for layer, heavy in enumerate((2, 0)):

@@ -39,7 +39,7 @@ def test_writes_plan_and_page(profile_file, tmp_path, capsys, dash):
     for svg in re.findall(r"<svg.*?</svg>", html, re.DOTALL):
         ElementTree.fromstring(svg)
     framed = len(re.findall('class="mark"', html))
-    assert framed == int((plan.copies().sum(2) > 1).sum())
+    assert framed == int((plan.replicas().sum(2) > 1).sum())
 
 
 def test_throughput_uses_the_hardwares_memory(profile_file, tmp_path):

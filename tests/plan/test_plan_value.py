@@ -31,6 +31,13 @@ def test_the_file_has_the_agreed_fields():
     assert set(record["layers"][0][0]) == {"head", "device", "share"}
 
 
+def test_the_old_key_of_the_replica_gain_is_read():
+    record = _record()
+    del record["one_more_replica_gain"]
+    plan = Plan.from_json(json.dumps(record | {"one_more_copy_gain": 0.25}))
+    assert plan.one_more_replica_gain == 0.25
+
+
 def test_a_file_with_the_agreed_fields_alone_is_enough():
     record = _record()
     kept = (

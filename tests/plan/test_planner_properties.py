@@ -70,7 +70,7 @@ def test_no_strategy_is_slower_than_a_simpler_one(profile, devices, cost):
     cost=costs,
     row_split=st.sampled_from(["equal", "proportional"]),
 )
-def test_limits_hold_and_more_copies_never_cost(profile, devices, cost, row_split):
+def test_limits_hold_and_more_replicas_never_cost(profile, devices, cost, row_split):
     before = np.inf
     for copies in (0, 1, 2, 3, None):
         plan = make_plan(
@@ -95,7 +95,7 @@ def test_limits_hold_and_more_copies_never_cost(profile, devices, cost, row_spli
         assert tight.step_seconds >= plan.step_seconds * (1 - 1e-9)
 
 
-def test_more_copies_never_cost_with_the_exact_solver():
+def test_more_replicas_never_cost_with_the_exact_solver():
     tokens = np.random.default_rng(4).gamma(1.5, size=(2, 7)) * 100
     profile = Profile("random", "ada_snapkv", 150, tokens.tolist())
     seconds = [
@@ -174,9 +174,8 @@ def test_only_the_slots_limit_replicas_by_default(row_split):
     """
     tokens = np.full(32 * 8, 384.0)
     tokens[np.random.default_rng(0).permutation(32 * 8)[:128]] = 8192
-    profile = Profile(
-        "half", "head_budgets", None, tuple(map(tuple, tokens.reshape(32, 8).tolist()))
-    )
+    rows = tuple(map(tuple, tokens.reshape(32, 8).tolist()))
+    profile = Profile("half", "head_budgets", None, rows)
     cost = CostModel.of(SHAPES["llama-3.1-8b"], 8, "H100", batch=64)
     static = make_plan(profile, 8, "static", cost=cost)
     unlimited = make_plan(profile, 8, row_split=row_split, cost=cost)
@@ -184,7 +183,7 @@ def test_only_the_slots_limit_replicas_by_default(row_split):
     assert unlimited.step_seconds < limited.step_seconds * 0.96
     assert static.step_seconds / unlimited.step_seconds > 1.6
     assert unlimited.slots == limited.slots
-    assert unlimited.one_more_copy_gain == 0
+    assert unlimited.one_more_replica_gain == 0
     assert max(len(layer) for layer in unlimited.layers) == unlimited.slots * 8
 
 
@@ -209,14 +208,14 @@ def test_memory_is_balanced_over_layers():
     assert make_plan(profile, 2, "static").fullest_tokens == pytest.approx(300)
 
 
-def test_one_more_copy_gains_what_it_then_gives():
+def test_one_more_replica_gains_what_it_then_gives():
     profile = Profile("heavy", "ada_snapkv", 50, ((90.0, 10.0),) * 2)
     cost = CostModel(a_seconds=0.0, b_seconds_per_token=1e-9, batch=16)
-    assert make_plan(profile, 3, "best_effort", cost=cost).one_more_copy_gain == 0
+    assert make_plan(profile, 3, "best_effort", cost=cost).one_more_replica_gain == 0
     plans = [make_plan(profile, 3, max_extra_replicas=copies, cost=cost) for copies in range(3)]
     assert [plan.step_seconds / (16 * 2e-9) for plan in plans] == pytest.approx([90, 45, 40])
-    assert plans[0].one_more_copy_gain == pytest.approx(90 / 45 - 1)
-    assert plans[1].one_more_copy_gain == pytest.approx(45 / 40 - 1)
+    assert plans[0].one_more_replica_gain == pytest.approx(90 / 45 - 1)
+    assert plans[1].one_more_replica_gain == pytest.approx(45 / 40 - 1)
 
 
 def test_the_same_input_gives_the_same_bytes_and_no_jax():

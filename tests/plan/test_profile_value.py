@@ -6,7 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from fairkv_jax.plan import SHAPES, Profile
+from fairkv_jax.plan import SHAPES, Profile, find_shape, shipped_profile
 
 GOOD = {"model": "m", "policy": "ada_snapkv", "budget": 64, "tokens": [[1.0, 2.0], [3.0, 4.5]]}
 
@@ -81,3 +81,19 @@ def test_another_models_profile_is_refused():
 def test_samples_must_be_prompts_by_layers_by_heads(shape):
     with pytest.raises(ValueError, match="prompts, layers, heads"):
         Profile.from_samples(np.ones(shape), model="m", policy="p", budget=1)
+
+
+def test_the_demo_model_has_a_measured_profile():
+    profile = shipped_profile("SmolLM2-135M-Instruct", "ada_snapkv")
+    assert profile is not None
+    assert profile.shape == find_shape("smollm2-135m")
+    assert profile.samples is not None
+    assert profile.array.std(1).mean() / profile.array.mean() > 0.1  # no uniform placeholder
+    held_out = dict(profile.held_out)
+    assert held_out["fair_copying on 2"] > held_out["fair_copying, not routed, on 2"] > 0.9
+    assert held_out["static on 2"] < 0.8
+
+
+def test_other_models_and_policies_have_none():
+    assert shipped_profile("SmolLM2-135M-Instruct", "snapkv") is None
+    assert shipped_profile("Nobody-7B", "ada_snapkv") is None

@@ -61,7 +61,8 @@ def client(process: Process) -> Iterator[httpx.Client]:
 
 def test_it_logs_what_it_serves(process: Process, client: httpx.Client):
     assert "3 KV heads, float32, context of 128 tokens" in process.log
-    assert "KV policy ada_snapkv: 40 tokens a head on average" in process.log
+    assert "KV policy ada_snapkv: 40 tokens per head on average" in process.log
+    assert "Unable to initialize backend 'tpu'" not in process.log
     # Two devices are the default where there is no GPU.
     assert "head plan fair_copying: 3 KV heads on 2 devices" in process.log
     assert [card["id"] for card in client.get("/v1/models").json()["data"]] == ["tiny", "other"]

@@ -29,7 +29,7 @@ def skewed_plan(checkpoint: Checkpoint, num_devices: int) -> Plan:
     tokens[:, 0] = 9
     profile = Profile(model="", policy="", budget=None, tokens=tuple(map(tuple, tokens.tolist())))
     plan = make_plan(profile, num_devices, "fair_copying")
-    assert plan.copies()[:, 0].sum(-1).max() > 1
+    assert plan.replicas()[:, 0].sum(-1).max() > 1
     return plan
 
 

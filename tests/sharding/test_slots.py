@@ -33,14 +33,14 @@ def test_layouts_hold_what_the_plan_says(strategy: str, num_devices: int):
     plan = tiny_plan(strategy, num_devices)
     layout = SlotLayout.from_plan(plan)
     assert layout.num_slots == plan.slots * num_devices
-    np.testing.assert_array_equal(layout.replicas, plan.copies())
+    np.testing.assert_array_equal(layout.replicas, plan.replicas())
     for layer, heads in enumerate(layout.head_of_slot):
         for slot, head in enumerate(heads):
             device = slot // layout.slots_per_device
             if head != EMPTY:
-                assert plan.copies()[layer, head, device]
+                assert plan.replicas()[layer, head, device]
                 assert layout.slot_of_head[layer, head, device] == slot
-        assert np.count_nonzero(heads != EMPTY) == plan.copies()[layer].sum()
+        assert np.count_nonzero(heads != EMPTY) == plan.replicas()[layer].sum()
         for head in range(3):
             assert layout.first_slot[layer, head] == np.flatnonzero(heads == head)[0]
 

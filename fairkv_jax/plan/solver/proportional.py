@@ -19,7 +19,7 @@ def proportional_splits(
     Args:
         weights: [N, K] load of a head, in N independent layers.
         start: shares [N, K, P] to begin with, within the limits.
-        max_extra_replicas: [N] most copies beyond one per head.
+        max_extra_replicas: [N] most extra replicas beyond one per head.
 
     Returns:
         shares [N, K, P] whose fullest device is at most as full as that of `start`.
@@ -93,7 +93,7 @@ def _move(
     amount = np.where(allowed, np.minimum(part[:, :, None], room[:, None, :]), 0.0)
     amount[rows, :, full] = 0.0
     largest = amount.max((1, 2), keepdims=True)
-    # Among moves of the same amount prefer one that needs no copy: the head is there already, or
+    # Among moves of the same amount prefer one that needs no replica: the head is there already, or
     # leaves the fullest device altogether.
     whole = amount >= part[:, :, None] * (1 - 1e-12)
     grows = np.where((current == 0) & ~whole, 1, 0)

@@ -1,8 +1,8 @@
-"""The layer problem as a mixed-integer program, for HiGHS: it closes what the search left open.
+"""Lower bounds on a layer, and mixed-integer programs that close what the search left open.
 
-For one layer: choose devices, and replicas or shares, so that the fullest device is least full,
-with at most C heads on a device and at most `max_extra_replicas` copies. Work is limited by a count
-of nodes, never by the clock, so that the same input gives the same plan on every machine.
+For one layer, HiGHS chooses devices and replicas or shares that minimise the load of the fullest
+device, with at most C heads per device and at most `max_extra_replicas` extra replicas. Work is
+limited by a number of nodes, not by time, so that the same input gives the same plan everywhere.
 """
 
 from dataclasses import dataclass, field
@@ -14,6 +14,44 @@ from scipy.sparse import coo_array
 NODE_LIMIT = 1000
 GAP = 1e-6
 Values = float | np.ndarray
+
+
+def lower_bounds(
+    weights: np.ndarray, devices: int, slots: int, max_extra_replicas: int
+) -> np.ndarray:
+    """Bounds from below the load of each layer's fullest device, for equal and for free shares.
+
+    The fullest device holds at least the mean, and at least the largest piece if each extra replica
+    splits the largest piece. Without extra replicas it also holds at least the i+1 lightest of the
+    i*P+1 heaviest heads, because i+1 of these share a device.
+
+    Args:
+        weights: [L, K] in descending order.
+
+    Returns:
+        [max_extra_replicas + 1, L]: entry e is for at most e extra replicas.
+    """
+    num_layers, num_heads = weights.shape
+    pieces = np.ones(weights.shape, int)
+    rows = np.arange(num_layers)
+    mean = weights.sum(1) / devices
+    bounds = [np.maximum(mean, _meeting(weights, devices))]
+    for extra in range(1, max_extra_replicas + 1):
+        largest = (weights / pieces).argmax(1)
+        if num_heads + extra <= slots * devices:
+            pieces[rows, largest] += pieces[rows, largest] < devices
+        bounds.append(np.maximum(mean, (weights / pieces).max(1)))
+    bounds[0] = np.maximum(bounds[0], weights[:, 0])
+    return np.stack(bounds)
+
+
+def _meeting(weights: np.ndarray, devices: int) -> np.ndarray:
+    """The pigeonhole bound for heads that are not split, [L]."""
+    bound = weights[:, 0]
+    for together in range(2, -(-weights.shape[1] // devices) + 1):
+        last = (together - 1) * devices + 1
+        bound = np.maximum(bound, weights[:, last - together : last].sum(1))
+    return bound
 
 
 def num_equal_columns(
@@ -28,10 +66,10 @@ def num_equal_columns(
 def equal_columns(
     weights: np.ndarray, start: np.ndarray, slots: int, max_extra_replicas: int
 ) -> np.ndarray:
-    """The (head, replicas, device) triples that may beat `start` [K, P], int [n, 3].
+    """Returns the (head, replicas, device) triples that can beat `start` [K, P], int [n, 3].
 
-    A head needs so many replicas that its piece fits below what is reached already; that leaves
-    few spare copies, and so few columns.
+    Each head needs enough replicas for its piece to be lighter than the fullest device of `start`.
+    This leaves few extra replicas to distribute, and therefore few columns.
     """
     num_heads, devices = start.shape
     least, spare = _replica_range(weights, start, slots, max_extra_replicas)
