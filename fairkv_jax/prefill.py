@@ -31,7 +31,14 @@ from jax.stages import Lowered
 from jaxtyping import Array, Bool, Float, Int
 
 from fairkv_jax.attention import KEY_BLOCK, attend_to_prompt
-from fairkv_jax.compress.contract import Chunk, LayerShape, Method, Scorer, distinct_scorers
+from fairkv_jax.compress.contract import (
+    Chunk,
+    LayerShape,
+    Method,
+    Scorer,
+    Scores,
+    distinct_scorers,
+)
 from fairkv_jax.models.model import Layer, Model
 from fairkv_jax.models.params import round_up
 from fairkv_jax.models.rope import rotate
@@ -516,14 +523,19 @@ def _compress_layer_local(
     of_heads = jnp.minimum(budgets[layer], length)
     of_slots = of_heads[jnp.maximum(heads, 0)]
 
-    def select(method: Method) -> Bool[Array, "K T"]:
-        stats = carry.stats[scorers.index(method.scorer)]
-        scores = method.scorer.score(stats, carry.k, carry.v, length, of_slots)
-        gathered = jax.lax.all_gather(scores, TENSOR_AXIS, tiled=True)
-        by_head = jax.tree.map(lambda x: x[first_slot[layer]], gathered)
-        return method.select(by_head, of_heads, length)
+    def score(index: int) -> Scores:
+        args = carry.stats[index], carry.k, carry.v, length, of_slots
+        scores = scorers[index].score(*args)
+        # All branches of the switch must return the same arrays.
+        is_single = scores.secondary is None
+        return replace(scores, secondary=scores.primary) if is_single else scores
 
-    keep = jax.lax.switch(method, [partial(select, each) for each in methods])
+    chosen = jnp.array([scorers.index(each.scorer) for each in methods])[method]
+    scores = jax.lax.switch(chosen, [partial(score, index) for index in range(len(scorers))])
+    gathered = jax.lax.all_gather(scores, TENSOR_AXIS, tiled=True)
+    by_head = jax.tree.map(lambda x: x[first_slot[layer]], gathered)
+    selections = [partial(each.select, by_head, of_heads, length) for each in methods]
+    keep = jax.lax.switch(method, selections)
     return replace(carry, prefix=_with_layer(carry.prefix, layer, _pack(carry, keep, heads)))
 
 
@@ -533,10 +545,11 @@ Packed = tuple[Array, Array, Array, Array, Array]
 
 def _pack(carry: PrefillCarry, keep: Bool[Array, "K T"], head_of_slot: Int[Array, "C"]) -> Packed:
     """Packs the kept tokens of this device's slots of the current layer, slot after slot."""
-    num_tokens = carry.k.shape[1]
+    num_tokens, size = carry.k.shape[1], carry.prefix.k.shape[1]
     kept = keep[head_of_slot] & (head_of_slot >= 0)[:, None]
-    size = carry.prefix.k.shape[1]
-    index = jnp.nonzero(kept.reshape(-1), size=size, fill_value=0)[0]
+    flat = kept.reshape(-1)
+    output_index = jnp.where(flat, jnp.cumsum(flat) - 1, size)  # out of bounds: dropped
+    index = jnp.zeros(size, jnp.int32).at[output_index].set(jnp.arange(flat.size), mode="drop")
     slot, position = index // num_tokens, index % num_tokens
     k, v = carry.k[slot, position], carry.v[slot, position]
     return k, v, position, jnp.sum(kept, 1), jnp.sum(keep, 1)

@@ -66,7 +66,7 @@ class Scores:
 
     primary: Float[Array, "heads T"]
     secondary: Float[Array, "heads T"] | None = None
-    """A second ranking, for allocators that use two."""
+    """A second ranking, for allocators that use two; allocators get the primary one for None."""
 
 
 class Scorer(Protocol):
