@@ -11,11 +11,16 @@ from fastapi.responses import JSONResponse
 from fairkv_jax.engine.request import RequestOutput
 from fairkv_jax.serve.async_engine import OutputStream
 from fairkv_jax.serve.inputs import compile_grammar, fan_out, render_chat
-from fairkv_jax.serve.logprobs import chat_logprobs, prompt_logprobs
 from fairkv_jax.serve.protocol import ChatBody
+from fairkv_jax.serve.responses import (
+    EventStream,
+    chat_logprobs,
+    chunk_usage,
+    collect,
+    prompt_logprobs,
+    usage,
+)
 from fairkv_jax.serve.service import StrictRoute, service_of
-from fairkv_jax.serve.streaming import EventStream, collect
-from fairkv_jax.serve.usage import chunk_usage, usage
 
 router = APIRouter(route_class=StrictRoute)
 

@@ -11,11 +11,16 @@ from fastapi.responses import JSONResponse
 from fairkv_jax.engine.request import Logprob, RequestOutput
 from fairkv_jax.serve.async_engine import OutputStream
 from fairkv_jax.serve.inputs import compile_grammar, encode_prompts, fan_out
-from fairkv_jax.serve.logprobs import completion_logprobs, prompt_logprobs
 from fairkv_jax.serve.protocol import CompletionBody
+from fairkv_jax.serve.responses import (
+    EventStream,
+    chunk_usage,
+    collect,
+    completion_logprobs,
+    prompt_logprobs,
+    usage,
+)
 from fairkv_jax.serve.service import StrictRoute, service_of
-from fairkv_jax.serve.streaming import EventStream, collect
-from fairkv_jax.serve.usage import chunk_usage, usage
 from fairkv_jax.tokenizer import Tokenizer
 
 router = APIRouter(route_class=StrictRoute)

@@ -1,7 +1,6 @@
-"""The bodies that clients send, checked strictly; what they may leave out has OpenAI's defaults.
+"""Request bodies, which are validated strictly; optional fields have OpenAI's defaults.
 
-Unknown fields are ignored, as clients send many. Known ones that would change the answer, and that
-are not served, are refused: an answer that silently disregards them would be wrong.
+Unknown fields are ignored. Known but unsupported fields that would change the answer are refused.
 """
 
 from abc import abstractmethod
@@ -22,13 +21,13 @@ MAX_STOP_CHARACTERS = 1000
 
 
 class Body(BaseModel):
-    """Types are taken at their word: "1" is no number and NaN none either."""
+    """Values are not converted: the string "1" and NaN are not accepted as numbers."""
 
     model_config = ConfigDict(strict=True, extra="ignore", allow_inf_nan=False)
 
 
 class NotServed(ValueError):
-    """A field that is known, and not served, asks for something."""
+    """A request sets a known field that is not supported."""
 
     def __init__(self, field: str, name: str | None = None):
         self.field = field
@@ -38,11 +37,11 @@ class NotServed(ValueError):
 class StreamOptions(Body):
     include_usage: bool | None = None
     continuous_usage_stats: bool | None = None
-    """With it, every chunk tells the tokens of its choice so far; vLLM's extension."""
+    """vLLM's extension: every chunk reports the usage of its choice so far."""
 
 
 class JsonSchema(Body):
-    """A schema and what it is called; only the schema matters here."""
+    """A named JSON schema; the name is ignored."""
 
     name: str
     description: str | None = None
@@ -51,7 +50,7 @@ class JsonSchema(Body):
 
 
 class ResponseFormat(Body):
-    """OpenAI's way to ask for JSON."""
+    """OpenAI's field that asks for JSON output."""
 
     type: Literal["text", "json_object", "json_schema"]
     json_schema: JsonSchema | None = None
@@ -66,14 +65,14 @@ class ResponseFormat(Body):
 
     @property
     def constraint(self) -> dict[str, Any]:
-        """As `StructuredOutputsParams` takes it; empty for text."""
+        """Returns the arguments of `StructuredOutputsParams`; empty for text."""
         if self.type == "json_object":
             return {"json_object": True}
         return {"json": self.json_schema.schema_} if self.json_schema else {}
 
 
 class StructuredOutputs(Body):
-    """vLLM's way to constrain an output: one of these."""
+    """vLLM's field that constrains the output; exactly one member is set."""
 
     json_: str | dict[str, Any] | None = Field(None, alias="json")
     regex: str | None = None
@@ -98,13 +97,13 @@ class StructuredOutputs(Body):
 
     @property
     def constraint(self) -> dict[str, Any]:
-        """As `StructuredOutputsParams` takes it."""
+        """Returns the arguments of `StructuredOutputsParams`."""
         names = ("regex", "choice", "grammar", "json_object")
         return {"json": self.json_} | {name: getattr(self, name) for name in names}
 
 
 class GenerationBody(Body):
-    """What both generating endpoints take."""
+    """Fields that completions and chat completions share."""
 
     model: str | None = None
     n: int | None = Field(None, ge=1, le=MAX_CHOICES)
@@ -136,7 +135,7 @@ class GenerationBody(Body):
     guided_grammar: str | None = None
 
     kv_budget: int | None = Field(None, ge=1)
-    """Kept tokens a head on average, up to the server's own."""
+    """Kept tokens per head on average, at most the server's budget."""
     kv_policy: str | None = None
 
     guided_whitespace_pattern: str | None = None
@@ -154,7 +153,7 @@ class GenerationBody(Body):
         "use_beam_search": (False,),
         "length_penalty": (1.0,),
     }
-    """Fields that are not served, with the values that ask for nothing."""
+    """Unsupported fields, with the values that have no effect and are accepted."""
 
     @model_validator(mode="after")
     def _refuse_what_is_not_served(self) -> "GenerationBody":
@@ -167,7 +166,7 @@ class GenerationBody(Body):
     @field_validator("stop")
     @classmethod
     def _few_short_stops(cls, stop: str | list[str] | None) -> str | list[str] | None:
-        """They are searched for at every token of everybody's step."""
+        """Limits stop strings, because every decode step searches for them."""
         stops = [stop] if isinstance(stop, str) else stop or []
         if len(stops) > MAX_STOPS or any(len(each) > MAX_STOP_CHARACTERS for each in stops):
             raise ValueError(
@@ -209,7 +208,7 @@ class GenerationBody(Body):
         return bool(self.stream_options and self.stream_options.include_usage)
 
     def sampling_params(self) -> SamplingParams:
-        """As the engine takes them; what was not given has `SamplingParams`' defaults."""
+        """Returns the engine's parameters; omitted fields have `SamplingParams`' defaults."""
         given = {name: getattr(self, name) for name in _SAMPLING_FIELDS}
         if self.logit_bias is not None:
             given["logit_bias"] = {int(key): bias for key, bias in self.logit_bias.items()}
@@ -223,14 +222,14 @@ class GenerationBody(Body):
 
     @property
     def constraining_fields(self) -> list[str]:
-        """Those that are given of the fields that say what the output must match."""
+        """The names of the fields that are set and constrain the output."""
         formatted = self.response_format is not None and self.response_format.type != "text"
         named = ("structured_outputs", *_GUIDED_FIELDS)
         given = [name for name in named if getattr(self, name) is not None]
         return [*(["response_format"] if formatted else []), *given]
 
     def structured_outputs_params(self) -> StructuredOutputsParams | None:
-        """What the output must match, whichever of the fields says it."""
+        """Returns the constraint on the output, whichever field sets it."""
         fields = self.constraining_fields
         if not fields:
             return None
@@ -243,18 +242,18 @@ class GenerationBody(Body):
 
     @property
     def output_limit(self) -> int | None:
-        """Most tokens to generate; None: as many as the context holds."""
+        """Maximum number of tokens to generate; None: as many as the context holds."""
         return self.max_tokens
 
     @property
     def num_prompt_logprobs(self) -> int | None:
-        """The same as `num_logprobs` for the prompt's tokens."""
+        """Like `num_logprobs`, for the prompt's tokens."""
         return self.prompt_logprobs
 
     @property
     @abstractmethod
     def num_logprobs(self) -> int | None:
-        """Likeliest tokens to report beside the chosen one; None: no log-probabilities at all."""
+        """Most likely tokens to report beside the sampled one; None: no log-probabilities."""
 
 
 _SAMPLING_FIELDS = (
@@ -280,7 +279,7 @@ _GUIDED_FIELDS = {
     "guided_choice": "choice",
     "guided_grammar": "grammar",
 }
-"""vLLM's older names, and what `StructuredOutputsParams` calls them."""
+"""vLLM's older field names and the `StructuredOutputsParams` fields they stand for."""
 
 
 class CompletionBody(GenerationBody):
@@ -311,7 +310,7 @@ class CompletionBody(GenerationBody):
 
     @property
     def prompts(self) -> list[str | list[int]]:
-        """All prompts, as text or as token ids, whichever of the four forms they came in."""
+        """All prompts, as text or token ids, from any of the four accepted forms."""
         if isinstance(self.prompt, str):
             return [self.prompt]
         token_ids = [item for item in self.prompt if isinstance(item, int)]
@@ -333,14 +332,14 @@ class TextPart(Body):
 
 
 class Message(Body):
-    """One turn of a conversation; of the content, only text is served."""
+    """One turn of a conversation; only text content is supported."""
 
     role: str = Field(min_length=1, max_length=64)
     content: str | list[TextPart] | None = None
     name: str | None = None
 
     def as_dict(self) -> dict[str, str]:
-        """As chat templates take it: parts are joined by line breaks."""
+        """Returns the form that chat templates take, with parts joined by line breaks."""
         content = self.content or ""
         if not isinstance(content, str):
             content = "\n".join(part.text for part in content)

@@ -148,7 +148,7 @@ def test_the_log_says_what_runs_and_quotes_no_prompt(process: Process):
     assert "head plan fair_copying: 3 KV heads on 2 devices, utilization 100.0%" in process.log
     assert "0-1     0 2 (50%)  1 2 (50%)" in process.log
     assert "60,000 tokens in all layers and heads" in process.log
-    assert "117.2 requests of full length" in process.log
+    assert "117.2 uncompressed requests of maximum length" in process.log
     assert '"method": "POST", "path": "/v1/completions", "status": 200' in process.log
     assert "private" not in process.log
     assert str(ROOT) not in process.log

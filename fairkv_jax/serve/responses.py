@@ -1,0 +1,182 @@
+"""Parts that completions and chat completions share: usage, log-probabilities, event streams."""
+
+import asyncio
+import json
+import logging
+from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
+from typing import Any
+
+from fastapi import Request
+from fastapi.responses import StreamingResponse
+from starlette.types import Receive, Scope, Send
+
+from fairkv_jax.engine.request import CompletionOutput, Logprob, RequestOutput
+from fairkv_jax.serve.async_engine import OutputStream
+from fairkv_jax.serve.errors import ClientGone, error_body, message_of, status_of
+from fairkv_jax.serve.protocol import StreamOptions
+
+log = logging.getLogger(__name__)
+
+LOWEST = -9999.0
+"""Replaces minus infinity, which JSON cannot represent."""
+
+
+def usage(outputs: Iterable[RequestOutput], choices: int) -> dict[str, Any]:
+    """Counts the tokens of all prompts, once each, and of all outputs.
+
+    `kept_prompt_tokens` is an extension: prompt tokens kept per head, averaged over layers and
+    heads.
+    """
+    outputs = list(outputs)
+    once = outputs[::choices]
+    prompt = sum(len(output.prompt_token_ids) for output in once)
+    completion = sum(len(output.outputs[0].token_ids) for output in outputs)
+    kept = sum(float(o.kv_lengths.mean()) for o in once if o.kv_lengths is not None)
+    return {
+        "prompt_tokens": prompt,
+        "completion_tokens": completion,
+        "total_tokens": prompt + completion,
+        "kept_prompt_tokens": round(kept, 2),
+    }
+
+
+def chunk_usage(options: StreamOptions | None, output: RequestOutput | None) -> dict[str, Any]:
+    """Returns the `usage` field of a streamed chunk as the stream options ask for it.
+
+    There is no field without `include_usage`. Otherwise it is null before the last chunk, unless
+    `continuous_usage_stats` is set.
+    """
+    if not options or not options.include_usage:
+        return {}
+    if not options.continuous_usage_stats or output is None:
+        return {"usage": None}
+    return {"usage": usage([output], 1)}
+
+
+def completion_logprobs(
+    tokens: Sequence[int],
+    positions: Sequence[dict[int, Logprob] | None],
+    num_top: int,
+    text_offset: int,
+    token_text: Callable[[int], str],
+) -> dict[str, list[Any]]:
+    """Returns the four parallel lists over tokens that /v1/completions uses.
+
+    `positions` holds each token's log-probabilities, or None for a token that nothing precedes.
+    `text_offset` is the character at which the first token begins.
+    """
+    lists: dict[str, list[Any]] = {
+        "text_offset": [],
+        "token_logprobs": [],
+        "tokens": [],
+        "top_logprobs": [],
+    }
+    for token_id, entries in zip(tokens, positions, strict=True):
+        chosen = None if entries is None else entries[token_id]
+        text = token_text(token_id) if chosen is None else chosen.decoded_token
+        lists["text_offset"].append(text_offset)
+        lists["tokens"].append(text)
+        lists["token_logprobs"].append(None if chosen is None else _finite(chosen))
+        lists["top_logprobs"].append(
+            {entry.decoded_token: _finite(entry) for entry in _top(entries, num_top, chosen)}
+            if entries and chosen
+            else None
+        )
+        text_offset += len(text)
+    return lists
+
+
+def chat_logprobs(output: CompletionOutput, start: int, num_top: int) -> dict[str, list[Any]]:
+    """Returns the entries of /v1/chat/completions, one per token from `start` on."""
+    content = []
+    chosen = zip(output.token_ids, output.logprobs or [], strict=True)
+    for token_id, entries in list(chosen)[start:]:
+        top = [_entry(entry) for entry in _top(entries, num_top)]
+        content.append({**_entry(entries[token_id]), "top_logprobs": top})
+    return {"content": content}
+
+
+def prompt_logprobs(output: RequestOutput) -> list[dict[str, dict[str, Any]] | None]:
+    """Returns vLLM's extension: log-probabilities by token id for each token of the prompt."""
+    return [
+        None
+        if entries is None
+        else {str(token_id): _prompt_entry(entry) for token_id, entry in entries.items()}
+        for entries in output.prompt_logprobs or []
+    ]
+
+
+def _prompt_entry(entry: Logprob) -> dict[str, Any]:
+    return {"logprob": _finite(entry), "rank": entry.rank, "decoded_token": entry.decoded_token}
+
+
+def _top(entries: dict[int, Logprob], num_top: int, *also: Logprob) -> list[Logprob]:
+    """Returns the most likely entries, and those of `also` that are not among them."""
+    ranked = sorted(entries.values(), key=lambda entry: entry.rank)
+    likeliest = [entry for entry in ranked if entry.rank <= num_top]
+    return likeliest + [entry for entry in also if entry not in likeliest]
+
+
+def _entry(entry: Logprob) -> dict[str, Any]:
+    token = entry.decoded_token
+    return {"token": token, "logprob": _finite(entry), "bytes": list(token.encode())}
+
+
+def _finite(entry: Logprob) -> float:
+    return max(entry.logprob, LOWEST)
+
+
+class EventStream(StreamingResponse):
+    """Sends chunks as server-sent events and closes the output stream, however it ends."""
+
+    def __init__(self, chunks: AsyncGenerator[dict[str, Any], None], outputs: OutputStream):
+        super().__init__(_events(chunks), media_type="text/event-stream")
+        self.headers["Cache-Control"] = "no-cache"
+        self._outputs = outputs
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self._outputs.close()
+
+
+async def _events(chunks: AsyncGenerator[dict[str, Any], None]) -> AsyncGenerator[bytes, None]:
+    """Sends an error as the last event, because the status has been sent with the first chunk."""
+    try:
+        async for chunk in chunks:
+            yield _event(chunk)
+    except Exception as error:
+        if status_of(error) == 500:
+            log.exception("a stream failed")
+        yield _event(error_body(status_of(error), message_of(error)))
+    yield b"data: [DONE]\n\n"
+
+
+def _event(body: dict[str, Any]) -> bytes:
+    return b"data: " + json.dumps(body, ensure_ascii=False).encode() + b"\n\n"
+
+
+async def collect(request: Request, outputs: OutputStream) -> list[RequestOutput]:
+    """Waits for the finished outputs, unless the client disconnects first.
+
+    Raises:
+        ClientGone: the client disconnected, and its running requests were aborted.
+    """
+    work = asyncio.ensure_future(outputs.collect())
+    watch = asyncio.ensure_future(_disconnected(request))
+    try:
+        await asyncio.wait({work, watch}, return_when=asyncio.FIRST_COMPLETED)
+        if not work.done():
+            raise ClientGone("the client disconnected")
+        return work.result()
+    finally:
+        work.cancel()
+        watch.cancel()
+        outputs.close()
+
+
+async def _disconnected(request: Request) -> None:
+    """Waits for the disconnect message, the only one that follows the body."""
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
