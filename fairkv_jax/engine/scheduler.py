@@ -211,11 +211,13 @@ class Scheduler:
     def reset(self, output_token_ids: Mapping[str, list[int]]) -> None:
         """Puts all requests back into the queue, after the devices have lost the cache.
 
-        `output_token_ids` are the tokens that have been handed out: nothing else counts.
+        `output_token_ids` are the tokens that have been handed out: nothing else counts. Requests
+        that it lacks have ended.
         """
         self._in_flight.clear()
         for row in list(self.running):
             self._wait(self._release(row))
+        self.waiting = [each for each in self.waiting if each.request_id in output_token_ids]
         for request in self.waiting:
             request.start_over()
             request.output_token_ids = list(output_token_ids[request.request_id])
