@@ -81,6 +81,35 @@ class KVCache:
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
+class CachedPrefix:
+    """The prefix that one row of the cache holds, as the prefill of its suffix reads it."""
+
+    k_pages: Float[Array, "PN page_size H"]
+    v_pages: Float[Array, "PN page_size H"]
+    page_table: PageTable
+    row: Int[Array, ""]
+    lengths: Int[Array, "L PC"]
+    """Cached tokens of the slots that own the row; 0 in the others."""
+
+    @classmethod
+    def of(cls, cache: KVCache, row: Any, lengths: Any) -> "CachedPrefix":
+        """Returns the prefix in a row of the cache; `row` and `lengths` are arrays or shapes."""
+        return cls(cache.k_pages, cache.v_pages, cache.page_table, row, lengths)
+
+    @classmethod
+    def partition(cls) -> "CachedPrefix":
+        """Returns how each array is split over the mesh."""
+        return cls.of(KVCache.partition(), _WHOLE, PartitionSpec(None, TENSOR_AXIS))
+
+    def of_layer(self, layer: Int[Array, ""]) -> tuple[PageTable, Int[Array, "C"]]:
+        """Returns where this device's slots have their pages in one layer, and their lengths."""
+        table = self.page_table.of_layer(layer)
+        table = replace(table, starts=table.starts[self.row])
+        return table, jax.lax.dynamic_index_in_dim(self.lengths, layer, keepdims=False)
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
 class TableWrites:
     """Changes of the page tables, at most n of each kind per device.
 

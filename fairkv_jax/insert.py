@@ -1,4 +1,4 @@
-"""Insert: copies the compressed cache of a prompt into the pages of a row."""
+"""Insert: copies the compressed cache of a prompt, or of its suffix, into the pages of a row."""
 
 from functools import partial
 
@@ -43,8 +43,10 @@ def insert(
 ) -> KVCache:
     """Copies a prefix into the pages that the page tables give its row.
 
-    Slots of length 0 own nothing and write nothing. The first `num_known` of `token_ids` are the
-    prompt and the tokens that the row has generated so far.
+    `lengths` are those of the row afterwards. What the prefix does not bring of them is in the
+    pages already, in front of it: none in an empty row, else what the prefix is a suffix of. Slots
+    of length 0 own nothing and write nothing. The first `num_known` of `token_ids` are the prompt
+    and the tokens that the row has generated so far.
     """
     run = jax.shard_map(
         _insert_local,
@@ -78,8 +80,9 @@ def _insert_local(
     is_kept = slot < ends.shape[1]
     slot = jnp.minimum(slot, ends.shape[1] - 1)
     layer = jnp.arange(num_layers)[:, None]
-    token = item - (ends - prefix.slot_lengths)[layer, slot]
-    owned = is_kept & (token < lengths[layer, slot])
+    # A slot's last packed token becomes the last one of its length.
+    token = item - (ends - lengths)[layer, slot]
+    owned = is_kept & (lengths[layer, slot] > 0)
     start = cache.page_table.starts[layer, row, slot]
     page = cache.page_table.entries(start, jnp.where(owned, token // page_size, 0))
     page = jnp.where(owned, page, num_pages).reshape(-1)  # past the pool: dropped

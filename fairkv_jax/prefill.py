@@ -17,6 +17,10 @@ Every device computes the slots that it holds. The scores of all heads are gathe
 makes the same selection, and packs what its own slots keep, slot after slot:
 
     packed keys of one layer and device   [ slot 0's kept tokens | slot 1's | ... | unused ]
+
+A prompt whose beginning is in the KV cache already is prefilled from there on: its suffix runs
+through the same programs, and its tokens attend to the cached prefix as well. Lengths, chunks and
+scores are then those of the suffix; positions continue those of the prefix.
 """
 
 from collections.abc import Iterator
@@ -30,7 +34,8 @@ from jax.sharding import Mesh, PartitionSpec
 from jax.stages import Lowered
 from jaxtyping import Array, Bool, Float, Int
 
-from fairkv_jax.attention import KEY_BLOCK, attend_to_prompt
+from fairkv_jax.attention import KEY_BLOCK, PagedPrefix, attend_to_prompt
+from fairkv_jax.cache import CachedPrefix
 from fairkv_jax.compress.contract import (
     Chunk,
     LayerShape,
@@ -53,10 +58,10 @@ _BY_DEVICE = PartitionSpec(None, TENSOR_AXIS)
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class CompressedPrefix:
-    """The compressed cache of one prompt, ready to be inserted into a row.
+    """The compressed cache of one prompt, or of its suffix, ready to be inserted into a row.
 
     R is the largest number of tokens that a device packs per layer. `positions` counts from the
-    prompt's start.
+    prompt's start, also in a suffix.
     """
 
     k: Float[Array, "L PR H"]
@@ -81,6 +86,8 @@ class CompressedPrefix:
 class PrefillCarry:
     """A prompt on its way through the layers; donated to every program that continues it."""
 
+    first_position: Int[Array, ""]
+    """Position of the first token: 0, or for a suffix the number of tokens before it."""
     hidden: Float[Array, "T D"]
     """The current layer's inputs; its outputs for tokens of chunks that it has run."""
     k: Float[Array, "PC T H"]
@@ -95,7 +102,7 @@ class PrefillCarry:
         """Returns how each array is split over the mesh, as a prefix of the carry's pytree."""
         whole: Any = PartitionSpec()
         split: Any = PartitionSpec(TENSOR_AXIS)
-        return cls(whole, split, split, split, CompressedPrefix.partition())
+        return cls(whole, whole, split, split, split, CompressedPrefix.partition())
 
 
 @dataclass(frozen=True)
@@ -109,6 +116,8 @@ class PrefillShapes:
     methods: tuple[Method, ...]
     packed_size: int
     """Most tokens that all heads of one layer keep together."""
+    has_prefix: bool = False
+    """Whether the prompts are suffixes of prefixes in the KV cache."""
 
     @cached_property
     def carry(self) -> "PrefillCarry":
@@ -123,6 +132,7 @@ class PrefillShapes:
             ),
             self.steps.model,
             self.tokens,
+            self.steps.number,
         )
         return self.steps.placed(shapes, PrefillCarry.partition())
 
@@ -138,6 +148,7 @@ def lower_start_prefill(shapes: PrefillShapes) -> Lowered:
         start_prefill,
         shapes.steps.model,
         shapes.tokens,
+        shapes.steps.number,
         mesh=shapes.steps.mesh,
         chunk_size=shapes.chunk_size,
         methods=shapes.methods,
@@ -149,6 +160,7 @@ def lower_start_prefill(shapes: PrefillShapes) -> Lowered:
 def start_prefill(
     model: Model,
     tokens: Int[Array, "T"],
+    first_position: Int[Array, ""] | int = 0,
     *,
     mesh: Mesh,
     chunk_size: int,
@@ -157,10 +169,11 @@ def start_prefill(
 ) -> PrefillCarry:
     """Embeds a prompt and allocates the carry of its prefill.
 
-    `packed_size` bounds the tokens that all heads of one layer keep together.
+    `first_position` is that of the first token. `packed_size` bounds the tokens that all heads of
+    one layer keep together.
     """
 
-    def local(model: Model, tokens: Array) -> PrefillCarry:
+    def local(model: Model, tokens: Array, first_position: Array) -> PrefillCarry:
         config = model.config
         num_tokens = _padded_tokens(tokens.shape[0], chunk_size)
         shape = _layer_shape(model, num_tokens)
@@ -170,6 +183,7 @@ def start_prefill(
         packed = jnp.zeros((config.num_layers, size, config.head_dim), model.dtype)
         integers = partial(jnp.zeros, dtype=jnp.int32)
         return PrefillCarry(
+            first_position,
             model.embedded(jnp.pad(tokens, (0, num_tokens - tokens.shape[0]))),
             keys,
             keys,
@@ -187,11 +201,11 @@ def start_prefill(
     run = jax.shard_map(
         local,
         mesh=mesh,
-        in_specs=(partition_specs(model), PartitionSpec()),
+        in_specs=(partition_specs(model), PartitionSpec(), PartitionSpec()),
         out_specs=PrefillCarry.partition(),
         check_vma=False,
     )
-    return run(model, tokens)
+    return run(model, tokens, jnp.asarray(first_position, jnp.int32))
 
 
 def num_chunks(num_layers: int, num_tokens: int, chunk_size: int) -> int:
@@ -219,6 +233,7 @@ def split_at_layers(
 def lower_run_chunks(shapes: PrefillShapes) -> Lowered:
     """Lowers `run_chunks`."""
     steps = shapes.steps
+    prefix = CachedPrefix.of(steps.cache, steps.number, steps.by_slot)
     return steps.lower(
         run_chunks,
         steps.model,
@@ -229,6 +244,7 @@ def lower_run_chunks(shapes: PrefillShapes) -> Lowered:
         (steps.number, steps.number),
         steps.by_slot,
         steps.by_head,
+        prefix if shapes.has_prefix else None,
         mesh=steps.mesh,
         methods=shapes.methods,
         chunk_size=shapes.chunk_size,
@@ -245,6 +261,7 @@ def run_chunks(
     chunks: tuple[Int[Array, ""], Int[Array, ""]],
     head_of_slot: Int[Array, "L PC"],
     first_slot: Int[Array, "L K"],
+    prefix: CachedPrefix | None = None,
     *,
     mesh: Mesh,
     methods: tuple[Method, ...],
@@ -255,13 +272,20 @@ def run_chunks(
     Chunks are counted over all layers, see `num_chunks`. The prompt has `length` tokens. Unless it
     is kept whole (`keeps_whole`), `methods[method]` compresses it: then the chunks must be of one
     layer, and after the last one of a layer `compress_layer` must follow.
+
+    With `prefix`, the prompt is the suffix of one whose beginning a row of the KV cache holds.
+    Every head of every layer must have tokens there.
     """
 
     def local(
-        model: Model, carry: PrefillCarry, head_of_slot: Array, *whole: Array
+        model: Model,
+        carry: PrefillCarry,
+        head_of_slot: Array,
+        prefix: CachedPrefix | None,
+        *whole: Array,
     ) -> PrefillCarry:
         return _run_chunks_local(
-            model, carry, head_of_slot, *whole, methods=methods, chunk_size=chunk_size
+            model, carry, head_of_slot, prefix, *whole, methods=methods, chunk_size=chunk_size
         )
 
     run = jax.shard_map(
@@ -271,12 +295,13 @@ def run_chunks(
             partition_specs(model),
             PrefillCarry.partition(),
             _BY_DEVICE,
+            None if prefix is None else CachedPrefix.partition(),
             *(PartitionSpec(),) * 6,
         ),
         out_specs=PrefillCarry.partition(),
         check_vma=False,
     )
-    return run(model, carry, head_of_slot, first_slot, length, method, keeps_whole, *chunks)
+    return run(model, carry, head_of_slot, prefix, first_slot, length, method, keeps_whole, *chunks)
 
 
 def lower_compress_layer(shapes: PrefillShapes) -> Lowered:
@@ -391,6 +416,7 @@ def _run_chunks_local(
     model: Model,
     carry: PrefillCarry,
     head_of_slot: Int[Array, "L C"],
+    prefix: CachedPrefix | None,
     first_slot: Int[Array, "L K"],
     length: Int[Array, ""],
     method: Int[Array, ""],
@@ -407,9 +433,12 @@ def _run_chunks_local(
     per_layer = (length + chunk_size - 1) // chunk_size
     first, last = start // per_layer, (stop - 1) // per_layer
     slot = jax.lax.axis_index(TENSOR_AXIS) * num_slots + jnp.arange(num_slots)
-    # No row is routed to a replica yet. Only the first one contributes, so that the sum over
-    # devices counts each head once.
-    contributes = jnp.take_along_axis(first_slot, jnp.maximum(head_of_slot, 0), 1) == slot
+    # One replica of each head contributes, so that the sum over devices counts each head once: the
+    # first one while no row is routed to a replica yet, else the one that owns the row's prefix.
+    if prefix is None:
+        contributes = jnp.take_along_axis(first_slot, jnp.maximum(head_of_slot, 0), 1) == slot
+    else:
+        contributes = prefix.lengths > 0
     scorers = distinct_scorers(methods)
     observer = jnp.array([scorers.index(each.scorer) for each in methods])[method]
     observer = jnp.where(keeps_whole, -1, observer)
@@ -419,11 +448,12 @@ def _run_chunks_local(
 
     def run_layer(index: Array, carry: PrefillCarry) -> PrefillCarry:
         layer = model.layer(index)
+        paged_prefix = None if prefix is None else _paged_prefix(prefix, index)
 
         def run(i: Array, carry: PrefillCarry) -> PrefillCarry:
             at = i * chunk_size
             carry, chunk = _run_chunk(
-                model, layer, carry, contributes[index], at, length, chunk_size
+                model, layer, carry, contributes[index], at, length, chunk_size, paged_prefix
             )
             return replace(carry, stats=_observe(scorers, observer, carry.stats, chunk, shape))
 
@@ -446,6 +476,11 @@ def _run_chunks_local(
     return replace(carry, prefix=replace(carry.prefix, logits=logits))
 
 
+def _paged_prefix(prefix: CachedPrefix, layer: Int[Array, ""]) -> PagedPrefix:
+    """Returns one layer's part of a prefix."""
+    return PagedPrefix((prefix.k_pages, prefix.v_pages), *prefix.of_layer(layer))
+
+
 def _run_chunk(
     model: Model,
     layer: Layer,
@@ -454,18 +489,19 @@ def _run_chunk(
     at: Int[Array, ""],
     length: Int[Array, ""],
     chunk_size: int,
+    prefix: PagedPrefix | None,
 ) -> tuple[PrefillCarry, Chunk]:
     """Runs the tokens from `at` on through a layer; also returns what scorers may observe."""
 
     def attend(q: Array, k: Array, v: Array, cache: None, _: None) -> tuple[Any, None, Any]:
         keys = jax.lax.dynamic_update_slice_in_dim(carry.k, k.swapaxes(0, 1), at, 1)
         values = jax.lax.dynamic_update_slice_in_dim(carry.v, v.swapaxes(0, 1), at, 1)
-        out = attend_to_prompt(q, keys, values, at)
+        out = attend_to_prompt(q, keys, values, at, prefix)
         out = jnp.where(contributes[:, None, None], out, 0)
         return out, cache, (q, k, v, keys, values)
 
-    positions = at + jnp.arange(chunk_size)
-    angles = model.angles(positions)
+    index = at + jnp.arange(chunk_size)
+    angles = model.angles(carry.first_position + index)
     x = jax.lax.dynamic_slice_in_dim(carry.hidden, at, chunk_size)
     out, _, (q, k, v, keys, values) = layer(x, angles, attend, None, None)
     hidden = jax.lax.dynamic_update_slice_in_dim(carry.hidden, out, at, 0)
@@ -473,7 +509,7 @@ def _run_chunk(
     # XLA removes what no scorer reads.
     chunk = Chunk(
         length,
-        positions,
+        positions=index,
         x=layer.attention_inputs(x),
         q_unrotated=rotate(heads, -angles).reshape(q.shape),
         q=q,
@@ -550,9 +586,9 @@ def _pack(carry: PrefillCarry, keep: Bool[Array, "K T"], head_of_slot: Int[Array
     flat = kept.reshape(-1)
     output_index = jnp.where(flat, jnp.cumsum(flat) - 1, size)  # out of bounds: dropped
     index = jnp.zeros(size, jnp.int32).at[output_index].set(jnp.arange(flat.size), mode="drop")
-    slot, position = index // num_tokens, index % num_tokens
-    k, v = carry.k[slot, position], carry.v[slot, position]
-    return k, v, position, jnp.sum(kept, 1), jnp.sum(keep, 1)
+    slot, token = index // num_tokens, index % num_tokens
+    k, v = carry.k[slot, token], carry.v[slot, token]
+    return k, v, carry.first_position + token, jnp.sum(kept, 1), jnp.sum(keep, 1)
 
 
 def _packed_part(prefix: CompressedPrefix) -> Packed:

@@ -53,7 +53,7 @@ def expected(tiny_checkpoint: Path) -> dict[str, list[Expected]]:
         dense = forward(model, prompt)
         layers = zip(dense.q, dense.k, strict=True)
         kept = [kept_positions(q, k, OPTIONS[policy]) for q, k in layers]
-        return Expected(*compressed.generate(model, prompt, kept, NUM_TOKENS), kept)
+        return Expected(*compressed.generate(model, prompt, [(num_tokens, kept)], NUM_TOKENS), kept)
 
     return {policy: [one(policy, length) for length in LENGTHS] for policy in POLICIES}
 

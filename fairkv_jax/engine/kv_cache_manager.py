@@ -4,6 +4,7 @@ It mirrors the devices' page tables and lengths, which follow the same rules, so
 read back to know what is full. The scheduler asks it before it schedules:
 
     reserve_prompt   routes a row's heads to replicas and takes pages for its kept prompt
+    reserve_suffix   takes pages for what is kept of tokens that are prefilled behind a row
     reserve          takes pages for the next tokens of every row
     commit           counts tokens that the devices have written
     free             gives a row's pages back
@@ -146,6 +147,31 @@ class KVCacheManager:
         self._rows[row] = True
         self._append_pages(pairs, counts)
         return lengths
+
+    def reserve_suffix(self, row: int, head_lengths: np.ndarray) -> np.ndarray | None:
+        """Takes pages for what is kept of a suffix, [L, K] tokens, behind the tokens of its row.
+
+        Each head's tokens go to the slot that owns the row already. As for a prompt, there must be
+        pages for one more token in every row as well.
+
+        Returns:
+            The tokens of every slot of the row afterwards, [L, P*C]; None where the pages do not
+            suffice.
+        """
+        lengths = self.lengths[:, row]
+        of_slots = np.take_along_axis(head_lengths, np.maximum(self._layout.head_of_slot, 0), 1)
+        added = np.where(lengths > 0, of_slots, 0)
+        room = self._room.copy()
+        opened = np.maximum(-(-(added - room[:, row]) // self.spec.page_size), 0)
+        room[:, row] += opened * self.spec.page_size - added
+        needed = self._per_device(opened[:, None]) + self._per_device(room < 1)
+        if (needed > self._pool.num_free).any():
+            return None
+        self._room = room
+        layer, slot = np.nonzero(opened)
+        pairs = np.ravel_multi_index((layer, row, slot), room.shape)
+        self._append_pages(pairs, opened[layer, slot])
+        return (lengths + added).astype(np.int32)
 
     def can_reserve(self, num_tokens: int) -> bool:
         """Whether there are pages for that many more tokens in every row."""

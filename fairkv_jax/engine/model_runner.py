@@ -6,13 +6,14 @@ runner never looks at a clock or a queue, and the same outputs give the same tok
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import jax
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from fairkv_jax.cache import KVCache, TableWrites
+from fairkv_jax.cache import CachedPrefix, KVCache, TableWrites
 from fairkv_jax.checkpoint import Checkpoint
 from fairkv_jax.compress.budgets import budgets_per_head, request_kv_config
 from fairkv_jax.compress.registry import make_method, offered_methods
@@ -24,7 +25,12 @@ from fairkv_jax.engine.device_errors import (
     translate_xla_errors,
 )
 from fairkv_jax.engine.page_tables import PageTableUpdate
-from fairkv_jax.engine.prefill_shape import PrefillShape, logprobs_block, next_power_of_two
+from fairkv_jax.engine.prefill_shape import (
+    PrefillShape,
+    logprobs_block,
+    next_power_of_two,
+    prefill_bucket,
+)
 from fairkv_jax.engine.programs import Programs
 from fairkv_jax.engine.scheduler_output import (
     Decode,
@@ -50,11 +56,24 @@ from fairkv_jax.sharding.step_shapes import StepShapes
 _IDLE_ROW = (SamplingParams(temperature=0), 0)
 
 
+@dataclass(frozen=True)
+class RowPrefix:
+    """The beginning of a prompt, which a row of the KV cache holds."""
+
+    row: int
+    token_ids: list[int]
+    """All tokens of the prefix, also those that compression has dropped."""
+    slot_lengths: np.ndarray
+    """[L, P*C] cached tokens of the slots that serve the row, 0 in the others."""
+
+
 @dataclass
 class PrefillTask:
     """A prompt on its way through the layers."""
 
     request: NewRequest
+    behind: RowPrefix | None
+    """What the prompt is a suffix of; None: nothing precedes it."""
     shape: PrefillShape
     token_ids: np.ndarray
     """Padded to the bucket."""
@@ -184,11 +203,71 @@ class ModelRunner:
         self.run_chunks(task, 0, task.shape.num_chunks)
         return task.prefix
 
-    def start_prefill(self, request: NewRequest, kv_config: KVConfig | None = None) -> PrefillTask:
-        """Begins a prompt; `kv_config` replaces the options that the request leads to."""
-        if kv_config is None:
-            kv_config = request_kv_config(self.kv_config, request.kv_policy, request.kv_budget)
+    def extend(
+        self, prefix: RowPrefix, token_ids: list[int], kv_config: KVConfig | None = None
+    ) -> CompressedPrefix:
+        """Prefills the tokens that follow a prefix in the KV cache, all at once.
+
+        They attend to what the cache holds of the prefix, and to themselves; their positions go on
+        as if nothing had been dropped. They are kept whole, or compressed as `kv_config` says. The
+        KV cache is not changed, see `append`.
+
+        Raises:
+            ValueError: prefix and suffix together are longer than `max_model_len`.
+        """
+        request = NewRequest("", token_ids, SamplingParams(), 0)
+        task = self.start_prefill(request, kv_config, behind=prefix)
+        self.run_chunks(task, 0, task.shape.num_chunks)
+        return task.prefix
+
+    def append(
+        self,
+        prefix: RowPrefix,
+        token_ids: list[int],
+        suffix: CompressedPrefix,
+        slot_lengths: np.ndarray,
+        output_token_ids: list[int],
+    ) -> RowPrefix:
+        """Copies what `extend` has kept of `token_ids` behind the tokens of the prefix's row.
+
+        The page tables on the devices must have the pages already.
+
+        Args:
+            slot_lengths: [L, P*C] tokens of the row afterwards, as
+                `KVCacheManager.reserve_suffix` returns them.
+            output_token_ids: Generated so far; the row decodes from the first one on.
+
+        Returns:
+            What the row holds now.
+        """
+        prompt = [*prefix.token_ids, *token_ids]
+        bucket = prefill_bucket(len(token_ids), self.config.max_model_len)
+        program = self.programs.insert(bucket, has_prefix=True)
+        self._copy(program, suffix, prefix.row, slot_lengths, [*prompt, *output_token_ids])
+        return RowPrefix(prefix.row, prompt, slot_lengths)
+
+    def start_prefill(
+        self,
+        request: NewRequest,
+        kv_config: KVConfig | None = None,
+        *,
+        behind: RowPrefix | None = None,
+    ) -> PrefillTask:
+        """Begins a prompt, or with `behind` the suffix of one, which is then the request's prompt.
+
+        `kv_config` replaces the options that the request leads to; without it a suffix is kept
+        whole.
+
+        Raises:
+            ValueError: prefix and suffix together are longer than `max_model_len`.
+        """
         prompt, model = request.prompt_token_ids, self.model_config
+        num_before = 0 if behind is None else len(behind.token_ids)
+        if num_before + len(prompt) > self.config.max_model_len:
+            raise ValueError(
+                f"a prefix of {num_before} and a suffix of {len(prompt)} tokens exceed "
+                f"max_model_len {self.config.max_model_len}: shorten them, or raise max_model_len"
+            )
         shape = PrefillShape.of(
             len(prompt),
             model,
@@ -197,22 +276,28 @@ class ModelRunner:
         )
         padded = np.zeros(shape.bucket, np.int32)
         padded[: len(prompt)] = prompt
-        budgets = budgets_per_head(kv_config, len(prompt), model.num_layers, model.num_kv_heads)
-        budgets = np.array(budgets, np.int32)
+        budgets, method = self._compression(request, kv_config, is_suffix=behind is not None)
+        start = self.programs.start_prefill(shape.bucket, has_prefix=behind is not None)
         return PrefillTask(
             request,
+            behind,
             shape,
             padded,
             budgets,
-            self.methods.index(make_method(kv_config)),
+            method,
             bool((budgets >= len(prompt)).all()),
-            self.programs.start_prefill(shape.bucket)(self.model, padded),
+            start(self.model, padded, np.int32(num_before)),
             [],
         )
 
     def run_chunks(self, task: PrefillTask, start: int, stop: int) -> None:
         """Runs chunks [start, stop) of a prefill; the KV cache is not touched."""
         bucket, layer_chunks = task.shape.bucket, task.shape.num_layer_chunks
+        behind, prefix = task.behind, None
+        if behind is not None:
+            prefix = CachedPrefix.of(self.cache, np.int32(behind.row), behind.slot_lengths)
+        run = partial(self.programs.run_chunks, bucket, has_prefix=behind is not None)
+        compress = partial(self.programs.compress_layer, bucket, has_prefix=behind is not None)
         length, method = np.int32(task.shape.num_tokens), np.int32(task.method)
         slots, heads = self.layout.head_of_slot, self.layout.first_slot
         calls = split_at_layers(
@@ -222,7 +307,7 @@ class ModelRunner:
             keeps_whole=task.keeps_whole,
         )
         for first, end, layer in calls:
-            task.carry = self.programs.run_chunks(bucket)(
+            task.carry = run()(
                 self.model,
                 task.carry,
                 length,
@@ -231,9 +316,10 @@ class ModelRunner:
                 (np.int32(first), np.int32(end)),
                 slots,
                 heads,
+                prefix,
             )
             if layer is not None:
-                task.carry = self.programs.compress_layer(bucket)(
+                task.carry = compress()(
                     task.carry, np.int32(layer), length, task.budgets, method, slots, heads
                 )
         for block in range(max(start, layer_chunks), stop):
@@ -297,16 +383,35 @@ class ModelRunner:
         assert task is not None
         assert task.request.request_id == insertion.request_id
         known = [*task.request.prompt_token_ids, *insertion.output_token_ids]
-        self.cache = self.programs.insert(task.shape.bucket)(
-            self.cache,
-            task.prefix,
-            np.int32(insertion.row),
-            insertion.slot_lengths,
-            self._padded(known),
-            np.int32(len(known)),
-        )
+        program = self.programs.insert(task.shape.bucket)
+        self._copy(program, task.prefix, insertion.row, insertion.slot_lengths, known)
         self._requests[insertion.row] = task.request
         self._task = self._sampling = None
+
+    def _copy(
+        self,
+        program: Any,
+        prefix: CompressedPrefix,
+        row: int,
+        slot_lengths: np.ndarray,
+        known: list[int],
+    ) -> None:
+        """Copies a compressed cache into the pages of a row, by the `insert` of its bucket."""
+        tokens = self._padded(known), np.int32(len(known))
+        self.cache = program(self.cache, prefix, np.int32(row), slot_lengths, *tokens)
+
+    def _compression(
+        self, request: NewRequest, kv_config: KVConfig | None, *, is_suffix: bool
+    ) -> tuple[np.ndarray, int]:
+        """Returns the budgets [L, K] of a prompt, and the index of its method."""
+        model, num_tokens = self.model_config, len(request.prompt_token_ids)
+        heads = model.num_layers, model.num_kv_heads
+        if kv_config is None and is_suffix:
+            return np.full(heads, num_tokens, np.int32), 0  # no method sees what is kept whole
+        if kv_config is None:
+            kv_config = request_kv_config(self.kv_config, request.kv_policy, request.kv_budget)
+        budgets = budgets_per_head(kv_config, num_tokens, *heads)
+        return np.array(budgets, np.int32), self.methods.index(make_method(kv_config))
 
     def _prefill(self, chunks: PrefillChunks) -> _PendingPrefill | None:
         """Runs chunks of a prompt; what comes of it, if they are the last ones."""

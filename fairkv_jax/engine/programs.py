@@ -83,32 +83,31 @@ class Programs:
         backend = self._config.attention_backend
         return self._get("decode", batch, lambda: lower_decode_step(self._shapes, batch, backend))
 
-    def start_prefill(self, bucket: int) -> Compiled:
-        """`start_prefill` of prompts of up to `bucket` tokens; so are the following."""
-        return self._get(
-            "start_prefill", bucket, lambda: prefill.lower_start_prefill(self._prefill(bucket))
+    def start_prefill(self, bucket: int, *, has_prefix: bool = False) -> Compiled:
+        """`start_prefill` of prompts of up to `bucket` tokens; so are the following.
+
+        `has_prefix`: of suffixes behind a prefix in the KV cache.
+        """
+        return self._get_prefill(
+            "start_prefill", bucket, prefill.lower_start_prefill, has_prefix=has_prefix
         )
 
-    def run_chunks(self, bucket: int) -> Compiled:
-        return self._get(
-            "run_chunks", bucket, lambda: prefill.lower_run_chunks(self._prefill(bucket))
+    def run_chunks(self, bucket: int, *, has_prefix: bool = False) -> Compiled:
+        return self._get_prefill(
+            "run_chunks", bucket, prefill.lower_run_chunks, has_prefix=has_prefix
         )
 
-    def compress_layer(self, bucket: int) -> Compiled:
-        return self._get(
-            "compress_layer", bucket, lambda: prefill.lower_compress_layer(self._prefill(bucket))
+    def compress_layer(self, bucket: int, *, has_prefix: bool = False) -> Compiled:
+        return self._get_prefill(
+            "compress_layer", bucket, prefill.lower_compress_layer, has_prefix=has_prefix
         )
+
+    def insert(self, bucket: int, *, has_prefix: bool = False) -> Compiled:
+        return self._get_prefill("insert", bucket, lower_insert, has_prefix=has_prefix)
 
     def score_prompt(self, bucket: int) -> Compiled:
-        block = logprobs_block(bucket)
-        return self._get(
-            "score_prompt",
-            bucket,
-            lambda: prefill.lower_score_prompt(self._prefill(bucket), block),
-        )
-
-    def insert(self, bucket: int) -> Compiled:
-        return self._get("insert", bucket, lambda: lower_insert(self._prefill(bucket)))
+        lower = partial(prefill.lower_score_prompt, block=logprobs_block(bucket))
+        return self._get_prefill("score_prompt", bucket, lower)
 
     def sample_first(self) -> Compiled:
         """The first token of one row."""
@@ -150,16 +149,28 @@ class Programs:
             ),
         )
 
-    def _prefill(self, bucket: int) -> "prefill.PrefillShapes":
-        """What decides the shapes of a prefill."""
+    def _get_prefill(
+        self,
+        name: str,
+        bucket: int,
+        lower: Callable[[prefill.PrefillShapes], Lowered],
+        *,
+        has_prefix: bool = False,
+    ) -> Compiled:
+        """A program of prompts of up to `bucket` tokens, or of suffixes of that size."""
         model = self._shapes.config
-        return prefill.PrefillShapes(
+        heads = model.num_layers, model.num_kv_heads
+        shapes = prefill.PrefillShapes(
             self._shapes,
             bucket,
             min(self._config.prefill_chunk_size, bucket),
             self._methods,
-            max_kept_per_layer(self._kv_config, bucket, model.num_layers, model.num_kv_heads),
+            # A suffix may be kept whole, whatever the engine does with prompts.
+            max_kept_per_layer(KVConfig() if has_prefix else self._kv_config, bucket, *heads),
+            has_prefix,
         )
+        name = f"{name} behind a prefix" if has_prefix else name
+        return self._get(name, bucket, lambda: lower(shapes))
 
     def _get(self, name: str, size: int, lower: Callable[[], Lowered]) -> Compiled:
         """The compiled program; compiled now if it is needed for the first time."""

@@ -1,8 +1,9 @@
 """Greedy decoding over a compressed cache in NumPy, recomputed from scratch at every token.
 
-The prompt is run densely. A generated token sees, under each KV head, the prompt positions that
-this head kept and the generated tokens up to itself; all keep their positions. That is one forward
-pass over prompt and output with a mask per layer and head: no cache, no pages.
+The prompt is a chain of segments, one or several, each of which is compressed at its own end. A
+token sees its own segment up to itself. Of each segment before it, it sees under each KV head the
+positions that this head kept; all keep their positions. Generated tokens follow the last segment.
+That is one forward pass over prompt and output with a mask per layer and head: no cache, no pages.
 """
 
 from collections.abc import Sequence
@@ -12,22 +13,24 @@ import numpy as np
 from tests.oracle.forward import Llama, rms_norm, rope_table, rotate, silu, softmax
 
 Kept = Sequence[Sequence[np.ndarray]]
-"""For each layer and KV head its kept prompt positions."""
+"""For each layer and KV head the positions of a segment that it kept."""
+Segment = tuple[int, Kept]
+"""The position behind a segment's last token, and what is kept of the segment."""
 
 
 def generate(
-    model: Llama, prompt: Sequence[int], kept: Kept, num_tokens: int
+    model: Llama, prompt: Sequence[int], segments: Sequence[Segment], num_tokens: int
 ) -> tuple[list[int], list[float]]:
     """The greedy tokens and their log-probabilities."""
     tokens, logprobs = [], []
     for _ in range(num_tokens):
-        logits = forward(model, [*prompt, *tokens], len(prompt), kept)
+        logits = forward(model, [*prompt, *tokens], segments)
         tokens.append(int(np.argmax(logits)))
         logprobs.append(float(np.log(softmax(logits)[tokens[-1]])))
     return tokens, logprobs
 
 
-def forward(model: Llama, token_ids: Sequence[int], prompt_tokens: int, kept: Kept) -> np.ndarray:
+def forward(model: Llama, token_ids: Sequence[int], segments: Sequence[Segment]) -> np.ndarray:
     """Logits [V] of the last position."""
     T, N, K, H = len(token_ids), model.num_heads, model.num_kv_heads, model.head_dim
     weights, eps = model.weights, np.float32(model.rms_norm_eps)
@@ -47,7 +50,8 @@ def forward(model: Llama, token_ids: Sequence[int], prompt_tokens: int, kept: Ke
         for head in range(N):
             kv = head // (N // K)
             scores = q[head] @ k[kv].T / np.float32(np.sqrt(H))
-            scores[~_sees(T, prompt_tokens, kept[index][kv])] = -np.inf
+            of_head = [(end, kept[index][kv]) for end, kept in segments]
+            scores[~_sees(T, of_head)] = -np.inf
             attended[head] = softmax(scores) @ v[kv]
         x = x + attended.transpose(1, 0, 2).reshape(T, -1) @ weights[f"{layer}.o_proj"].T
         h = rms_norm(x, weights[f"{layer}.post_attention_layernorm"], eps)
@@ -57,10 +61,12 @@ def forward(model: Llama, token_ids: Sequence[int], prompt_tokens: int, kept: Ke
     return weights.get("lm_head", weights["embed_tokens"]) @ last
 
 
-def _sees(T: int, prompt_tokens: int, kept: np.ndarray) -> np.ndarray:
+def _sees(T: int, segments: Sequence[tuple[int, np.ndarray]]) -> np.ndarray:
     """[T, T]: which keys each query may attend to."""
     sees = np.tri(T, dtype=bool)
-    dropped = np.ones(prompt_tokens, bool)
-    dropped[kept] = False
-    sees[prompt_tokens:, :prompt_tokens][:, dropped] = False
+    start = 0
+    for end, kept in segments:
+        dropped = np.setdiff1d(np.arange(start, end), kept)
+        sees[end:, dropped] = False
+        start = end
     return sees
