@@ -6,7 +6,6 @@ runner never looks at a clock or a queue, and the same outputs give the same tok
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
 import jax
@@ -296,8 +295,7 @@ class ModelRunner:
         behind, prefix = task.behind, None
         if behind is not None:
             prefix = CachedPrefix.of(self.cache, np.int32(behind.row), behind.slot_lengths)
-        run = partial(self.programs.run_chunks, bucket, has_prefix=behind is not None)
-        compress = partial(self.programs.compress_layer, bucket, has_prefix=behind is not None)
+        has_prefix = behind is not None
         length, method = np.int32(task.shape.num_tokens), np.int32(task.method)
         slots, heads = self.layout.head_of_slot, self.layout.first_slot
         calls = split_at_layers(
@@ -307,7 +305,7 @@ class ModelRunner:
             keeps_whole=task.keeps_whole,
         )
         for first, end, layer in calls:
-            task.carry = run()(
+            task.carry = self.programs.run_chunks(bucket, has_prefix=has_prefix)(
                 self.model,
                 task.carry,
                 length,
@@ -319,7 +317,7 @@ class ModelRunner:
                 prefix,
             )
             if layer is not None:
-                task.carry = compress()(
+                task.carry = self.programs.compress_layer(bucket, has_prefix=has_prefix)(
                     task.carry, np.int32(layer), length, task.budgets, method, slots, heads
                 )
         for block in range(max(start, layer_chunks), stop):

@@ -145,6 +145,53 @@ def test_heads_go_to_the_replica_on_the_emptier_device():
     assert len(served) == 2 * len(replicated)
 
 
+def test_a_suffix_goes_behind_the_tokens_of_its_row():
+    """To the slots that own the row, whether the tokens fill a page, open several, or are none."""
+    layout, manager = make_layout(), make_manager()
+    for row in range(2):
+        manager.reserve_prompt(row, np.array([[40, PAGE, 11], [10, 10, 40]]))
+    before = manager.lengths
+    pairs = np.argwhere(before > 0)
+    pages = {tuple(pair): manager.pages_of(*pair).tolist() for pair in pairs}
+    suffix = np.array([[3 * PAGE + 1, PAGE, 5], [0, 6, 7]])
+    lengths = manager.reserve_suffix(1, suffix)
+    assert lengths is not None
+    np.testing.assert_array_equal(manager.lengths[:, 1], lengths)
+    np.testing.assert_array_equal(manager.lengths[:, 0], before[:, 0])
+    for layer, slot in np.argwhere(before[:, 1] > 0):
+        head = layout.head_of_slot[layer, slot]
+        assert lengths[layer, slot] == before[layer, 1, slot] + suffix[layer, head]
+    np.testing.assert_array_equal(lengths > 0, before[:, 1] > 0)
+    used = 0
+    for pair, old in pages.items():
+        now = manager.pages_of(*pair).tolist()
+        assert now[: len(old)] == old
+        assert len(now) == -(-manager.lengths[pair] // PAGE)
+        used += len(now)
+    assert manager.used_pages.sum() == used
+    assert manager.reserve(1)
+    np.testing.assert_array_equal(manager.lengths[:, 1], lengths + (lengths > 0))
+
+
+def test_a_suffix_gets_all_pages_or_none():
+    """Those that get them leave a page for one more token in every row."""
+    manager = make_manager(pages_per_device=13)
+    manager.reserve_prompt(0, np.full((LAYERS, 3), PAGE))
+    fullest = manager.used_pages.max()  # pages of one token more in every slot, too
+    page_more = np.full((LAYERS, 3), PAGE)
+    while manager.reserve_suffix(0, page_more) is not None:
+        assert manager.can_reserve(1)
+    assert 0 <= 13 - fullest - manager.used_pages.max() < fullest
+    lengths, used = manager.lengths, manager.used_pages
+    assert used.max() > fullest
+    manager.take_page_table_update()
+    assert manager.reserve_suffix(0, page_more) is None
+    np.testing.assert_array_equal(manager.lengths, lengths)
+    np.testing.assert_array_equal(manager.used_pages, used)
+    assert not manager.take_page_table_update()
+    assert manager.reserve_suffix(0, np.full((LAYERS, 3), 0)) is not None
+
+
 def test_tokens_count_when_they_are_committed():
     manager = make_manager()
     manager.reserve_prompt(1, np.full((LAYERS, 3), 5))
