@@ -262,7 +262,7 @@ class ModelRunner:
         """
         prompt, model = request.prompt_token_ids, self.model_config
         num_before = 0 if behind is None else len(behind.token_ids)
-        if num_before + len(prompt) > self.config.max_model_len:
+        if behind is not None and num_before + len(prompt) > self.config.max_model_len:
             raise ValueError(
                 f"a prefix of {num_before} and a suffix of {len(prompt)} tokens exceed "
                 f"max_model_len {self.config.max_model_len}: shorten them, or raise max_model_len"
