@@ -9,7 +9,7 @@ from jax.stages import Lowered
 from jaxtyping import Array, Int
 
 from fairkv_jax.cache import KVCache
-from fairkv_jax.prefill import CompressedPrefix, PrefillShapes
+from fairkv_jax.prefill_carry import CompressedPrefix, PrefillShapes
 from fairkv_jax.shapes import TENSOR_AXIS
 
 _BY_DEVICE = PartitionSpec(None, TENSOR_AXIS)

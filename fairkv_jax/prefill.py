@@ -24,8 +24,8 @@ scores are then those of the suffix; positions continue those of the prefix.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import jax
@@ -34,178 +34,24 @@ from jax.sharding import Mesh, PartitionSpec
 from jax.stages import Lowered
 from jaxtyping import Array, Bool, Float, Int
 
-from fairkv_jax.attention import KEY_BLOCK, PagedPrefix, attend_to_prompt
+from fairkv_jax.attention import PagedPrefix, attend_to_prompt
 from fairkv_jax.cache import CachedPrefix
 from fairkv_jax.compress.contract import (
     Chunk,
     LayerShape,
     Method,
     Scorer,
-    Scores,
     distinct_scorers,
 )
+from fairkv_jax.compress_layer import pack, packed_part, with_layer
 from fairkv_jax.models.model import Layer, Model
-from fairkv_jax.models.params import round_up
 from fairkv_jax.models.rope import rotate
+from fairkv_jax.prefill_carry import PrefillCarry, PrefillShapes, layer_shape
 from fairkv_jax.sampling import Sampled, ranked_logprobs
 from fairkv_jax.shapes import TENSOR_AXIS
 from fairkv_jax.sharding.load_weights import partition_specs
-from fairkv_jax.sharding.step_shapes import StepShapes
 
 _BY_DEVICE = PartitionSpec(None, TENSOR_AXIS)
-
-
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class CompressedPrefix:
-    """The compressed cache of one prompt, or of its suffix, ready to be inserted into a row.
-
-    R is the largest number of tokens that a device packs per layer. `positions` counts from the
-    prompt's start, also in a suffix.
-    """
-
-    k: Float[Array, "L PR H"]
-    v: Float[Array, "L PR H"]
-    positions: Int[Array, "L PR"]
-    slot_lengths: Int[Array, "L PC"]
-    """Kept tokens of every slot, replicas included; 0 in empty slots."""
-    head_lengths: Int[Array, "L K"]
-    logits: Float[Array, "V"]
-    """Logits of the token that follows the prompt, float32."""
-
-    @classmethod
-    def partition(cls) -> "CompressedPrefix":
-        """Returns how each array is split over the mesh."""
-        whole: Any = PartitionSpec()
-        split: Any = _BY_DEVICE
-        return cls(split, split, split, split, whole, whole)
-
-
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class PrefillCarry:
-    """A prompt on its way through the layers; donated to every program that continues it."""
-
-    first_position: Int[Array, ""]
-    """Position of the first token: 0, or for a suffix the number of tokens before it."""
-    hidden: Float[Array, "T D"]
-    """The current layer's inputs; its outputs for tokens of chunks that it has run."""
-    k: Float[Array, "PC T H"]
-    v: Float[Array, "PC T H"]
-    """Keys and values of the current layer, for tokens of chunks that it has run."""
-    stats: tuple[Any, ...]
-    """Per distinct scorer, its statistics of the current layer; only the chosen one's are used."""
-    prefix: CompressedPrefix
-
-    @classmethod
-    def partition(cls) -> "PrefillCarry":
-        """Returns how each array is split over the mesh, as a prefix of the carry's pytree."""
-        whole: Any = PartitionSpec()
-        split: Any = PartitionSpec(TENSOR_AXIS)
-        return cls(whole, whole, split, split, split, CompressedPrefix.partition())
-
-
-@dataclass(frozen=True)
-class PrefillShapes:
-    """What decides the shapes of a prefill's programs."""
-
-    steps: StepShapes
-    bucket: int
-    """The longest prompt that the programs take, in tokens."""
-    chunk_size: int
-    methods: tuple[Method, ...]
-    packed_size: int
-    """Most tokens that all heads of one layer keep together."""
-    has_prefix: bool = False
-    """Whether the prompts are suffixes of prefixes in the KV cache."""
-
-    @cached_property
-    def carry(self) -> "PrefillCarry":
-        """The carry between two programs."""
-        shapes = jax.eval_shape(
-            partial(
-                start_prefill,
-                mesh=self.steps.mesh,
-                chunk_size=self.chunk_size,
-                methods=self.methods,
-                packed_size=self.packed_size,
-            ),
-            self.steps.model,
-            self.tokens,
-            self.steps.number,
-        )
-        return self.steps.placed(shapes, PrefillCarry.partition())
-
-    @property
-    def tokens(self) -> Any:
-        """A padded prompt."""
-        return self.steps.array((self.bucket,))
-
-
-def lower_start_prefill(shapes: PrefillShapes) -> Lowered:
-    """Lowers `start_prefill`."""
-    return shapes.steps.lower(
-        start_prefill,
-        shapes.steps.model,
-        shapes.tokens,
-        shapes.steps.number,
-        mesh=shapes.steps.mesh,
-        chunk_size=shapes.chunk_size,
-        methods=shapes.methods,
-        packed_size=shapes.packed_size,
-    )
-
-
-@partial(jax.jit, static_argnames=("mesh", "chunk_size", "methods", "packed_size"))
-def start_prefill(
-    model: Model,
-    tokens: Int[Array, "T"],
-    first_position: Int[Array, ""] | int = 0,
-    *,
-    mesh: Mesh,
-    chunk_size: int,
-    methods: tuple[Method, ...],
-    packed_size: int,
-) -> PrefillCarry:
-    """Embeds a prompt and allocates the carry of its prefill.
-
-    `first_position` is that of the first token. `packed_size` bounds the tokens that all heads of
-    one layer keep together.
-    """
-
-    def local(model: Model, tokens: Array, first_position: Array) -> PrefillCarry:
-        config = model.config
-        num_tokens = _padded_tokens(tokens.shape[0], chunk_size)
-        shape = _layer_shape(model, num_tokens)
-        keys = jnp.zeros((shape.num_slots, num_tokens, config.head_dim), model.dtype)
-        # The bound is over all heads; this device's slots cannot hold more than all their tokens.
-        size = min(packed_size, shape.num_slots * num_tokens)
-        packed = jnp.zeros((config.num_layers, size, config.head_dim), model.dtype)
-        integers = partial(jnp.zeros, dtype=jnp.int32)
-        return PrefillCarry(
-            first_position,
-            model.embedded(jnp.pad(tokens, (0, num_tokens - tokens.shape[0]))),
-            keys,
-            keys,
-            tuple(scorer.init(shape) for scorer in distinct_scorers(methods)),
-            CompressedPrefix(
-                packed,
-                packed,
-                integers(packed.shape[:2]),
-                integers((config.num_layers, shape.num_slots)),
-                integers((config.num_layers, config.num_kv_heads)),
-                jnp.zeros(config.vocab_size),
-            ),
-        )
-
-    run = jax.shard_map(
-        local,
-        mesh=mesh,
-        in_specs=(partition_specs(model), PartitionSpec(), PartitionSpec()),
-        out_specs=PrefillCarry.partition(),
-        check_vma=False,
-    )
-    return run(model, tokens, jnp.asarray(first_position, jnp.int32))
 
 
 def num_chunks(num_layers: int, num_tokens: int, chunk_size: int) -> int:
@@ -304,51 +150,6 @@ def run_chunks(
     return run(model, carry, head_of_slot, prefix, first_slot, length, method, keeps_whole, *chunks)
 
 
-def lower_compress_layer(shapes: PrefillShapes) -> Lowered:
-    """Lowers `compress_layer`."""
-    steps = shapes.steps
-    return steps.lower(
-        compress_layer,
-        shapes.carry,
-        steps.number,
-        steps.number,
-        steps.by_head,
-        steps.number,
-        steps.by_slot,
-        steps.by_head,
-        mesh=steps.mesh,
-        methods=shapes.methods,
-    )
-
-
-@partial(jax.jit, static_argnames=("mesh", "methods"), donate_argnums=0)
-def compress_layer(
-    carry: PrefillCarry,
-    layer: Int[Array, ""],
-    length: Int[Array, ""],
-    budgets: Int[Array, "L K"],
-    method: Int[Array, ""],
-    head_of_slot: Int[Array, "L PC"],
-    first_slot: Int[Array, "L K"],
-    *,
-    mesh: Mesh,
-    methods: tuple[Method, ...],
-) -> PrefillCarry:
-    """Packs what `methods[method]` keeps of a layer whose chunks have all run."""
-
-    def local(carry: PrefillCarry, head_of_slot: Array, *whole: Array) -> PrefillCarry:
-        return _compress_layer_local(carry, head_of_slot, *whole, methods=methods)
-
-    run = jax.shard_map(
-        local,
-        mesh=mesh,
-        in_specs=(PrefillCarry.partition(), _BY_DEVICE, *(PartitionSpec(),) * 5),
-        out_specs=PrefillCarry.partition(),
-        check_vma=False,
-    )
-    return run(carry, head_of_slot, first_slot, layer, length, budgets, method)
-
-
 def lower_score_prompt(shapes: PrefillShapes, block: int) -> Lowered:
     """Lowers `score_prompt` for blocks of that many positions."""
     steps = shapes.steps
@@ -398,20 +199,6 @@ def score_prompt(
     return run(model, hidden, tokens, start)
 
 
-def _padded_tokens(num_tokens: int, chunk_size: int) -> int:
-    """Returns the tokens of the carry's arrays: whole chunks of queries, and whole key blocks."""
-    padded = round_up(num_tokens, chunk_size)
-    return padded if padded <= KEY_BLOCK else round_up(padded, KEY_BLOCK)
-
-
-def _layer_shape(model: Model, num_tokens: int) -> LayerShape:
-    """Returns the sizes of this device's part of a layer, inside `shard_map`."""
-    config = model.config
-    return LayerShape(
-        model.slots_per_device, config.group_size, config.head_dim, num_tokens, model.dtype
-    )
-
-
 def _run_chunks_local(
     model: Model,
     carry: PrefillCarry,
@@ -444,7 +231,7 @@ def _run_chunks_local(
     observer = jnp.where(keeps_whole, -1, observer)
     num_tokens = carry.k.shape[1]
     keep_prompt = jnp.broadcast_to(jnp.arange(num_tokens) < length, (num_heads, num_tokens))
-    shape = _layer_shape(model, num_tokens)
+    shape = layer_shape(model, num_tokens)
 
     def run_layer(index: Array, carry: PrefillCarry) -> PrefillCarry:
         layer = model.layer(index)
@@ -463,10 +250,10 @@ def _run_chunks_local(
         # What is written for an incomplete layer, or for one to be compressed, is overwritten.
         packed = jax.lax.cond(
             keeps_whole & (end == per_layer),
-            lambda: _pack(carry, keep_prompt, head_of_slot[index]),
-            lambda: jax.tree.map(lambda x: jnp.zeros_like(x[0]), _packed_part(carry.prefix)),
+            lambda: pack(carry, keep_prompt, head_of_slot[index]),
+            lambda: jax.tree.map(lambda x: jnp.zeros_like(x[0]), packed_part(carry.prefix)),
         )
-        return replace(carry, prefix=_with_layer(carry.prefix, index, packed))
+        return replace(carry, prefix=with_layer(carry.prefix, index, packed))
 
     carry = jax.lax.fori_loop(first, last + 1, run_layer, carry)
     x = jax.lax.dynamic_slice_in_dim(carry.hidden, length - 1, 1)
@@ -540,68 +327,3 @@ def _observe(
 
     updates = [partial(update, index) for index in range(len(scorers))]
     return jax.lax.switch(chosen + 1, [lambda: stats, *updates])
-
-
-def _compress_layer_local(
-    carry: PrefillCarry,
-    head_of_slot: Int[Array, "L C"],
-    first_slot: Int[Array, "L K"],
-    layer: Int[Array, ""],
-    length: Int[Array, ""],
-    budgets: Int[Array, "L K"],
-    method: Int[Array, ""],
-    *,
-    methods: tuple[Method, ...],
-) -> PrefillCarry:
-    """Runs one device's part of `compress_layer`, inside `shard_map`."""
-    scorers = distinct_scorers(methods)
-    heads = head_of_slot[layer]
-    of_heads = jnp.minimum(budgets[layer], length)
-    of_slots = of_heads[jnp.maximum(heads, 0)]
-
-    def score(index: int) -> Scores:
-        args = carry.stats[index], carry.k, carry.v, length, of_slots
-        scores = scorers[index].score(*args)
-        # All branches of the switch must return the same arrays.
-        is_single = scores.secondary is None
-        return replace(scores, secondary=scores.primary) if is_single else scores
-
-    chosen = jnp.array([scorers.index(each.scorer) for each in methods])[method]
-    scores = jax.lax.switch(chosen, [partial(score, index) for index in range(len(scorers))])
-    gathered = jax.lax.all_gather(scores, TENSOR_AXIS, tiled=True)
-    by_head = jax.tree.map(lambda x: x[first_slot[layer]], gathered)
-    selections = [partial(each.select, by_head, of_heads, length) for each in methods]
-    keep = jax.lax.switch(method, selections)
-    return replace(carry, prefix=_with_layer(carry.prefix, layer, _pack(carry, keep, heads)))
-
-
-Packed = tuple[Array, Array, Array, Array, Array]
-"""Keys, values, positions, lengths by slot and lengths by head; see `CompressedPrefix`."""
-
-
-def _pack(carry: PrefillCarry, keep: Bool[Array, "K T"], head_of_slot: Int[Array, "C"]) -> Packed:
-    """Packs the kept tokens of this device's slots of the current layer, slot after slot."""
-    num_tokens, size = carry.k.shape[1], carry.prefix.k.shape[1]
-    kept = keep[head_of_slot] & (head_of_slot >= 0)[:, None]
-    flat = kept.reshape(-1)
-    output_index = jnp.where(flat, jnp.cumsum(flat) - 1, size)  # out of bounds: dropped
-    index = jnp.zeros(size, jnp.int32).at[output_index].set(jnp.arange(flat.size), mode="drop")
-    slot, token = index // num_tokens, index % num_tokens
-    k, v = carry.k[slot, token], carry.v[slot, token]
-    return k, v, carry.first_position + token, jnp.sum(kept, 1), jnp.sum(keep, 1)
-
-
-def _packed_part(prefix: CompressedPrefix) -> Packed:
-    """Returns the arrays of a prefix that have a layer axis."""
-    return prefix.k, prefix.v, prefix.positions, prefix.slot_lengths, prefix.head_lengths
-
-
-def _with_layer(
-    prefix: CompressedPrefix, layer: Int[Array, ""], packed: Packed
-) -> CompressedPrefix:
-    """Returns the prefix with one layer's packed arrays replaced."""
-    arrays = (
-        jax.lax.dynamic_update_index_in_dim(old, new, layer, 0)
-        for old, new in zip(_packed_part(prefix), packed, strict=True)
-    )
-    return CompressedPrefix(*arrays, logits=prefix.logits)

@@ -9,14 +9,9 @@ import pytest
 
 from fairkv_jax.checkpoint import open_checkpoint
 from fairkv_jax.config import EngineConfig, KVConfig
+from fairkv_jax.engine.execution import Execution, RowPrefix, kept_tokens, prompt_logprobs_of
 from fairkv_jax.engine.kv_cache_manager import KVCacheManager
-from fairkv_jax.engine.model_runner import (
-    Execution,
-    ModelRunner,
-    RowPrefix,
-    _prompt_logprobs,
-    kept_tokens,
-)
+from fairkv_jax.engine.model_runner import ModelRunner
 from fairkv_jax.engine.scheduler_output import (
     Decode,
     DecodeRow,
@@ -26,7 +21,7 @@ from fairkv_jax.engine.scheduler_output import (
     SchedulerOutput,
 )
 from fairkv_jax.plan import Profile, make_plan
-from fairkv_jax.prefill import CompressedPrefix
+from fairkv_jax.prefill_carry import CompressedPrefix
 from fairkv_jax.sampling_params import SamplingParams
 from tests.engine import compressed
 from tests.engine.drive import random_prompt
@@ -258,7 +253,7 @@ def test_a_suffix_in_parts_is_the_whole(full: ModelRunner, cuts: Sequence[int]):
     np.testing.assert_array_equal(task.prefix.k, whole.k)
     one_go = full.start_prefill(NewRequest("", prompt, params, 0))
     full.run_chunks(one_go, 0, one_go.shape.num_chunks)
-    got, want = (_prompt_logprobs(each).logprob[:, 0] for each in (task, one_go))
+    got, want = (prompt_logprobs_of(each).logprob[:, 0] for each in (task, one_go))
     np.testing.assert_allclose(got, want[PREFIX:], atol=1e-4)
 
 

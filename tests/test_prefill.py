@@ -8,8 +8,9 @@ import pytest
 
 from fairkv_jax.checkpoint import open_checkpoint
 from fairkv_jax.config import EngineConfig, KVConfig
+from fairkv_jax.engine.execution import kept_tokens
 from fairkv_jax.engine.kv_cache_manager import KVCacheManager
-from fairkv_jax.engine.model_runner import ModelRunner, kept_tokens
+from fairkv_jax.engine.model_runner import ModelRunner
 from fairkv_jax.engine.prefill_shape import next_power_of_two, prefill_bucket
 from fairkv_jax.engine.scheduler_output import Insertion, NewRequest, PrefillChunks, SchedulerOutput
 from fairkv_jax.plan import Profile, make_plan

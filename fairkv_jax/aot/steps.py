@@ -13,13 +13,16 @@ import numpy as np
 from jax.sharding import Mesh
 from jax.stages import Lowered
 
-from fairkv_jax import decode, prefill
+from fairkv_jax import decode
 from fairkv_jax.compress.budgets import max_kept_per_layer
 from fairkv_jax.compress.registry import make_method
+from fairkv_jax.compress_layer import lower_compress_layer
 from fairkv_jax.config import KVConfig, ModelConfig
 from fairkv_jax.kv_cache_spec import KVCacheSpec
 from fairkv_jax.models.decoder import abstract_model
 from fairkv_jax.plan import ModelShape, Plan, Profile
+from fairkv_jax.prefill import lower_run_chunks
+from fairkv_jax.prefill_carry import PrefillShapes
 from fairkv_jax.sharding.load_weights import partition_specs
 from fairkv_jax.sharding.slots import SlotLayout
 from fairkv_jax.sharding.step_shapes import StepShapes
@@ -101,7 +104,7 @@ def lower_prefill(
 ) -> dict[str, Lowered]:
     """Lowers the programs of a prompt of `num_tokens`: its chunks, and a layer's compression."""
     config = setup.config
-    shapes = prefill.PrefillShapes(
+    shapes = PrefillShapes(
         setup.shapes(mesh),
         num_tokens,
         min(setup.prefill_chunk_size, num_tokens),
@@ -109,8 +112,8 @@ def lower_prefill(
         max_kept_per_layer(kv_config, num_tokens, config.num_layers, config.num_kv_heads),
     )
     return {
-        "prefill": prefill.lower_run_chunks(shapes),
-        "compression": prefill.lower_compress_layer(shapes),
+        "prefill": lower_run_chunks(shapes),
+        "compression": lower_compress_layer(shapes),
     }
 
 

@@ -13,8 +13,9 @@ from fairkv_jax.compress.registry import make_method
 from fairkv_jax.config import EngineConfig, KVConfig
 from fairkv_jax.engine.compiling import Compilations
 from fairkv_jax.engine.device_errors import STEP_DOES_NOT_FIT, translate_xla_errors
+from fairkv_jax.engine.execution import Execution
 from fairkv_jax.engine.kv_cache_manager import KVCacheManager
-from fairkv_jax.engine.model_runner import Execution, ModelRunner
+from fairkv_jax.engine.model_runner import ModelRunner
 from fairkv_jax.engine.output_processor import OutputProcessor
 from fairkv_jax.engine.pacing import StepTimer
 from fairkv_jax.engine.prefill_shape import PrefillShape

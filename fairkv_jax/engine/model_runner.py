@@ -4,131 +4,54 @@
 runner never looks at a clock or a queue, and the same outputs give the same tokens.
 """
 
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec
 
 from fairkv_jax.cache import CachedPrefix, KVCache, TableWrites
 from fairkv_jax.checkpoint import Checkpoint
 from fairkv_jax.compress.budgets import budgets_per_head, request_kv_config
 from fairkv_jax.compress.registry import make_method, offered_methods
 from fairkv_jax.config import EngineConfig, KVConfig
-from fairkv_jax.decode import DecodeInputs
 from fairkv_jax.engine.device_errors import (
     POOL_DOES_NOT_FIT,
     WEIGHTS_DO_NOT_FIT,
     translate_xla_errors,
 )
-from fairkv_jax.engine.page_tables import PageTableUpdate
+from fairkv_jax.engine.device_inputs import DeviceInputs
+from fairkv_jax.engine.execution import (
+    Execution,
+    PendingPrefill,
+    PrefillTask,
+    RowPrefix,
+    logprobs_start,
+)
 from fairkv_jax.engine.prefill_shape import (
     PrefillShape,
-    logprobs_block,
     next_power_of_two,
     prefill_bucket,
 )
 from fairkv_jax.engine.programs import Programs
 from fairkv_jax.engine.scheduler_output import (
     Decode,
-    ExecutionResult,
     Insertion,
-    KeptTokens,
     NewRequest,
     PrefillChunks,
-    PrefillResult,
-    SampledTokens,
     SchedulerOutput,
 )
 from fairkv_jax.kv_cache_spec import KVCacheSpec
 from fairkv_jax.plan import Plan
-from fairkv_jax.prefill import CompressedPrefix, PrefillCarry, split_at_layers
-from fairkv_jax.sampling import Sampled, SamplingState, TokenHistory
+from fairkv_jax.prefill import split_at_layers
+from fairkv_jax.prefill_carry import CompressedPrefix
+from fairkv_jax.sampling import Sampled, TokenHistory
 from fairkv_jax.sampling_params import SamplingParams, num_bitmask_words
 from fairkv_jax.sharding.load_weights import load_model
 from fairkv_jax.sharding.mesh import make_mesh
 from fairkv_jax.sharding.slots import SlotLayout
 from fairkv_jax.sharding.step_shapes import StepShapes
-
-_IDLE_ROW = (SamplingParams(temperature=0), 0)
-
-
-@dataclass(frozen=True)
-class RowPrefix:
-    """The beginning of a prompt, which a row of the KV cache holds."""
-
-    row: int
-    token_ids: list[int]
-    """All tokens of the prefix, also those that compression has dropped."""
-    slot_lengths: np.ndarray
-    """[L, P*C] cached tokens of the slots that serve the row, 0 in the others."""
-
-
-@dataclass
-class PrefillTask:
-    """A prompt on its way through the layers."""
-
-    request: NewRequest
-    behind: RowPrefix | None
-    """What the prompt is a suffix of; None: nothing precedes it."""
-    shape: PrefillShape
-    token_ids: np.ndarray
-    """Padded to the bucket."""
-    budgets: np.ndarray
-    """[L, K] tokens."""
-    method: int
-    """The index of its method among the engine's."""
-    keeps_whole: bool
-    carry: PrefillCarry
-    prompt_logprobs: list[Sampled]
-    """Per block, as `score_prompt` gives them; perhaps not computed yet."""
-
-    @property
-    def prefix(self) -> CompressedPrefix:
-        """The compressed cache; complete when all chunks have run."""
-        return self.carry.prefix
-
-
-@dataclass(frozen=True)
-class Execution:
-    """An output that the devices have been given."""
-
-    output: SchedulerOutput
-    has_compiled: bool
-    """Whether programs had to be compiled first."""
-    sampled: Sampled | None
-    """On the devices, perhaps not computed yet."""
-    _prefill: "_PendingPrefill | None"
-    _last_array: Any
-    """Something that is there when the execution is done."""
-
-    def result(self) -> ExecutionResult:
-        """Waits for the devices and reads what they know."""
-        if self.sampled is None and self._prefill is None:
-            jax.block_until_ready(self._last_array)
-        sampled = None
-        if self.sampled is not None:
-            sampled = _on_host(self.sampled)
-        prefill = None if self._prefill is None else self._prefill.result()
-        return ExecutionResult(prefill, sampled)
-
-
-@dataclass(frozen=True)
-class _PendingPrefill:
-    task: PrefillTask
-    layout: SlotLayout
-    first_token: Sampled | None
-
-    def result(self) -> PrefillResult:
-        task, first = self.task, self.first_token
-        positions = task.request.return_kept_positions
-        return PrefillResult(
-            kept_tokens(task.prefix, self.layout, positions=positions),
-            None if first is None else _one_step(_on_host(first)),
-            _prompt_logprobs(task) if task.prompt_logprobs else None,
-        )
 
 
 class ModelRunner:
@@ -149,7 +72,6 @@ class ModelRunner:
         progress: bool = True,
     ):
         self.model_config = checkpoint.config
-        self._eos_token_ids = tuple(eos_token_ids)
         self.plan, self.config, self.kv_config = plan, config, kv_config
         self.layout = SlotLayout.from_plan(plan)
         self.mesh = make_mesh(config.tensor_parallel_size)
@@ -163,15 +85,17 @@ class ModelRunner:
             self.model = jax.block_until_ready(model)
         shapes = StepShapes(self.mesh, self.model_config, self.layout, self.cache_spec, self.model)
         self.programs = Programs(shapes, config, kv_config, self.methods, show=progress)
+        self._inputs = DeviceInputs(
+            self.mesh,
+            self.cache_spec,
+            self.model_config.vocab_size,
+            eos_token_ids,
+            self.programs.max_table_writes,
+        )
         self.cache = self._empty_cache()
         self._requests: dict[int, NewRequest] = {}
         """By row."""
         self._task: PrefillTask | None = None
-        self._sampling: SamplingState | None = None
-        """The rows' options on the devices; None when the rows have changed."""
-        self._no_bitmasks: dict[int, jax.Array] = {}
-        """By batch: stands for the bitmasks of rows without a grammar."""
-        self._no_writes: TableWrites | None = None
 
     def execute(self, output: SchedulerOutput) -> Execution:
         """Gives the devices one output; returns before it is done."""
@@ -182,7 +106,7 @@ class ModelRunner:
             self._task.request.request_id in output.finished_request_ids
         ):
             self._task = None
-        writes = list(self._table_writes(output.page_table_update))
+        writes = list(self._inputs.table_writes(output.page_table_update))
         # The step itself takes one part of the changes; a row is inserted after all of them.
         last = writes.pop() if writes and output.decode and not output.insertion else None
         for part in writes:
@@ -321,7 +245,7 @@ class ModelRunner:
                     task.carry, np.int32(layer), length, task.budgets, method, slots, heads
                 )
         for block in range(max(start, layer_chunks), stop):
-            at = _logprobs_start(task, block - layer_chunks)
+            at = logprobs_start(task, block - layer_chunks)
             score = self.programs.score_prompt(bucket)
             scores = score(self.model, task.carry.hidden, task.token_ids, np.int32(at))
             task.prompt_logprobs.append(scores)
@@ -339,7 +263,7 @@ class ModelRunner:
         history: Any = self._padded(prompt)[None], np.array([len(prompt)], np.int32)
         return self.programs.sample_first()(
             prefix.logits,
-            self._stack([(request.sampling_params, request.seed)]),
+            self._inputs.sampling([(request.sampling_params, request.seed)]),
             TokenHistory(*history),
             grammar_bitmask[None],
         )
@@ -355,7 +279,8 @@ class ModelRunner:
             array.delete()  # there is no room for two
         self.cache = self._empty_cache()
         self._requests.clear()
-        self._task = self._sampling = None
+        self._task = None
+        self._inputs.rows_have_changed()
 
     def batch_bucket(self, num_rows: int) -> int:
         """The compiled batch that holds the first `num_rows` rows."""
@@ -373,7 +298,7 @@ class ModelRunner:
         self.cache = replace(self.cache, lengths=lengths)
         for row in rows:
             self._requests.pop(row, None)
-        self._sampling = None
+        self._inputs.rows_have_changed()
 
     def _insert(self, insertion: Insertion) -> None:
         """Copies the prompt that has just been prefilled into its row."""
@@ -384,7 +309,8 @@ class ModelRunner:
         program = self.programs.insert(task.shape.bucket)
         self._copy(program, task.prefix, insertion.row, insertion.slot_lengths, known)
         self._requests[insertion.row] = task.request
-        self._task = self._sampling = None
+        self._task = None
+        self._inputs.rows_have_changed()
 
     def _copy(
         self,
@@ -411,7 +337,7 @@ class ModelRunner:
         budgets = budgets_per_head(kv_config, num_tokens, *heads)
         return np.array(budgets, np.int32), self.methods.index(make_method(kv_config))
 
-    def _prefill(self, chunks: PrefillChunks) -> _PendingPrefill | None:
+    def _prefill(self, chunks: PrefillChunks) -> PendingPrefill | None:
         """Runs chunks of a prompt; what comes of it, if they are the last ones."""
         if chunks.new_request is not None:
             self._task = None  # the one before was abandoned, and its memory is needed
@@ -425,95 +351,25 @@ class ModelRunner:
         first = None
         if chunks.samples_token:
             first = self.sample_first(task.prefix, task.request, chunks.grammar_bitmask)
-        return _PendingPrefill(task, self.layout, first)
+        return PendingPrefill(task, self.layout, first)
 
     def _decode(self, decode: Decode, writes: TableWrites | None) -> Sampled:
         batch = self.batch_bucket(decode.rows[-1].row + 1)
-        positions, output_index = np.zeros((2, batch), np.int32)
-        for each in decode.rows:
-            positions[each.row] = each.position
-            output_index[each.row] = each.output_index
-        positions, output_index = self._on_all_devices((positions, output_index))
-        bitmasks = self._bitmasks(batch, decode.grammar_bitmasks)
-        inputs = DecodeInputs(positions, output_index, self._sampling_of(batch), bitmasks)
-        program = self.programs.decode(batch)
-        self.cache, sampled = program(
+        inputs = self._inputs.decode(decode, self._requests, batch)
+        self.cache, sampled = self.programs.decode(batch)(
             self.model,
             self.cache,
             inputs,
-            self._empty_writes() if writes is None else writes,
+            self._inputs.no_writes() if writes is None else writes,
             np.int32(decode.num_steps),
         )
         return sampled
-
-    def _sampling_of(self, batch: int) -> SamplingState:
-        """The options of the first rows, on all devices."""
-        sampling = self._sampling
-        if sampling is None or len(sampling.temperature) != batch:
-            options = [
-                (request.sampling_params, request.seed) if request is not None else _IDLE_ROW
-                for request in map(self._requests.get, range(batch))
-            ]
-            sampling = self._sampling = self._on_all_devices(self._stack(options))
-        return sampling
-
-    def _stack(self, options: list[tuple[SamplingParams, int]]) -> SamplingState:
-        vocab_size = self.model_config.vocab_size
-        return SamplingState.stack(options, vocab_size, self._eos_token_ids)
-
-    def _bitmasks(self, batch: int, bitmasks: dict[int, np.ndarray]) -> jax.Array:
-        """The bitmasks of a batch, on all devices."""
-        shape = (batch, num_bitmask_words(self.model_config.vocab_size))
-        if not bitmasks:
-            if batch not in self._no_bitmasks:
-                self._no_bitmasks[batch] = self._on_all_devices(np.zeros(shape, np.uint32))
-            return self._no_bitmasks[batch]
-        words = np.zeros(shape, np.uint32)
-        for row, bitmask in bitmasks.items():
-            words[row] = bitmask
-        return self._on_all_devices(words)
-
-    def _table_writes(self, update: PageTableUpdate) -> Iterator[TableWrites]:
-        """The changes of the page tables, in parts that a program takes."""
-        spec, size = self.cache_spec, self.programs.max_table_writes
-        entry_device, entry = np.divmod(update.entry_index, spec.table_entries)
-        row, slot = np.divmod(update.start_index, spec.num_slots)
-        start_device, slot = np.divmod(slot, spec.slots_per_device)
-        start = row * spec.slots_per_device + slot
-        most = max(
-            np.bincount(device, minlength=1).max() for device in (entry_device, start_device)
-        )
-        shape = (-(-most // size), spec.num_devices, size)
-        pairs = spec.num_layers * spec.num_rows * spec.slots_per_device
-        entries = _split(entry_device, entry, update.entry_value, shape, spec.table_entries)
-        starts = _split(start_device, start, update.start_value, shape, pairs)
-        for part in zip(*entries, *starts, strict=True):
-            arrays: Any = part
-            yield TableWrites(*arrays)
-
-    def _empty_writes(self) -> TableWrites:
-        """No changes, on the devices already: most steps open no page."""
-        writes = self._no_writes
-        if writes is None:
-            spec = self.cache_spec
-            size = (spec.num_devices, self.programs.max_table_writes)
-            none: Any = np.full(size, np.iinfo(np.int32).max, np.int32)
-            shardings = jax.tree.map(
-                lambda part: NamedSharding(self.mesh, part), TableWrites.partition()
-            )
-            writes = TableWrites(none, none, none, none)
-            writes = self._no_writes = jax.device_put(writes, shardings)
-        return writes
 
     def _padded(self, token_ids: list[int]) -> np.ndarray:
         """The tokens of a row, padded to as many as a row may have."""
         padded = np.zeros(self.config.max_model_len, np.int32)
         padded[: len(token_ids)] = token_ids
         return padded
-
-    def _on_all_devices(self, arrays: Any) -> Any:
-        """Copies a pytree of arrays to every device."""
-        return jax.device_put(arrays, NamedSharding(self.mesh, PartitionSpec()))
 
     def _make_cache_spec(self) -> KVCacheSpec:
         """Sizes the cache: all that the configuration grants, but no more than rows can fill."""
@@ -541,73 +397,3 @@ class ModelRunner:
                 "raise kv_cache_memory_bytes or lower max_model_len"
             )
         return spec
-
-
-def _split(
-    devices: np.ndarray,
-    indices: np.ndarray,
-    values: np.ndarray,
-    shape: tuple[int, int, int],
-    unused: int,
-) -> tuple[np.ndarray, np.ndarray]:
-    """Changes, sorted by device, in parts [parts, P, n] of indices and of values."""
-    order = np.argsort(devices, kind="stable")
-    devices = devices[order]
-    counts = np.bincount(devices, minlength=shape[1])
-    part, column = np.divmod(
-        np.arange(len(devices)) - np.repeat(np.cumsum(counts) - counts, counts), shape[2]
-    )
-    split_indices = np.full(shape, unused, np.int32)
-    split_values = np.zeros(shape, np.int32)
-    split_indices[part, devices, column] = indices[order]
-    split_values[part, devices, column] = values[order]
-    return split_indices, split_values
-
-
-def _on_host(sampled: Sampled) -> SampledTokens:
-    """Waits for sampled tokens and reads them."""
-    return SampledTokens(**vars(jax.device_get(sampled)))
-
-
-def _one_step(sampled: SampledTokens) -> SampledTokens:
-    """The same tokens with a leading axis of one step."""
-    return SampledTokens(**{name: array[None] for name, array in vars(sampled).items()})
-
-
-def _logprobs_start(task: PrefillTask, block: int) -> int:
-    """Where a block of log-probabilities begins; the last may reach back into the one before."""
-    size = logprobs_block(task.shape.bucket)
-    return min(block * size, task.carry.hidden.shape[0] - size)
-
-
-def _prompt_logprobs(task: PrefillTask) -> SampledTokens:
-    """How likely each token of a prompt but the first was: [num_tokens - 1, 1]."""
-    size, last = logprobs_block(task.shape.bucket), task.shape.num_tokens - 1
-    blocks = [_on_host(block) for block in task.prompt_logprobs]
-    joined = {}
-    for name, first in vars(blocks[0]).items():
-        values = np.empty((last, *first.shape[1:]), first.dtype)
-        for index, block in enumerate(blocks):
-            start = _logprobs_start(task, index)
-            values[start : start + size] = getattr(block, name)[: last - start]
-        joined[name] = values[:, None]
-    return SampledTokens(**joined)
-
-
-def kept_tokens(prefix: CompressedPrefix, layout: SlotLayout, *, positions: bool) -> KeptTokens:
-    """Reads back which tokens a prefix kept; `positions` says whether to read their positions."""
-    lengths = np.asarray(prefix.head_lengths)
-    if not positions:
-        return KeptTokens(lengths, None)
-    num_layers = len(lengths)
-    packed = np.asarray(prefix.positions).reshape(num_layers, layout.num_devices, -1)
-    by_slot = np.asarray(prefix.slot_lengths).reshape(num_layers, layout.num_devices, -1)
-    starts = (np.cumsum(by_slot, -1) - by_slot).reshape(num_layers, -1)
-
-    def of_head(layer: int, head: int) -> np.ndarray:
-        slot = layout.first_slot[layer, head]
-        start = starts[layer, slot]
-        return packed[layer, slot // layout.slots_per_device][start : start + lengths[layer, head]]
-
-    heads = range(layout.num_heads)
-    return KeptTokens(lengths, [[of_head(n, head) for head in heads] for n in range(num_layers)])

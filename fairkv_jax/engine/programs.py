@@ -10,10 +10,10 @@ import jax
 import jax.numpy as jnp
 from jax.stages import Compiled, Lowered
 
-from fairkv_jax import prefill
 from fairkv_jax.cache import release_rows, write_tables
 from fairkv_jax.compress.budgets import max_kept_per_layer
 from fairkv_jax.compress.contract import Method
+from fairkv_jax.compress_layer import lower_compress_layer
 from fairkv_jax.config import EngineConfig, KVConfig
 from fairkv_jax.decode import (
     abstract_table_writes,
@@ -25,6 +25,8 @@ from fairkv_jax.engine.compiling import compile_all
 from fairkv_jax.engine.device_errors import STEP_DOES_NOT_FIT, translate_xla_errors
 from fairkv_jax.engine.prefill_shape import logprobs_block, prefill_bucket
 from fairkv_jax.insert import lower_insert
+from fairkv_jax.prefill import lower_run_chunks, lower_score_prompt
+from fairkv_jax.prefill_carry import PrefillShapes, lower_start_prefill
 from fairkv_jax.sampling import TokenHistory, sample_first
 from fairkv_jax.sharding.mesh import compiler_options
 from fairkv_jax.sharding.step_shapes import StepShapes
@@ -89,24 +91,22 @@ class Programs:
         `has_prefix`: of suffixes behind a prefix in the KV cache.
         """
         return self._get_prefill(
-            "start_prefill", bucket, prefill.lower_start_prefill, has_prefix=has_prefix
+            "start_prefill", bucket, lower_start_prefill, has_prefix=has_prefix
         )
 
     def run_chunks(self, bucket: int, *, has_prefix: bool = False) -> Compiled:
-        return self._get_prefill(
-            "run_chunks", bucket, prefill.lower_run_chunks, has_prefix=has_prefix
-        )
+        return self._get_prefill("run_chunks", bucket, lower_run_chunks, has_prefix=has_prefix)
 
     def compress_layer(self, bucket: int, *, has_prefix: bool = False) -> Compiled:
         return self._get_prefill(
-            "compress_layer", bucket, prefill.lower_compress_layer, has_prefix=has_prefix
+            "compress_layer", bucket, lower_compress_layer, has_prefix=has_prefix
         )
 
     def insert(self, bucket: int, *, has_prefix: bool = False) -> Compiled:
         return self._get_prefill("insert", bucket, lower_insert, has_prefix=has_prefix)
 
     def score_prompt(self, bucket: int) -> Compiled:
-        lower = partial(prefill.lower_score_prompt, block=logprobs_block(bucket))
+        lower = partial(lower_score_prompt, block=logprobs_block(bucket))
         return self._get_prefill("score_prompt", bucket, lower)
 
     def sample_first(self) -> Compiled:
@@ -153,14 +153,14 @@ class Programs:
         self,
         name: str,
         bucket: int,
-        lower: Callable[[prefill.PrefillShapes], Lowered],
+        lower: Callable[[PrefillShapes], Lowered],
         *,
         has_prefix: bool = False,
     ) -> Compiled:
         """A program of prompts of up to `bucket` tokens, or of suffixes of that size."""
         model = self._shapes.config
         heads = model.num_layers, model.num_kv_heads
-        shapes = prefill.PrefillShapes(
+        shapes = PrefillShapes(
             self._shapes,
             bucket,
             min(self._config.prefill_chunk_size, bucket),

@@ -13,16 +13,12 @@ from fairkv_jax.checkpoint import open_checkpoint
 from fairkv_jax.compress.allocators import Uniform
 from fairkv_jax.compress.contract import Chunk, LayerShape, Method, Scores, Stats
 from fairkv_jax.compress.registry import make_method
+from fairkv_jax.compress_layer import compress_layer
 from fairkv_jax.config import KVConfig
-from fairkv_jax.engine.model_runner import kept_tokens
+from fairkv_jax.engine.execution import kept_tokens
 from fairkv_jax.plan import Profile, make_plan
-from fairkv_jax.prefill import (
-    PrefillCarry,
-    compress_layer,
-    run_chunks,
-    split_at_layers,
-    start_prefill,
-)
+from fairkv_jax.prefill import run_chunks, split_at_layers
+from fairkv_jax.prefill_carry import PrefillCarry, start_prefill
 from fairkv_jax.select import keep_top
 from fairkv_jax.sharding.load_weights import load_model
 from fairkv_jax.sharding.mesh import make_mesh

@@ -12,7 +12,7 @@ import pytest
 from fairkv_jax import LLM
 from fairkv_jax.compress.registry import make_method
 from fairkv_jax.config import KVConfig
-from fairkv_jax.engine.model_runner import kept_tokens
+from fairkv_jax.engine.execution import kept_tokens
 from fairkv_jax.engine.programs import Programs
 from fairkv_jax.plan import Profile, make_plan
 from tests.engine.texts import STORY

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from fairkv_jax import LLM, SamplingParams
+from fairkv_jax.engine.execution import Execution
 from fairkv_jax.engine.llm_engine import LLMEngine
-from fairkv_jax.engine.model_runner import Execution
 from fairkv_jax.engine.request import Request
 from fairkv_jax.engine.scheduler_output import SchedulerOutput
 from fairkv_jax.sampling_params import StructuredOutputsParams

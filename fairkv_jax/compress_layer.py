@@ -1,0 +1,127 @@
+"""Compresses a layer whose chunks have all run: selects tokens per head, and packs them."""
+
+from dataclasses import replace
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, PartitionSpec
+from jax.stages import Lowered
+from jaxtyping import Array, Bool, Int
+
+from fairkv_jax.compress.contract import (
+    Method,
+    Scores,
+    distinct_scorers,
+)
+from fairkv_jax.prefill_carry import CompressedPrefix, PrefillCarry, PrefillShapes
+from fairkv_jax.shapes import TENSOR_AXIS
+
+_BY_DEVICE = PartitionSpec(None, TENSOR_AXIS)
+
+Packed = tuple[Array, Array, Array, Array, Array]
+"""Keys, values, positions, lengths by slot and lengths by head; see `CompressedPrefix`."""
+
+
+def lower_compress_layer(shapes: PrefillShapes) -> Lowered:
+    """Lowers `compress_layer`."""
+    steps = shapes.steps
+    return steps.lower(
+        compress_layer,
+        shapes.carry,
+        steps.number,
+        steps.number,
+        steps.by_head,
+        steps.number,
+        steps.by_slot,
+        steps.by_head,
+        mesh=steps.mesh,
+        methods=shapes.methods,
+    )
+
+
+@partial(jax.jit, static_argnames=("mesh", "methods"), donate_argnums=0)
+def compress_layer(
+    carry: PrefillCarry,
+    layer: Int[Array, ""],
+    length: Int[Array, ""],
+    budgets: Int[Array, "L K"],
+    method: Int[Array, ""],
+    head_of_slot: Int[Array, "L PC"],
+    first_slot: Int[Array, "L K"],
+    *,
+    mesh: Mesh,
+    methods: tuple[Method, ...],
+) -> PrefillCarry:
+    """Packs what `methods[method]` keeps of a layer whose chunks have all run."""
+
+    def local(carry: PrefillCarry, head_of_slot: Array, *whole: Array) -> PrefillCarry:
+        return _compress_layer_local(carry, head_of_slot, *whole, methods=methods)
+
+    run = jax.shard_map(
+        local,
+        mesh=mesh,
+        in_specs=(PrefillCarry.partition(), _BY_DEVICE, *(PartitionSpec(),) * 5),
+        out_specs=PrefillCarry.partition(),
+        check_vma=False,
+    )
+    return run(carry, head_of_slot, first_slot, layer, length, budgets, method)
+
+
+def _compress_layer_local(
+    carry: PrefillCarry,
+    head_of_slot: Int[Array, "L C"],
+    first_slot: Int[Array, "L K"],
+    layer: Int[Array, ""],
+    length: Int[Array, ""],
+    budgets: Int[Array, "L K"],
+    method: Int[Array, ""],
+    *,
+    methods: tuple[Method, ...],
+) -> PrefillCarry:
+    """Runs one device's part of `compress_layer`, inside `shard_map`."""
+    scorers = distinct_scorers(methods)
+    heads = head_of_slot[layer]
+    of_heads = jnp.minimum(budgets[layer], length)
+    of_slots = of_heads[jnp.maximum(heads, 0)]
+
+    def score(index: int) -> Scores:
+        args = carry.stats[index], carry.k, carry.v, length, of_slots
+        scores = scorers[index].score(*args)
+        # All branches of the switch must return the same arrays.
+        is_single = scores.secondary is None
+        return replace(scores, secondary=scores.primary) if is_single else scores
+
+    chosen = jnp.array([scorers.index(each.scorer) for each in methods])[method]
+    scores = jax.lax.switch(chosen, [partial(score, index) for index in range(len(scorers))])
+    gathered = jax.lax.all_gather(scores, TENSOR_AXIS, tiled=True)
+    by_head = jax.tree.map(lambda x: x[first_slot[layer]], gathered)
+    selections = [partial(each.select, by_head, of_heads, length) for each in methods]
+    keep = jax.lax.switch(method, selections)
+    return replace(carry, prefix=with_layer(carry.prefix, layer, pack(carry, keep, heads)))
+
+
+def pack(carry: PrefillCarry, keep: Bool[Array, "K T"], head_of_slot: Int[Array, "C"]) -> Packed:
+    """Packs the kept tokens of this device's slots of the current layer, slot after slot."""
+    num_tokens, size = carry.k.shape[1], carry.prefix.k.shape[1]
+    kept = keep[head_of_slot] & (head_of_slot >= 0)[:, None]
+    flat = kept.reshape(-1)
+    output_index = jnp.where(flat, jnp.cumsum(flat) - 1, size)  # out of bounds: dropped
+    index = jnp.zeros(size, jnp.int32).at[output_index].set(jnp.arange(flat.size), mode="drop")
+    slot, token = index // num_tokens, index % num_tokens
+    k, v = carry.k[slot, token], carry.v[slot, token]
+    return k, v, carry.first_position + token, jnp.sum(kept, 1), jnp.sum(keep, 1)
+
+
+def packed_part(prefix: CompressedPrefix) -> Packed:
+    """Returns the arrays of a prefix that have a layer axis."""
+    return prefix.k, prefix.v, prefix.positions, prefix.slot_lengths, prefix.head_lengths
+
+
+def with_layer(prefix: CompressedPrefix, layer: Int[Array, ""], packed: Packed) -> CompressedPrefix:
+    """Returns the prefix with one layer's packed arrays replaced."""
+    arrays = (
+        jax.lax.dynamic_update_index_in_dim(old, new, layer, 0)
+        for old, new in zip(packed_part(prefix), packed, strict=True)
+    )
+    return CompressedPrefix(*arrays, logits=prefix.logits)

@@ -1,0 +1,145 @@
+"""What the devices have been given, and how its results are read back."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import numpy as np
+
+from fairkv_jax.engine.prefill_shape import PrefillShape, logprobs_block
+from fairkv_jax.engine.scheduler_output import (
+    ExecutionResult,
+    KeptTokens,
+    NewRequest,
+    PrefillResult,
+    SampledTokens,
+    SchedulerOutput,
+)
+from fairkv_jax.prefill_carry import CompressedPrefix, PrefillCarry
+from fairkv_jax.sampling import Sampled
+from fairkv_jax.sharding.slots import SlotLayout
+
+
+@dataclass(frozen=True)
+class RowPrefix:
+    """The beginning of a prompt, which a row of the KV cache holds."""
+
+    row: int
+    token_ids: list[int]
+    """All tokens of the prefix, also those that compression has dropped."""
+    slot_lengths: np.ndarray
+    """[L, P*C] cached tokens of the slots that serve the row, 0 in the others."""
+
+
+@dataclass
+class PrefillTask:
+    """A prompt on its way through the layers."""
+
+    request: NewRequest
+    behind: RowPrefix | None
+    """What the prompt is a suffix of; None: nothing precedes it."""
+    shape: PrefillShape
+    token_ids: np.ndarray
+    """Padded to the bucket."""
+    budgets: np.ndarray
+    """[L, K] tokens."""
+    method: int
+    """The index of its method among the engine's."""
+    keeps_whole: bool
+    carry: PrefillCarry
+    prompt_logprobs: list[Sampled]
+    """Per block, as `score_prompt` gives them; perhaps not computed yet."""
+
+    @property
+    def prefix(self) -> CompressedPrefix:
+        """The compressed cache; complete when all chunks have run."""
+        return self.carry.prefix
+
+
+@dataclass(frozen=True)
+class Execution:
+    """An output that the devices have been given."""
+
+    output: SchedulerOutput
+    has_compiled: bool
+    """Whether programs had to be compiled first."""
+    sampled: Sampled | None
+    """On the devices, perhaps not computed yet."""
+    _prefill: "PendingPrefill | None"
+    _last_array: Any
+    """Something that is there when the execution is done."""
+
+    def result(self) -> ExecutionResult:
+        """Waits for the devices and reads what they know."""
+        if self.sampled is None and self._prefill is None:
+            jax.block_until_ready(self._last_array)
+        sampled = None
+        if self.sampled is not None:
+            sampled = _on_host(self.sampled)
+        prefill = None if self._prefill is None else self._prefill.result()
+        return ExecutionResult(prefill, sampled)
+
+
+@dataclass(frozen=True)
+class PendingPrefill:
+    task: PrefillTask
+    layout: SlotLayout
+    first_token: Sampled | None
+
+    def result(self) -> PrefillResult:
+        task, first = self.task, self.first_token
+        positions = task.request.return_kept_positions
+        return PrefillResult(
+            kept_tokens(task.prefix, self.layout, positions=positions),
+            None if first is None else _one_step(_on_host(first)),
+            prompt_logprobs_of(task) if task.prompt_logprobs else None,
+        )
+
+
+def _on_host(sampled: Sampled) -> SampledTokens:
+    """Waits for sampled tokens and reads them."""
+    return SampledTokens(**vars(jax.device_get(sampled)))
+
+
+def _one_step(sampled: SampledTokens) -> SampledTokens:
+    """The same tokens with a leading axis of one step."""
+    return SampledTokens(**{name: array[None] for name, array in vars(sampled).items()})
+
+
+def logprobs_start(task: PrefillTask, block: int) -> int:
+    """Where a block of log-probabilities begins; the last may reach back into the one before."""
+    size = logprobs_block(task.shape.bucket)
+    return min(block * size, task.carry.hidden.shape[0] - size)
+
+
+def prompt_logprobs_of(task: PrefillTask) -> SampledTokens:
+    """How likely each token of a prompt but the first was: [num_tokens - 1, 1]."""
+    size, last = logprobs_block(task.shape.bucket), task.shape.num_tokens - 1
+    blocks = [_on_host(block) for block in task.prompt_logprobs]
+    joined = {}
+    for name, first in vars(blocks[0]).items():
+        values = np.empty((last, *first.shape[1:]), first.dtype)
+        for index, block in enumerate(blocks):
+            start = logprobs_start(task, index)
+            values[start : start + size] = getattr(block, name)[: last - start]
+        joined[name] = values[:, None]
+    return SampledTokens(**joined)
+
+
+def kept_tokens(prefix: CompressedPrefix, layout: SlotLayout, *, positions: bool) -> KeptTokens:
+    """Reads back which tokens a prefix kept; `positions` says whether to read their positions."""
+    lengths = np.asarray(prefix.head_lengths)
+    if not positions:
+        return KeptTokens(lengths, None)
+    num_layers = len(lengths)
+    packed = np.asarray(prefix.positions).reshape(num_layers, layout.num_devices, -1)
+    by_slot = np.asarray(prefix.slot_lengths).reshape(num_layers, layout.num_devices, -1)
+    starts = (np.cumsum(by_slot, -1) - by_slot).reshape(num_layers, -1)
+
+    def of_head(layer: int, head: int) -> np.ndarray:
+        slot = layout.first_slot[layer, head]
+        start = starts[layer, slot]
+        return packed[layer, slot // layout.slots_per_device][start : start + lengths[layer, head]]
+
+    heads = range(layout.num_heads)
+    return KeptTokens(lengths, [[of_head(n, head) for head in heads] for n in range(num_layers)])

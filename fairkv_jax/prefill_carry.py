@@ -1,0 +1,192 @@
+"""What a prefill carries from one program to the next, and how it begins."""
+
+from dataclasses import dataclass
+from functools import cached_property, partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, PartitionSpec
+from jax.stages import Lowered
+from jaxtyping import Array, Float, Int
+
+from fairkv_jax.attention import KEY_BLOCK
+from fairkv_jax.compress.contract import (
+    LayerShape,
+    Method,
+    distinct_scorers,
+)
+from fairkv_jax.models.model import Model
+from fairkv_jax.models.params import round_up
+from fairkv_jax.shapes import TENSOR_AXIS
+from fairkv_jax.sharding.load_weights import partition_specs
+from fairkv_jax.sharding.step_shapes import StepShapes
+
+_BY_DEVICE = PartitionSpec(None, TENSOR_AXIS)
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class CompressedPrefix:
+    """The compressed cache of one prompt, or of its suffix, ready to be inserted into a row.
+
+    R is the largest number of tokens that a device packs per layer. `positions` counts from the
+    prompt's start, also in a suffix.
+    """
+
+    k: Float[Array, "L PR H"]
+    v: Float[Array, "L PR H"]
+    positions: Int[Array, "L PR"]
+    slot_lengths: Int[Array, "L PC"]
+    """Kept tokens of every slot, replicas included; 0 in empty slots."""
+    head_lengths: Int[Array, "L K"]
+    logits: Float[Array, "V"]
+    """Logits of the token that follows the prompt, float32."""
+
+    @classmethod
+    def partition(cls) -> "CompressedPrefix":
+        """Returns how each array is split over the mesh."""
+        whole: Any = PartitionSpec()
+        split: Any = _BY_DEVICE
+        return cls(split, split, split, split, whole, whole)
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class PrefillCarry:
+    """A prompt on its way through the layers; donated to every program that continues it."""
+
+    first_position: Int[Array, ""]
+    """Position of the first token: 0, or for a suffix the number of tokens before it."""
+    hidden: Float[Array, "T D"]
+    """The current layer's inputs; its outputs for tokens of chunks that it has run."""
+    k: Float[Array, "PC T H"]
+    v: Float[Array, "PC T H"]
+    """Keys and values of the current layer, for tokens of chunks that it has run."""
+    stats: tuple[Any, ...]
+    """Per distinct scorer, its statistics of the current layer; only the chosen one's are used."""
+    prefix: CompressedPrefix
+
+    @classmethod
+    def partition(cls) -> "PrefillCarry":
+        """Returns how each array is split over the mesh, as a prefix of the carry's pytree."""
+        whole: Any = PartitionSpec()
+        split: Any = PartitionSpec(TENSOR_AXIS)
+        return cls(whole, whole, split, split, split, CompressedPrefix.partition())
+
+
+@dataclass(frozen=True)
+class PrefillShapes:
+    """What decides the shapes of a prefill's programs."""
+
+    steps: StepShapes
+    bucket: int
+    """The longest prompt that the programs take, in tokens."""
+    chunk_size: int
+    methods: tuple[Method, ...]
+    packed_size: int
+    """Most tokens that all heads of one layer keep together."""
+    has_prefix: bool = False
+    """Whether the prompts are suffixes of prefixes in the KV cache."""
+
+    @cached_property
+    def carry(self) -> "PrefillCarry":
+        """The carry between two programs."""
+        shapes = jax.eval_shape(
+            partial(
+                start_prefill,
+                mesh=self.steps.mesh,
+                chunk_size=self.chunk_size,
+                methods=self.methods,
+                packed_size=self.packed_size,
+            ),
+            self.steps.model,
+            self.tokens,
+            self.steps.number,
+        )
+        return self.steps.placed(shapes, PrefillCarry.partition())
+
+    @property
+    def tokens(self) -> Any:
+        """A padded prompt."""
+        return self.steps.array((self.bucket,))
+
+
+def lower_start_prefill(shapes: PrefillShapes) -> Lowered:
+    """Lowers `start_prefill`."""
+    return shapes.steps.lower(
+        start_prefill,
+        shapes.steps.model,
+        shapes.tokens,
+        shapes.steps.number,
+        mesh=shapes.steps.mesh,
+        chunk_size=shapes.chunk_size,
+        methods=shapes.methods,
+        packed_size=shapes.packed_size,
+    )
+
+
+@partial(jax.jit, static_argnames=("mesh", "chunk_size", "methods", "packed_size"))
+def start_prefill(
+    model: Model,
+    tokens: Int[Array, "T"],
+    first_position: Int[Array, ""] | int = 0,
+    *,
+    mesh: Mesh,
+    chunk_size: int,
+    methods: tuple[Method, ...],
+    packed_size: int,
+) -> PrefillCarry:
+    """Embeds a prompt and allocates the carry of its prefill.
+
+    `first_position` is that of the first token. `packed_size` bounds the tokens that all heads of
+    one layer keep together.
+    """
+
+    def local(model: Model, tokens: Array, first_position: Array) -> PrefillCarry:
+        config = model.config
+        num_tokens = _padded_tokens(tokens.shape[0], chunk_size)
+        shape = layer_shape(model, num_tokens)
+        keys = jnp.zeros((shape.num_slots, num_tokens, config.head_dim), model.dtype)
+        # The bound is over all heads; this device's slots cannot hold more than all their tokens.
+        size = min(packed_size, shape.num_slots * num_tokens)
+        packed = jnp.zeros((config.num_layers, size, config.head_dim), model.dtype)
+        integers = partial(jnp.zeros, dtype=jnp.int32)
+        return PrefillCarry(
+            first_position,
+            model.embedded(jnp.pad(tokens, (0, num_tokens - tokens.shape[0]))),
+            keys,
+            keys,
+            tuple(scorer.init(shape) for scorer in distinct_scorers(methods)),
+            CompressedPrefix(
+                packed,
+                packed,
+                integers(packed.shape[:2]),
+                integers((config.num_layers, shape.num_slots)),
+                integers((config.num_layers, config.num_kv_heads)),
+                jnp.zeros(config.vocab_size),
+            ),
+        )
+
+    run = jax.shard_map(
+        local,
+        mesh=mesh,
+        in_specs=(partition_specs(model), PartitionSpec(), PartitionSpec()),
+        out_specs=PrefillCarry.partition(),
+        check_vma=False,
+    )
+    return run(model, tokens, jnp.asarray(first_position, jnp.int32))
+
+
+def _padded_tokens(num_tokens: int, chunk_size: int) -> int:
+    """Returns the tokens of the carry's arrays: whole chunks of queries, and whole key blocks."""
+    padded = round_up(num_tokens, chunk_size)
+    return padded if padded <= KEY_BLOCK else round_up(padded, KEY_BLOCK)
+
+
+def layer_shape(model: Model, num_tokens: int) -> LayerShape:
+    """Returns the sizes of this device's part of a layer, inside `shard_map`."""
+    config = model.config
+    return LayerShape(
+        model.slots_per_device, config.group_size, config.head_dim, num_tokens, model.dtype
+    )
