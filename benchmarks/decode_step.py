@@ -103,7 +103,7 @@ class Filled:
         update = self.kv_cache.take_page_table_update()
         fields |= dict.fromkeys(names, ())
         fields |= parts
-        output = SchedulerOutput(index=0, page_table_update=update, **fields)
+        output = SchedulerOutput(index=0, resets_cache=False, page_table_update=update, **fields)
         return self.runner.execute(output)
 
     def memory(self) -> dict[str, Any]:

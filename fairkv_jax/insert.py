@@ -82,7 +82,7 @@ def _insert_local(
     layer = jnp.arange(num_layers)[:, None]
     # A slot's last packed token becomes the last one of its length.
     token = item - (ends - lengths)[layer, slot]
-    owned = is_kept & (lengths[layer, slot] > 0)
+    owned = is_kept & (lengths[layer, slot] > 0) & (token >= 0)
     start = cache.page_table.starts[layer, row, slot]
     page = cache.page_table.entries(start, jnp.where(owned, token // page_size, 0))
     page = jnp.where(owned, page, num_pages).reshape(-1)  # past the pool: dropped

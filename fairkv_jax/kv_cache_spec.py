@@ -3,8 +3,9 @@
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
-SPARE_ENTRIES = 4
-"""Entries, at the least, that a new segment of a page table has beyond its pages."""
+SPARE_ENTRIES = 12
+"""Entries that a short segment of a page table may have beyond its pages; a long one has a quarter
+more than its pages, and these."""
 _ENTRY_BYTES = 4
 _ENTRIES_PER_PAGE = 2.5
 _ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}

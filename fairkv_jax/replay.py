@@ -95,7 +95,9 @@ def replay(
     for line in lines:
         if isinstance(line, SchedulerOutput):
             output = line if header.has_prompts else _make_up(line, rng, checkpoint)
-            computed.append(tokens_of(output, runner.execute(output).result()))
+            result = runner.execute(output).result()
+            if header.has_prompts:
+                computed.append(tokens_of(output, result))
             counts.outputs += 1
         elif isinstance(line, LoggedTokens):
             while computed[0].index < line.index:

@@ -9,7 +9,7 @@ import pytest
 
 from fairkv_jax.checkpoint import open_checkpoint
 from fairkv_jax.config import EngineConfig, KVConfig
-from fairkv_jax.engine.execution import Execution, RowPrefix, kept_tokens, prompt_logprobs_of
+from fairkv_jax.engine.execution import Execution, PendingPrefill, RowPrefix, kept_tokens
 from fairkv_jax.engine.kv_cache_manager import KVCacheManager
 from fairkv_jax.engine.model_runner import ModelRunner
 from fairkv_jax.engine.scheduler_output import (
@@ -104,7 +104,7 @@ class Rows:
         names = ("preempted_request_ids", "finished_request_ids", "released_rows")
         update = self.manager.take_page_table_update()
         fields |= dict.fromkeys(names, ()) | parts
-        return self.runner.execute(SchedulerOutput(0, page_table_update=update, **fields))
+        return self.runner.execute(SchedulerOutput(0, False, page_table_update=update, **fields))
 
 
 def make_runner(checkpoint: Path, num_devices: int, kv_config: KVConfig) -> ModelRunner:
@@ -253,7 +253,11 @@ def test_a_suffix_in_parts_is_the_whole(full: ModelRunner, cuts: Sequence[int]):
     np.testing.assert_array_equal(task.prefix.k, whole.k)
     one_go = full.start_prefill(NewRequest("", prompt, params, 0))
     full.run_chunks(one_go, 0, one_go.shape.num_chunks)
-    got, want = (prompt_logprobs_of(each).logprob[:, 0] for each in (task, one_go))
+    results = [PendingPrefill.of(each, full.layout).result() for each in (task, one_go)]
+    scores = [each.prompt_logprobs for each in results]
+    assert scores[0] is not None
+    assert scores[1] is not None
+    got, want = scores[0].logprob[:, 0], scores[1].logprob[:, 0]
     np.testing.assert_allclose(got, want[PREFIX:], atol=1e-4)
 
 

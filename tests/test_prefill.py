@@ -94,7 +94,7 @@ def output_of(manager: KVCacheManager, **parts) -> SchedulerOutput:
     """An output with the given parts."""
     fields: dict[str, Any] = dict.fromkeys(("insertion", "prefill", "decode"))
     fields |= {"preempted_request_ids": (), "finished_request_ids": (), "released_rows": ()} | parts
-    return SchedulerOutput(0, page_table_update=manager.take_page_table_update(), **fields)
+    return SchedulerOutput(0, False, page_table_update=manager.take_page_table_update(), **fields)
 
 
 @pytest.mark.parametrize(

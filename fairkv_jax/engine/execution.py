@@ -82,18 +82,52 @@ class Execution:
 
 @dataclass(frozen=True)
 class PendingPrefill:
-    task: PrefillTask
+    """What is read at the end of a prompt; it does not hold on to the rest of the carry."""
+
+    prefix: CompressedPrefix
     layout: SlotLayout
+    wants_positions: bool
     first_token: Sampled | None
+    num_tokens: int
+    logprobs: list[tuple[int, Sampled]]
+    """Blocks of the prompt's log-probabilities, and where each begins."""
+
+    @classmethod
+    def of(
+        cls, task: PrefillTask, layout: SlotLayout, first_token: Sampled | None = None
+    ) -> "PendingPrefill":
+        """The results of a prefill whose chunks have all been given to the devices."""
+        blocks = task.prompt_logprobs
+        starts = [logprobs_start(task, index) for index in range(len(blocks))]
+        return cls(
+            task.prefix,
+            layout,
+            task.request.return_kept_positions,
+            first_token,
+            task.shape.num_tokens,
+            list(zip(starts, blocks, strict=True)),
+        )
 
     def result(self) -> PrefillResult:
-        task, first = self.task, self.first_token
-        positions = task.request.return_kept_positions
+        """Waits for the devices and reads the results."""
+        first = self.first_token
         return PrefillResult(
-            kept_tokens(task.prefix, self.layout, positions=positions),
+            kept_tokens(self.prefix, self.layout, positions=self.wants_positions),
             None if first is None else _one_step(_on_host(first)),
-            prompt_logprobs_of(task) if task.prompt_logprobs else None,
+            self._prompt_logprobs() if self.logprobs else None,
         )
+
+    def _prompt_logprobs(self) -> SampledTokens:
+        """How likely each token of a prompt but the first was: [num_tokens - 1, 1]."""
+        last = self.num_tokens - 1
+        blocks = [(start, vars(_on_host(block))) for start, block in self.logprobs]
+        joined = {}
+        for name, first in blocks[0][1].items():
+            values = np.empty((last, *first.shape[1:]), first.dtype)
+            for start, block in blocks:
+                values[start : start + len(first)] = block[name][: last - start]
+            joined[name] = values[:, None]
+        return SampledTokens(**joined)
 
 
 def _on_host(sampled: Sampled) -> SampledTokens:
@@ -110,20 +144,6 @@ def logprobs_start(task: PrefillTask, block: int) -> int:
     """Where a block of log-probabilities begins; the last may reach back into the one before."""
     size = logprobs_block(task.shape.bucket)
     return min(block * size, task.carry.hidden.shape[0] - size)
-
-
-def prompt_logprobs_of(task: PrefillTask) -> SampledTokens:
-    """How likely each token of a prompt but the first was: [num_tokens - 1, 1]."""
-    size, last = logprobs_block(task.shape.bucket), task.shape.num_tokens - 1
-    blocks = [_on_host(block) for block in task.prompt_logprobs]
-    joined = {}
-    for name, first in vars(blocks[0]).items():
-        values = np.empty((last, *first.shape[1:]), first.dtype)
-        for index, block in enumerate(blocks):
-            start = logprobs_start(task, index)
-            values[start : start + size] = getattr(block, name)[: last - start]
-        joined[name] = values[:, None]
-    return SampledTokens(**joined)
 
 
 def kept_tokens(prefix: CompressedPrefix, layout: SlotLayout, *, positions: bool) -> KeptTokens:

@@ -174,7 +174,7 @@ class KVCacheManager:
         return (lengths + added).astype(np.int32)
 
     def can_reserve(self, num_tokens: int) -> bool:
-        """Whether there are pages for that many more tokens in every row."""
+        """Whether there are pages for at most a page of further tokens in every row."""
         return not (self._num_opened(num_tokens) > self._pool.num_free).any()
 
     def reserve(self, num_tokens: int) -> bool:

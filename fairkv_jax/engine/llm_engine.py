@@ -179,6 +179,7 @@ class LLMEngine:
                 arrival=next(self._arrivals),
                 max_tokens=valid.max_tokens,
                 chunk_work=shape.work(self.model_config),
+                num_layer_chunks=shape.num_layer_chunks,
                 follows_grammar=matcher is not None,
             )
         )
@@ -187,6 +188,7 @@ class LLMEngine:
         """Ends a request wherever it is; its pages are free at once. Unknown ids are ignored."""
         self.scheduler.abort(request_id)
         self.output_processor.abort(request_id)
+        self._rest_if_idle()
 
     def step(self) -> list[RequestOutput]:
         """Runs one iteration and returns the outputs that have changed.
@@ -216,6 +218,7 @@ class LLMEngine:
         for output in outputs:
             if output.finished:
                 self.scheduler.abort(output.request_id)
+        self._rest_if_idle()
         return outputs
 
     def _execute_next(self) -> bool:
@@ -236,7 +239,12 @@ class LLMEngine:
         """
         self._in_flight.clear()
         self.scheduler.reset(self.output_processor.token_ids)
-        self.runner.reset()
+
+    def _rest_if_idle(self) -> None:
+        """Drops executions that nobody waits for: idle time must not count as theirs."""
+        if not self.has_unfinished_requests() and self._in_flight:
+            self._in_flight.clear()
+            self.scheduler.forget_results()
 
     def _check_sampling_params(self, params: SamplingParams) -> None:
         vocab_size = self.model_config.vocab_size

@@ -100,6 +100,8 @@ class ModelRunner:
     def execute(self, output: SchedulerOutput) -> Execution:
         """Gives the devices one output; returns before it is done."""
         num_programs = self.programs.num_compiled
+        if output.resets_cache:
+            self.reset()
         if output.released_rows:
             self._release(output.released_rows)
         if self._task is not None and (
@@ -351,7 +353,7 @@ class ModelRunner:
         first = None
         if chunks.samples_token:
             first = self.sample_first(task.prefix, task.request, chunks.grammar_bitmask)
-        return PendingPrefill(task, self.layout, first)
+        return PendingPrefill.of(task, self.layout, first)
 
     def _decode(self, decode: Decode, writes: TableWrites | None) -> Sampled:
         batch = self.batch_bucket(decode.rows[-1].row + 1)

@@ -74,8 +74,9 @@ class OutputProcessor:
                 continue  # it was aborted after its tokens had been computed
             self._append(state, new, now)
             outputs.append(state.output())
-            if state.finish_reason is not None:
-                del self._states[new.request_id]
+        for output in outputs:
+            if output.finished:
+                del self._states[output.request_id]
         return outputs
 
     def _append(self, state: "RequestState", new: NewTokens, now: float) -> None:

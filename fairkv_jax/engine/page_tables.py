@@ -6,10 +6,10 @@ Every (layer, row, slot) that owns tokens has a segment of its device's list:
     entries   [P, E]        [ page page page .. | page page .... | page .. | free ......... ]
                               segment of a pair   of another
 
-A segment has a few spare entries. When it is full it moves to the end of the list with a quarter
-more; when the list's end is reached, the live segments are moved together. The size of the list
-therefore follows from the pages that there are, whatever the longest request may be. Changes are
-collected, so that only what has changed is sent to the devices.
+A segment has a few spare entries. When it is full it moves to a larger one: to a free segment of
+that size, else to the end of the list. When the end is reached, the live segments are moved
+together. The size of the list therefore follows from the pages that there are, whatever the longest
+request may be. Changes are collected, so that only what has changed is sent to the devices.
 """
 
 from dataclasses import dataclass
@@ -52,7 +52,11 @@ class PageTables:
         self.entries = np.zeros((spec.num_devices, spec.table_entries), np.int32)
         self._capacity = np.zeros(shape, np.int32)
         self._end = np.zeros(spec.num_devices, np.int64)
-        self._changed_entries: list[tuple[np.ndarray, np.ndarray]] = []
+        self._free: list[dict[int, list[int]]] = [{} for _ in range(spec.num_devices)]
+        """Starts of each device's free segments, by their capacity."""
+        self._changed_entries: list[np.ndarray] = []
+        self._compacted: set[int] = set()
+        """Devices whose lists have changed as a whole."""
         self._changed_starts: list[np.ndarray] = []
 
     @property
@@ -83,47 +87,86 @@ class PageTables:
 
     def clear(self, pairs: np.ndarray) -> None:
         """Forgets all pages of some pairs."""
+        self._free_segments(pairs)
         self.counts.flat[pairs] = 0
         self._capacity.flat[pairs] = 0
 
     def take_update(self) -> PageTableUpdate:
         """What has changed since the last call."""
-        changed, self._changed_entries = self._changed_entries, []
-        starts, self._changed_starts = self._changed_starts, []
-        index = np.concatenate([part[0] for part in changed] or [_NONE])
-        value = np.concatenate([part[1] for part in changed] or [_NONE])
-        # The last write of an entry counts.
-        index, last = np.unique(index[::-1], return_index=True)
-        moved = np.unique(np.concatenate(starts or [_NONE]))
-        value = value[::-1][last].astype(np.int32)
-        return PageTableUpdate(index, value, moved, self.starts.flat[moved])
+        size, compacted = self._spec.table_entries, self._compacted
+        index = np.unique(np.concatenate(self._changed_entries or [_NONE]))
+        if compacted:
+            whole = [device * size + np.arange(self._end[device]) for device in compacted]
+            index = np.concatenate([index[~np.isin(index // size, list(compacted))], *whole])
+        moved = np.unique(np.concatenate(self._changed_starts or [_NONE]))
+        self._changed_entries, self._changed_starts, self._compacted = [], [], set()
+        return PageTableUpdate(
+            index, self.entries.reshape(-1)[index], moved, self.starts.flat[moved]
+        )
 
     def _device(self, pairs: np.ndarray) -> np.ndarray:
         return pairs % self._spec.num_slots // self._spec.slots_per_device
 
     def _move(self, pairs: np.ndarray, sizes: np.ndarray) -> None:
-        """Gives pairs new segments, of at least `sizes` entries, at the ends of the lists."""
+        """Gives pairs new segments of at least `sizes` entries."""
         devices = self._device(pairs)
-        for device in np.unique(devices):
-            mine = devices == device
-            capacity = _capacity_for(sizes[mine])
-            if self._end[device] + capacity.sum() > self._spec.table_entries:
-                self._compact(int(device))
-            self._place(int(device), pairs[mine], capacity)
+        for device in np.unique(devices).tolist():
+            mine = pairs[devices == device]
+            capacity = _capacity_for(sizes[devices == device])
+            starts = self._find_segments(device, capacity)
+            if starts is None:
+                self._compact(device)
+                starts = self._take_from_end(device, capacity)
+            self._free_segments(mine)
+            self._place(device, mine, starts, capacity)
+
+    def _find_segments(self, device: int, capacity: np.ndarray) -> np.ndarray | None:
+        """Free segments of these capacities; None where the list is too short."""
+        starts = np.full(len(capacity), -1, np.int64)
+        for size in np.unique(capacity).tolist():
+            free = self._free[device].get(size, [])
+            wanted = np.flatnonzero(capacity == size)[: len(free)]
+            if len(wanted):
+                starts[wanted] = free[len(free) - len(wanted) :]
+                del free[len(free) - len(wanted) :]
+        rest = starts < 0
+        if self._end[device] + capacity[rest].sum() > self._spec.table_entries:
+            return None
+        starts[rest] = self._take_from_end(device, capacity[rest])
+        return starts
+
+    def _take_from_end(self, device: int, capacity: np.ndarray) -> np.ndarray:
+        starts = self._end[device] + np.cumsum(capacity) - capacity
+        self._end[device] += capacity.sum()
+        return starts
+
+    def _free_segments(self, pairs: np.ndarray) -> None:
+        """Notes that the segments of pairs are free."""
+        capacity, devices = self._capacity.flat[pairs], self._device(pairs)
+        order = np.lexsort((capacity, devices))
+        keys = np.stack([devices[order], capacity[order]])
+        edges = np.flatnonzero(np.any(keys[:, 1:] != keys[:, :-1], axis=0)) + 1
+        for part in np.split(order, edges):
+            if len(part) and capacity[part[0]]:
+                free = self._free[int(devices[part[0]])].setdefault(int(capacity[part[0]]), [])
+                free.extend(self.starts.flat[pairs[part]].tolist())
 
     def _compact(self, device: int) -> None:
         """Moves the segments of a device together, to the front of its list."""
         pairs = np.flatnonzero(self.counts)
         pairs = pairs[self._device(pairs) == device]
+        capacity = _capacity_for(self.counts.flat[pairs])
         self._end[device] = 0
-        self._place(device, pairs, _capacity_for(self.counts.flat[pairs]))
+        self._free[device] = {}
+        self._place(device, pairs, self._take_from_end(device, capacity), capacity)
+        self._compacted.add(device)
 
-    def _place(self, device: int, pairs: np.ndarray, capacity: np.ndarray) -> None:
-        """Copies the pages of pairs into new segments behind the last one."""
+    def _place(
+        self, device: int, pairs: np.ndarray, starts: np.ndarray, capacity: np.ndarray
+    ) -> None:
+        """Copies the pages of pairs into other segments."""
         counts = self.counts.flat[pairs]
         pages = self.entries[device, _ranges(self.starts.flat[pairs], counts)]
-        starts = self._end[device] + np.cumsum(capacity) - capacity
-        self._end[device] += capacity.sum()
         self.starts.flat[pairs] = starts
         self._capacity.flat[pairs] = capacity
         self._write(np.full(len(pages), device), _ranges(starts, counts), pages)
@@ -131,16 +174,19 @@ class PageTables:
 
     def _write(self, devices: np.ndarray, places: np.ndarray, pages: np.ndarray) -> None:
         self.entries[devices, places] = pages
-        index = devices.astype(np.int64) * self._spec.table_entries + places
-        self._changed_entries.append((index, pages))
+        self._changed_entries.append(devices.astype(np.int64) * self._spec.table_entries + places)
 
 
 _NONE = np.zeros(0, np.int64)
+_CAPACITY_STEP = 8
+"""Few different capacities let free segments be used again."""
+_LEAST_SPARE_ENTRIES = SPARE_ENTRIES - _CAPACITY_STEP
 
 
 def _capacity_for(counts: np.ndarray) -> np.ndarray:
-    """Entries of a segment: a quarter more than it needs now."""
-    return counts + np.maximum(SPARE_ENTRIES, counts // 4)
+    """Entries of a segment: a quarter or 4 more than it needs, rounded up to a multiple of 8."""
+    spare = np.maximum(_LEAST_SPARE_ENTRIES, counts // 4)
+    return -(-(counts + spare) // _CAPACITY_STEP) * _CAPACITY_STEP
 
 
 def _ranges(starts: np.ndarray, counts: np.ndarray) -> np.ndarray:

@@ -8,7 +8,7 @@ decisions. What only the devices know, sampled tokens and what is kept of a prom
 from bisect import insort
 from collections import deque
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -43,6 +43,8 @@ class ScheduledRequest:
     max_tokens: int
     chunk_work: np.ndarray
     """Multiply-adds of each chunk of its prefill."""
+    num_layer_chunks: int
+    """Chunks of the layers; the others are the prompt's log-probabilities."""
     follows_grammar: bool = False
     output_token_ids: list[int] = field(default_factory=list)
     """Known to the scheduler; they survive a preemption."""
@@ -53,7 +55,7 @@ class ScheduledRequest:
     head_lengths: np.ndarray | None = None
     """[L, K] kept tokens, once its prefill is done and while the result has not been inserted."""
     attempt: int = 0
-    """How often its prefill has started."""
+    """How often its prefill has been given up."""
 
     @property
     def request_id(self) -> str:
@@ -61,7 +63,8 @@ class ScheduledRequest:
 
     @property
     def num_chunks(self) -> int:
-        return len(self.chunk_work)
+        """Chunks of its prefill; log-probabilities that have been handed out are not repeated."""
+        return self.num_layer_chunks if self.output_token_ids else len(self.chunk_work)
 
     @property
     def num_left(self) -> int:
@@ -70,6 +73,7 @@ class ScheduledRequest:
 
     def start_over(self) -> None:
         """Forgets a prefill that is under way or done."""
+        self.attempt += 1
         self.chunks_scheduled = 0
         self.head_lengths = None
         self.num_cached = 0
@@ -110,6 +114,7 @@ class Scheduler:
         self._free_rows = list(range(kv_cache.spec.num_rows))
         self._in_flight: deque[_InFlight] = deque()
         self._index = 0
+        self._resets_cache = False
         self._released: list[int] = []
         self._finished: list[str] = []
 
@@ -158,13 +163,13 @@ class Scheduler:
         if not len(self) or self._must_wait():
             return None
         insertion = self._insert()
-        prefills = self._wants_prefill
-        decode, preempted = self._decode(timings, is_single=prefills)
+        decode, preempted = self._decode(timings)
         prefill = self._prefill(timings) if self._wants_prefill else None
         if insertion is None and prefill is None and decode is None:
             return None
         output = SchedulerOutput(
             index=self._index,
+            resets_cache=self._resets_cache,
             preempted_request_ids=preempted,
             finished_request_ids=tuple(self._finished),
             released_rows=tuple(self._released),
@@ -174,7 +179,7 @@ class Scheduler:
             decode=decode,
         )
         self._index += 1
-        self._finished, self._released = [], []
+        self._finished, self._released, self._resets_cache = [], [], False
         first = self.waiting[0] if prefill is not None else None
         chunks = None if first is None else (first, first.attempt)
         rows = dict(self.running) if decode is not None else {}
@@ -223,6 +228,12 @@ class Scheduler:
             request.output_token_ids = list(output_token_ids[request.request_id])
         self.kv_cache.take_page_table_update()
         self._released = []
+        self._resets_cache = True
+
+    def forget_results(self) -> None:
+        """Gives up the results of all scheduled outputs: no request is left that waits for them."""
+        assert not len(self), "requests wait for results"
+        self._in_flight.clear()
 
     def _requests(self) -> list[ScheduledRequest]:
         return [*self.waiting, *self.running.values()]
@@ -266,14 +277,19 @@ class Scheduler:
         request.num_cached = 0
         return Insertion(request.request_id, row, lengths, list(request.output_token_ids))
 
-    def _decode(
-        self, timings: Timings, *, is_single: bool
-    ) -> tuple[Decode | None, tuple[str, ...]]:
+    @property
+    def _prefill_is_under_way(self) -> bool:
+        """Whether a request will take a free row as soon as its prefill is done."""
+        return bool(self.waiting and self._free_rows) and self.waiting[0].head_lengths is None
+
+    def _decode(self, timings: Timings) -> tuple[Decode | None, tuple[str, ...]]:
         """Decode steps of all rows, and who was preempted to make room for them."""
         if not self.running:
             return None, ()
         preempted = []
-        if is_single or any(request.follows_grammar for request in self.running.values()):
+        if self._prefill_is_under_way or any(
+            request.follows_grammar for request in self.running.values()
+        ):
             num_steps = 1
         else:
             left = min(request.num_left for request in self.running.values())
@@ -299,12 +315,10 @@ class Scheduler:
         """The next chunks of the first waiting request: few beside running requests."""
         request = self.waiting[0]
         start = request.chunks_scheduled
-        if start == 0:
-            request.attempt += 1
         seconds = _PREFILL_SECONDS
         if self.running:
             seconds = _STALL_STEPS * (timings.step_seconds or 0.0)
-        done = np.cumsum(request.chunk_work[start:])
+        done = np.cumsum(request.chunk_work[start : request.num_chunks])
         granted = seconds * (timings.prefill_work_per_second or 0.0)
         count = max(1, int(np.searchsorted(done, granted, side="right")))
         stop = request.chunks_scheduled = start + count
@@ -319,10 +333,18 @@ class Scheduler:
             stop,
             request.num_chunks,
             work=float(done[count - 1]),
-            new_request=request.request if start == 0 else None,
+            new_request=self._new_request(request) if start == 0 else None,
             samples_token=is_last and samples,
             grammar_bitmask=bitmask,
         )
+
+    def _new_request(self, request: ScheduledRequest) -> NewRequest:
+        """The request as the runner needs it; a preempted one has been told of its prompt."""
+        new = request.request
+        if not request.output_token_ids:
+            return new
+        params = replace(new.sampling_params, prompt_logprobs=None)
+        return replace(new, sampling_params=params, return_kept_positions=False)
 
     def _prefilled(self, request: ScheduledRequest, result: ExecutionResult) -> list[NewTokens]:
         """Takes note of a prompt that is compressed, and perhaps of its first token."""

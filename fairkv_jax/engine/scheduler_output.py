@@ -90,6 +90,8 @@ class SchedulerOutput:
 
     index: int
     """Counts the outputs from 0."""
+    resets_cache: bool
+    """Whether the cache is emptied first: a step has failed, and all requests start over."""
     preempted_request_ids: tuple[str, ...]
     finished_request_ids: tuple[str, ...]
     """Requests that have ended or were aborted since the last output."""
@@ -143,7 +145,7 @@ class ExecutionResult:
     prefill: PrefillResult | None
     """With the last chunk of a prompt."""
     sampled: SampledTokens | None
-    """[num_steps, batch], where the execution decoded."""
+    """[steps, batch], of which the first `num_steps` count, where the execution decoded."""
 
 
 @dataclass(frozen=True)

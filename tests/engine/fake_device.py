@@ -34,8 +34,11 @@ class FakeDevice:
         self.prefilled: str | None = None
         """Whose compressed prompt waits for a row."""
         self._chunks_done = 0
+        self.has_failed = False
 
     def execute(self, output: SchedulerOutput) -> ExecutionResult:
+        assert output.resets_cache == self.has_failed
+        self.has_failed = False
         for row in output.released_rows:
             self.rows.pop(row, None)
             self.lengths[:, row] = 0

@@ -39,7 +39,7 @@ def make_manager(pages_per_device: int = 200) -> KVCacheManager:
 def test_segments_move_and_lose_nothing(seed: int):
     """Pairs grow, end and begin again until the list has been compacted many times."""
     rng = np.random.default_rng(seed)
-    spec = make_spec(pages_per_device=60)
+    spec = make_spec(pages_per_device=400)
     tables = PageTables(spec)
     mirror = np.full(DEVICES * spec.table_entries, -1)
     starts = np.zeros_like(tables.starts)
@@ -52,7 +52,7 @@ def test_segments_move_and_lose_nothing(seed: int):
             for pair in pairs:
                 del held[int(pair)]
         pairs = rng.choice(num_pairs, 4, replace=False)
-        counts = rng.integers(1, 6, 4)
+        counts = rng.integers(1, 40, 4)
         devices = pairs % (DEVICES * SLOTS) // SLOTS
         used = [
             sum(len(pages) for pair, pages in held.items() if pair % 4 // SLOTS == device)
@@ -60,7 +60,7 @@ def test_segments_move_and_lose_nothing(seed: int):
         ]
         fits = [used[d] + counts[devices == d].sum() <= spec.pages_per_device for d in range(2)]
         if all(fits):
-            pages = rng.integers(0, 60, counts.sum())
+            pages = rng.integers(0, 400, counts.sum())
             tables.append(pairs, counts, pages)
             for pair, part in zip(pairs, np.split(pages, np.cumsum(counts)[:-1]), strict=True):
                 held.setdefault(int(pair), []).extend(part.tolist())
@@ -76,7 +76,7 @@ def test_segments_move_and_lose_nothing(seed: int):
                 at = device * spec.table_entries + starts.flat[pair]
                 assert mirror[at : at + len(pages)].tolist() == pages
                 np.testing.assert_array_equal(tables.pages(np.array([pair]))[1], pages)
-    assert compactions > 5
+    assert compactions > 3
 
 
 def test_an_update_holds_only_what_has_changed():

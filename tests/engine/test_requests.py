@@ -282,6 +282,26 @@ def test_the_context_bounds_the_output(
     assert output.finish_reason == "length"
 
 
+def test_nothing_is_left_under_way_when_all_have_ended(engine: LLMEngine, free_run):
+    """Else the time until the next request would count as that of a decode step."""
+    at = next(n for n in range(6, 40) if free_run.token_ids.index(free_run.token_ids[n]) == n)
+    stop = greedy(60, stop_token_ids=[free_run.token_ids[at]])
+    run(engine, [request("stops", PROMPT, stop)])
+    assert not engine._in_flight
+    engine.add_request(request("aborted", PROMPT, greedy(60)))
+    while engine.scheduler.row_of("aborted") is None:
+        engine.step()
+    engine.abort_request("aborted")
+    assert not engine._in_flight
+    seconds = engine._timer.timings.step_seconds
+    assert seconds is not None
+    time.sleep(20 * seconds)
+    engine.add_request(request("next", PROMPT, greedy(2)))
+    engine.step()
+    assert engine._timer.timings.step_seconds == seconds
+    run(engine)
+
+
 def test_one_token(llm: LLM, engine: LLMEngine, free_run):
     output = llm.generate(PROMPT, greedy(1))[0]
     assert output.outputs[0].token_ids == free_run.token_ids[:1]

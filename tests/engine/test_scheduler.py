@@ -53,7 +53,9 @@ def make_request(
     new = NewRequest(name, list(range(prompt_tokens)), SamplingParams(), seed=0)
     room = MAX_TOKENS - prompt_tokens
     work = np.ones(2 * -(-prompt_tokens // 16))
-    return ScheduledRequest(new, arrival, min(max_tokens, room), work, follows_grammar=grammar)
+    return ScheduledRequest(
+        new, arrival, min(max_tokens, room), work, len(work), follows_grammar=grammar
+    )
 
 
 class Driver:
@@ -84,6 +86,10 @@ class Driver:
         output = self.scheduler.schedule(timings)
         if output is not None:
             self.outputs.append(output)
+            waiting = self.scheduler.waiting
+            if waiting and self.scheduler.has_free_row and waiting[0].head_lengths is None:
+                decode = output.decode
+                assert decode is None or decode.num_steps == 1, "a prompt waits for the others"
             self.in_flight.append((output, self.device.execute(output)))
         return output
 
@@ -161,6 +167,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.driver.scheduler.reset(self.driver.tokens)
         manager = self.driver.scheduler.kv_cache
         self.driver.device = FakeDevice(manager.spec, manager._layout)
+        self.driver.device.has_failed = True
         assert not manager.used_pages.any()
 
     @invariant()
