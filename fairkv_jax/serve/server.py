@@ -67,7 +67,7 @@ def serve(load: Callable[[], Engine], options: ServerOptions) -> int:
         on_failure=on_failure,
     )
     service = Service(engine, options, metrics)
-    log.info("listening on %s: loading the model; /ready returns 503 until it is loaded", address)
+    log.info("listening on %s, loading the model; /ready returns 503 until it is loaded", address)
     server = _Server(service)
     server.run(sockets=[listener])
     status = FAILED if engine.failure is not None else 0
