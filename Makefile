@@ -1,10 +1,11 @@
-# What a newcomer types: `make serve`, `make test`, `make check`. The second time takes seconds.
+# The main targets are `make serve`, `make test` and `make check`. The first call installs the
+# environment.
 #
 #   make serve ARGS="--port 9000 --kv-budget 256"
 #   make test  PYTHON=python3.12 VENV=.venv-3.12 JOBS=4 ARGS="-k serve"
 
 VENV ?= .venv
-# The interpreter that makes the environment; empty takes the newest that is known to work.
+# The interpreter that creates the environment. Empty: the first one found of those listed below.
 PYTHON ?=
 JOBS ?= 2
 ARGS ?=
@@ -22,7 +23,7 @@ serve: $(CHECKPOINT)
 test: $(INSTALLED_DEV) $(CHECKPOINT)
 	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile $(ARGS)
 
-# The suites that take longer than a change should wait for; each has a short form in `make test`.
+# Runs the long forms of suites that have a short form in `make test`.
 test-long: $(INSTALLED_DEV) $(CHECKPOINT)
 	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile --long $(ARGS)
 
@@ -40,7 +41,7 @@ types: $(INSTALLED_DEV)
 layers: $(INSTALLED_DEV)
 	$(BIN)/lint-imports
 
-# README's table of options, from their declarations; a test fails while it is stale.
+# Writes README's table of options from their declarations. A test fails if it is out of date.
 option-table: $(INSTALLED)
 	$(BIN)/python -m fairkv_jax.serve.option_table README.md
 
@@ -50,14 +51,14 @@ clean:
 $(CHECKPOINT): | $(INSTALLED)
 	$(BIN)/python -m fairkv_jax.checkpoint fetch
 
-# The CUDA wheels are large: they are installed only where a driver answers. CUDA 13 needs the
+# The CUDA wheels are large, so they are installed only if there is an NVIDIA driver. CUDA 13 needs
 # driver 580 or newer.
 $(INSTALLED): pyproject.toml | $(BIN)/python
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	@driver=$$(nvidia-smi --query-gpu=driver_version --format=csv,noheader 2>/dev/null \
 		| head -n 1 | cut -d. -f1); \
 	case "$$driver" in \
-		''|*[!0-9]*) extra=; echo "no GPU answers: JAX will use the CPU" ;; \
+		''|*[!0-9]*) extra=; echo "no NVIDIA driver was found: JAX will use the CPU" ;; \
 		*) if [ "$$driver" -ge 580 ]; then extra='[cuda13]'; else extra='[cuda12]'; fi; \
 			echo "NVIDIA driver $$driver: installing the extra $$extra" ;; \
 	esac; \
@@ -66,17 +67,17 @@ $(INSTALLED): pyproject.toml | $(BIN)/python
 	@touch $@
 
 $(INSTALLED_DEV): $(INSTALLED)
-	@echo "installing what the tests and checks need into $(VENV)"
+	@echo "installing the requirements of tests and checks into $(VENV)"
 	$(BIN)/python -m pip install --quiet --editable '.[dev]'
 	@touch $@
 
-# A name on PATH may be a shim of a version manager that runs nothing, so each one is tried.
+# Each interpreter is tried, because a name on PATH may be a version manager's shim that fails.
 $(BIN)/python:
 	@for python in $(or $(PYTHON),python3.12 python3.11 python3.13 python3); do \
 		if "$$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then \
-			echo "making $(VENV) with $$("$$python" --version)"; \
+			echo "creating $(VENV) with $$("$$python" --version)"; \
 			exec "$$python" -m venv "$(VENV)"; \
 		fi; \
 	done; \
-	echo "$(or $(PYTHON),python3) is not Python 3.11 or newer: name one by make PYTHON=..." >&2; \
+	echo "$(or $(PYTHON),python3) is not Python 3.11 or newer: set another with make PYTHON=..." >&2; \
 	exit 1

@@ -1,10 +1,9 @@
-"""Compares strategies over devices, budgets and models, at equal batch and at equal memory.
+"""Compares planning strategies for models, devices and budgets, at equal batch and equal memory.
 
     python -m benchmarks.balance --imbalance 0.6 --output_dir benchmarks/results
 
-Profiles are synthetic and the times those of the cost model, so the figures say what the plans
-can gain on such hardware, not what was measured there. Writes balance.json, balance.md (the table)
-and balance.svg (the figure).
+Profiles are synthetic and times come from the cost model, so the figures are predictions and not
+measurements. The command writes balance.json, balance.md (a table) and balance.svg (a figure).
 """
 
 import json
@@ -19,19 +18,19 @@ from fairkv_jax.plan import HARDWARE, SHAPES, CostModel, Plan, Profile, make_pla
 from fairkv_jax.profile import synthetic_profile
 
 _MODELS = flags.DEFINE_list(
-    "models", ["llama-3-8b", "mistral-small-24b", "llama-3.3-70b"], "Shapes of models."
+    "models", ["llama-3-8b", "mistral-small-24b", "llama-3.3-70b"], "Names of model shapes."
 )
 _DEVICES = flags.DEFINE_list("devices", ["2", "4", "8"], "Numbers of devices.")
 _BUDGETS = flags.DEFINE_list(
     "budgets", ["128", "256", "512", "1024", "2048"], "Tokens kept per head on average."
 )
-_BATCH = flags.DEFINE_integer("batch", 64, "Rows of the batch, for the comparison at equal batch.")
-_HARDWARE = flags.DEFINE_enum(
-    "hardware", "H100", list(HARDWARE), "Speed and memory of the devices."
+_BATCH = flags.DEFINE_integer("batch", 64, "Rows of the batch in the comparison at equal batch.")
+_HARDWARE = flags.DEFINE_enum("hardware", "H100", list(HARDWARE), "Hardware of the cost model.")
+_IMBALANCE = flags.DEFINE_float(
+    "imbalance", 0.6, "Imbalance (std / mean of tokens per head) of the synthetic profiles."
 )
-_IMBALANCE = flags.DEFINE_float("imbalance", 0.6, "Mean std / mean of a layer's heads.")
 _SEED = flags.DEFINE_integer("seed", 0, "Random seed of the synthetic profiles.")
-_OUTPUT = flags.DEFINE_string("output_dir", "benchmarks/results", "Folder of the results.")
+_OUTPUT = flags.DEFINE_string("output_dir", "benchmarks/results", "Folder for the results.")
 
 COMPARED = {
     "static": ("static", "equal"),
@@ -40,12 +39,12 @@ COMPARED = {
     "fair, proportional": ("fair_copying", "proportional"),
 }
 MEMORY_FOR_USE = 0.9
-"""The fraction of a device's memory that weights and cache may take."""
+"""Fraction of a device's memory for weights and KV cache."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """One strategy in one setting; ratios are to `static` in the same setting."""
+    """The figures of one strategy in one setting; ratios are relative to `static`."""
 
     model: str
     devices: int
@@ -53,22 +52,22 @@ class Row:
     strategy: str
     utilization: float
     step_ratio: float
-    """Whole step time over static's, at equal batch; below 1 is faster."""
+    """Step time relative to static's, at equal batch; below 1 is faster."""
     attention_ratio: float
-    """The same for attention alone."""
-    copies: int
+    """Like `step_ratio`, for attention alone."""
+    extra_replicas: int
     slots: int
     memory_batch: int
-    """Rows that fit into the memory."""
+    """Largest batch that fits into the memory."""
     memory_tokens_per_second: float
     memory_batch_ratio: float
     memory_speed_ratio: float
-    memory_copies: int
+    memory_extra_replicas: int
     memory_slots: int
 
 
 def compare(profile: Profile, devices: int) -> list[Row]:
-    """Every strategy on one profile; nothing where the weights alone do not fit."""
+    """Compares the strategies on one profile; returns no rows if the weights do not fit."""
     assert profile.shape is not None
     cost = CostModel.of(profile.shape, devices, _HARDWARE.value, batch=_BATCH.value)
     memory = HARDWARE[_HARDWARE.value].memory_bytes * MEMORY_FOR_USE
@@ -94,13 +93,13 @@ def compare(profile: Profile, devices: int) -> list[Row]:
             utilization=equal[name].utilization,
             step_ratio=base.tokens_per_second / equal[name].tokens_per_second,
             attention_ratio=equal[name].step_seconds / base.step_seconds,
-            copies=equal[name].num_extra_replicas,
+            extra_replicas=equal[name].num_extra_replicas,
             slots=equal[name].slots,
             memory_batch=filled[name].cost.batch,
             memory_tokens_per_second=filled[name].tokens_per_second,
             memory_batch_ratio=filled[name].cost.batch / full.cost.batch,
             memory_speed_ratio=filled[name].tokens_per_second / full.tokens_per_second,
-            memory_copies=filled[name].num_extra_replicas,
+            memory_extra_replicas=filled[name].num_extra_replicas,
             memory_slots=filled[name].slots,
         )
         for name in COMPARED
@@ -108,7 +107,7 @@ def compare(profile: Profile, devices: int) -> list[Row]:
 
 
 def markdown(rows: list[Row]) -> str:
-    """The table, with what it says in words above it."""
+    """Formats the results as a Markdown table below a summary."""
     lines = [
         "# Balance of per-head budgets over devices",
         "",
@@ -118,23 +117,23 @@ def markdown(rows: list[Row]) -> str:
         "",
         *findings(rows),
         "",
-        "| model | devices | budget | strategy | utilisation | step | attention | copies | slots "
-        "| batch in memory | tokens/s | batch ratio | tokens/s ratio | copies | slots |",
+        "| model | devices | budget | strategy | utilization | step | attention | replicas | slots "
+        "| batch in memory | tokens/s | batch ratio | tokens/s ratio | replicas | slots |",
         "|---|--:|--:|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|",
     ]
     lines += [
         f"| {row.model} | {row.devices} | {row.budget} | {row.strategy} | {row.utilization:.1%} "
-        f"| {row.step_ratio:.3f} | {row.attention_ratio:.3f} | {row.copies} | {row.slots} "
+        f"| {row.step_ratio:.3f} | {row.attention_ratio:.3f} | {row.extra_replicas} | {row.slots} "
         f"| {row.memory_batch} | {row.memory_tokens_per_second:,.0f} "
-        f"| {row.memory_batch_ratio:.3f} | {row.memory_speed_ratio:.3f} | {row.memory_copies} "
-        f"| {row.memory_slots} |"
+        f"| {row.memory_batch_ratio:.3f} | {row.memory_speed_ratio:.3f} "
+        f"| {row.memory_extra_replicas} | {row.memory_slots} |"
         for row in rows
     ]
     return "\n".join(lines) + "\n"
 
 
 def findings(rows: list[Row]) -> list[str]:
-    """Where copying pays over placing alone, and where it does not."""
+    """Summarises where replication improves on best effort, and where it does not."""
 
     def gains(ratio: Callable[[Row], float]) -> list[tuple[float, Row]]:
         alone = {
@@ -157,9 +156,9 @@ def findings(rows: list[Row]) -> list[str]:
         pays = [gain for gain, _ in found if gain >= 0.01]
         best, where = max(found, key=lambda pair: pair[0])
         lines.append(
-            f"- {title}, copies (equal split) add at least 1 % to best effort's tokens/s in "
-            f"{len(pays)} of {len(found)} settings; the most is {best:+.1%} for {where.model} on "
-            f"{where.devices} devices at a budget of {where.budget}."
+            f"- {title}, replicas (equal split) add at least 1 % to best effort's tokens/s in "
+            f"{len(pays)} of {len(found)} settings. The largest gain is {best:+.1%} for "
+            f"{where.model} on {where.devices} devices at a budget of {where.budget}."
         )
         idle = [row for gain, row in found if gain < 0.01]
         if idle:
@@ -169,12 +168,12 @@ def findings(rows: list[Row]) -> list[str]:
                 + ", ".join(str(r.budget) for r in idle if (r.model, r.devices) == (model, devices))
                 for model, devices in names
             )
-            lines.append(f"  Below 1 % at these budgets: {settings}.")
+            lines.append(f"  The gain is below 1 % at these budgets: {settings}.")
     return lines
 
 
 def figure(rows: list[Row]) -> str:
-    """Tokens/s over static's at equal memory: a panel per model and number of devices."""
+    """Draws tokens/s relative to static at equal memory, a panel per model and device count."""
     models, devices = (list(dict.fromkeys(map(key, rows))) for key in (_model, _devices))
     width, height, colours = 300, 190, ("#9aa4b2", "#6aa5ff", "#1f5fbf", "#d9480f")
     top = max(row.memory_speed_ratio for row in rows) * 1.05
@@ -216,7 +215,7 @@ def figure(rows: list[Row]) -> str:
         f'viewBox="0 0 {size[0]} {size[1]}"><style>text {{ font: 11px sans-serif; fill: #444 }} '
         ".t { font-weight: 600; fill: #111 } line { stroke: #dde2e9 }</style>"
         '<rect width="100%" height="100%" fill="#fff"/><text x="45" y="16" class="t">'
-        "Tokens/s over static's at equal memory, by kept tokens a head</text>"
+        "Tokens/s relative to static at equal memory, by kept tokens per head</text>"
         + "".join(parts)
         + "</svg>\n"
     )
@@ -245,7 +244,9 @@ def main(arguments: list[str]) -> None:
         )
         rows += compare(profile, devices)
     if not rows:
-        raise SystemExit(f"no model fits into the memory of so few {_HARDWARE.value}")
+        raise SystemExit(
+            f"no model fits into the memory of the {_HARDWARE.value} devices: raise --devices"
+        )
     folder = Path(_OUTPUT.value)
     folder.mkdir(parents=True, exist_ok=True)
     table = markdown(rows)

@@ -1,8 +1,9 @@
-"""Measures what pages, ragged lengths and compression cost and gain in decoding and prefill.
+"""Measures the cost of paging and ragged lengths, and the gain of compression.
 
     python -m benchmarks.decode_step --output result.json
 
-Everything runs on one mesh and in one process; compare the ratios, not the times.
+It times decode steps and prefills. Everything runs on one mesh in one process; compare the ratios,
+not the times.
 """
 
 import json
@@ -19,22 +20,20 @@ _MODEL = engine_flag("model")
 _DEVICES = flags.DEFINE_integer("devices", 2, "Number of devices that share the model.")
 _BATCH = flags.DEFINE_integer("batch", 8, "Rows of the decode batch.")
 _CACHED = flags.DEFINE_integer(
-    "cached", 512, "Cached tokens per head when compared with the dense step."
+    "cached", 512, "Cached tokens per head in the comparison with the dense step."
 )
-_PROMPT = flags.DEFINE_integer("prompt", 2048, "Prompt tokens when compression is measured.")
+_PROMPT = flags.DEFINE_integer("prompt", 2048, "Prompt tokens in the measurement of compression.")
 _BUDGET = engine_flag("kv_budget", default=256)
 _PREFILL = flags.DEFINE_integer(
-    "prefill", 1024, "Prompt tokens when compared with the dense prefill."
+    "prefill", 1024, "Prompt tokens in the comparison with the dense prefill."
 )
 _REPEATS = flags.DEFINE_integer("repeats", 21, "Number of timed runs; the median is reported.")
-_TEXT = flags.DEFINE_string("text", None, "Path of the text of the prompts; default: README.md.")
-_OUTPUT = flags.DEFINE_string(
-    "output", None, "Path of a copy of the JSON, which is always printed."
-)
+_TEXT = flags.DEFINE_string("text", None, "Path of a text for the prompts; default: README.md.")
+_OUTPUT = flags.DEFINE_string("output", None, "Path to which the printed JSON is also written.")
 
 STRATEGIES = ("static", "fair_copying")
 DISTINCT_PROMPTS = 4
-"""Prompts that are prefilled; further rows repeat them."""
+"""Number of different prompts; further rows repeat them."""
 
 
 def make_engine(strategy: str, max_model_len: int, **options: Any) -> Any:
@@ -55,14 +54,14 @@ def make_engine(strategy: str, max_model_len: int, **options: Any) -> Any:
 
 
 def prompts(tokenizer: Any, num_tokens: int) -> list[list[int]]:
-    """Returns pieces of a real text, because the tokens kept per head depend on the content."""
+    """Returns prompts from a real text, because the tokens kept per head depend on the content."""
     ids = tokenizer.encode(Path(_TEXT.value or "README.md").read_text())
     ids *= 1 + (num_tokens + 97 * DISTINCT_PROMPTS) // len(ids)
     return [ids[97 * i : 97 * i + num_tokens] for i in range(DISTINCT_PROMPTS)]
 
 
 class Filled:
-    """A model runner whose rows all hold a prompt; a call runs one decode step for all rows."""
+    """A model runner whose rows all hold a prompt. A call runs one decode step for all rows."""
 
     def __init__(self, runner: Any, prompts: list[list[int]]):
         from fairkv_jax.engine.kv_cache_manager import KVCacheManager
@@ -84,7 +83,7 @@ class Filled:
             self._execute(insertion=Insertion(str(row), row, lengths, [1])).result()
 
     def __call__(self) -> Any:
-        """Runs one decode step and returns its tokens, on the devices."""
+        """Runs one decode step and returns its tokens as an array on the devices."""
         from fairkv_jax.engine.scheduler_output import Decode, DecodeRow
 
         self.kv_cache.reserve(1)
@@ -107,7 +106,7 @@ class Filled:
         return self.runner.execute(output)
 
     def memory(self) -> dict[str, Any]:
-        """Compares the pages of the fullest device with the mean of cached tokens per device."""
+        """Returns the fullest device's pages relative to the mean of cached tokens per device."""
         pages, tokens = self.kv_cache.used_pages, self.kv_cache.tokens_per_device.sum(0)
         page_size = self.runner.cache_spec.page_size
         return {
@@ -119,7 +118,7 @@ class Filled:
 
 
 def against_dense(strategy: str) -> dict[str, float]:
-    """Times the paged step, with equal lengths in all heads, and the dense step."""
+    """Times the paged decode step with equal lengths in all heads, and the dense step."""
     import jax
     import jax.numpy as jnp
     import numpy as np
@@ -157,14 +156,14 @@ def against_full(strategy: str, results: dict[str, Any]) -> dict[str, float]:
     steps = {}
     for policy, options in (("full", {}), ("ada_snapkv", {"kv_budget": _BUDGET.value})):
         engine, tokenizer = make_engine(strategy, room, kv_policy=policy, **options)
-        count = 1 if policy == "full" else DISTINCT_PROMPTS  # full keeps every token of any prompt
+        count = 1 if policy == "full" else DISTINCT_PROMPTS  # `full` keeps every token.
         steps[policy] = Filled(engine, prompts(tokenizer, _PROMPT.value)[:count])
         results["memory"][f"{strategy} {policy}"] = steps[policy].memory()
     return median_ms(steps, _REPEATS.value)
 
 
 def prefills() -> dict[str, float]:
-    """Times a prefill without compression, one with it, and the dense one."""
+    """Times the dense prefill, and prefills without and with compression."""
     from benchmarks.dense import dense_prefill
     from benchmarks.timing import median_ms
 
@@ -191,7 +190,7 @@ def print_table(results: dict[str, Any]) -> None:
     table = Table("what", "ms", "ratio", title="decode step and prefill")
     for strategy, ms in results["step_against_dense"].items():
         ratio = ms["paged"] / ms["dense"]
-        table.add_row(f"step, dense ({_CACHED.value} tokens a head)", f"{ms['dense']:.1f}", "1")
+        table.add_row(f"step, dense ({_CACHED.value} tokens per head)", f"{ms['dense']:.1f}", "1")
         table.add_row(f"step, {strategy}", f"{ms['paged']:.1f}", f"{ratio:.2f} x dense")
     for strategy, ms in results["step_against_full"].items():
         ratio = ms["full"] / ms["ada_snapkv"]

@@ -1,7 +1,7 @@
-"""The plain engine that the benchmarks compare with: contiguous caches, no pages, no routing.
+"""The dense baseline of the benchmarks: contiguous caches without pages or routing.
 
-The same modules and weights, sharded by the same mesh, with one key and value array a layer that
-every row fills to the same length.
+It uses the same model and weights on the same mesh. Each layer has one array of keys and one of
+values, in which all rows have the same length.
 """
 
 from functools import partial
@@ -24,7 +24,7 @@ Caches = tuple[Float[Array, "L C B S H"], Float[Array, "L C B S H"]]
 def dense_step(
     model: Model, caches: Caches, tokens: Int[Array, "B"], position: Int[Array, ""], *, mesh: Mesh
 ) -> tuple[Caches, Int[Array, "B"]]:
-    """One greedy decode step with all rows at `position` of caches [L, P*C, B, S, H]."""
+    """Runs one greedy decode step with all rows at `position` of caches [L, P*C, B, S, H]."""
 
     def local(model: Model, caches: Caches, tokens: Array, position: Array) -> tuple[Caches, Array]:
         def attend(
@@ -56,7 +56,10 @@ def dense_step(
 def dense_prefill(
     model: Model, tokens: Int[Array, "T"], *, mesh: Mesh
 ) -> tuple[Float[Array, "V"], Array, Array]:
-    """The last logits, and keys and values [L, T, P*C, H]; scores are [T, T] at once."""
+    """Returns the last token's logits, and keys and values [L, T, P*C, H].
+
+    The attention scores [T, T] are computed at once.
+    """
 
     def local(model: Model, tokens: Array) -> tuple[Array, Array, Array]:
         def attend(

@@ -1,8 +1,8 @@
-"""Measures how far int8 weights move the logits, compared with bfloat16, and what they save.
+"""Measures the error of the logits with int8 weights, and the memory that they save.
 
     python -m benchmarks.int8 --output benchmarks/results/int8
 
-The distance of two models is |a - b| / |b| over the logits after every prompt.
+The distance of two models is |a - b| / |b| over the logits after all prompts.
 """
 
 import json
@@ -17,9 +17,7 @@ from fairkv_jax.command_line import engine_flag, with_underscores
 
 _MODEL = engine_flag("model")
 _PROMPTS = flags.DEFINE_integer("prompts", 24, "Number of prompts of benchmarks/prompts.jsonl.")
-_TOKENS = flags.DEFINE_integer(
-    "tokens", 128, "Tokens that are read from the beginning of each prompt."
-)
+_TOKENS = flags.DEFINE_integer("tokens", 128, "Number of first tokens of each prompt to use.")
 _OUTPUT = flags.DEFINE_string("output", None, "Path of the results, without .json and .md.")
 
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -64,14 +62,14 @@ def table(results: dict[str, Any]) -> str:
         f"`python -m benchmarks.int8`: {options['model'] or 'the demo model'}, "
         f"{options['prompts']} prompts cut to {options['tokens']} tokens, on CPU devices.",
         "",
-        "| model | beside | distance of the logits |",
+        "| model | compared with | distance of the logits |",
         "|---|---|---|",
     ]
     for one, other in PAIRS:
         lines.append(f"| {one} | {other} | {100 * results['distance'][f'{one} / {other}']:.2f} % |")
     sizes = results["bytes"]
     ratio = sizes["bfloat16, int8 weights"] / sizes["bfloat16"]
-    lines += ["", f"The weights take {ratio:.3f} times the bytes that they take in bfloat16."]
+    lines += ["", f"The int8 weights take {ratio:.3f} times the bytes of the bfloat16 weights."]
     return "\n".join(lines) + "\n"
 
 

@@ -1,10 +1,10 @@
-"""Measures how fast checkpoints load, compared with reading their files, and the host memory used.
+"""Measures the speed and host memory of loading checkpoints, compared with reading their files.
 
     python -m benchmarks.load --output benchmarks/results/load
 
-makes a synthetic model of random weights in safetensors, converts it to Orbax, and alternates
-reading the files into memory with loading each checkpoint onto CPU devices. All are timed once with
-the files in the system's page cache and once without.
+The command writes a synthetic model with random weights in safetensors and converts it to Orbax.
+Then it alternates reading the files into memory with loading each checkpoint onto CPU devices, both
+with the files in the system's page cache and without.
 """
 
 import json
@@ -27,7 +27,7 @@ _REPEATS = flags.DEFINE_integer("repeats", 7, "Number of timed runs; the median 
 _FOLDER = flags.DEFINE_string("folder", None, "Folder of the files; default: a temporary one.")
 _OUTPUT = flags.DEFINE_string("output", None, "Path of the results, without .json and .md.")
 _MEASURE = flags.DEFINE_string(
-    "measure_memory", None, "Only load this checkpoint and print the bytes."
+    "measure_memory", None, "Path of a checkpoint: only load it and print the memory used."
 )
 
 _LAYER_BYTES = 2 * (2 * 2048 * (2048 + 256) + 3 * 2048 * 5632)
@@ -43,11 +43,11 @@ _CONFIG = {
     "tie_word_embeddings": False,
     "eos_token_id": 0,
 }
-"""The widths of TinyLlama; the number of layers follows from the size."""
+"""The sizes of TinyLlama; the number of layers follows from --gigabytes."""
 
 
 def write_synthetic(folder: Path, num_bytes: float) -> Path:
-    """A Hugging Face folder of random bfloat16 weights, of about that size."""
+    """Writes a Hugging Face checkpoint with random bfloat16 weights of about that size."""
     import ml_dtypes
     import numpy as np
     from tokenizers import Tokenizer, models
@@ -76,7 +76,7 @@ def write_synthetic(folder: Path, num_bytes: float) -> Path:
 
 
 def loader(path: Path) -> Callable[[], Any]:
-    """A call that loads a checkpoint onto all CPU devices."""
+    """Returns a function that loads a checkpoint onto all CPU devices."""
     from fairkv_jax.checkpoint import open_checkpoint
     from fairkv_jax.plan import Profile, make_plan
     from fairkv_jax.sharding.load_weights import load_model
@@ -96,7 +96,7 @@ def weight_files(path: Path) -> list[Path]:
 
 
 def evict(files: list[Path]) -> None:
-    """Drops files from the page cache."""
+    """Evicts files from the page cache."""
     for file in files:
         with file.open("rb") as opened:
             os.fsync(opened.fileno())
@@ -104,7 +104,7 @@ def evict(files: list[Path]) -> None:
 
 
 def timings(folders: dict[str, Path]) -> dict[str, dict[str, float]]:
-    """Median milliseconds of reading and of loading each, with files cached and dropped."""
+    """Returns the median milliseconds of reading and loading, with and without the page cache."""
     from benchmarks.timing import median_ms
 
     runs: dict[str, Callable[[], Any]] = {}
@@ -120,7 +120,7 @@ def timings(folders: dict[str, Path]) -> dict[str, dict[str, float]]:
 
 
 def memory(path: Path) -> dict[str, int]:
-    """What a process that loads it takes of the host beyond what its devices hold."""
+    """Measures, in a separate process, the host memory that loading uses besides the weights."""
     command = [sys.executable, "-m", "benchmarks.load", f"--measure_memory={path}"]
     command.append(f"--devices={_DEVICES.value}")
     return json.loads(subprocess.run(command, check=True, capture_output=True).stdout)
@@ -134,26 +134,25 @@ def measure_memory(path: Path) -> dict[str, int]:
     pages = int(Path("/proc/self/statm").read_text().split()[1])
     before = pages * os.sysconf("SC_PAGE_SIZE")
     model = load()
-    # Not `ru_maxrss`, which a process inherits from the one that starts it.
+    # `ru_maxrss` is not used, because a process inherits it from its parent.
     status = Path("/proc/self/status").read_text()
-    peak = 1024 * int(status.partition("VmHWM:")[2].split()[0])
+    max_resident = 1024 * int(status.partition("VmHWM:")[2].split()[0])
     held = sum(leaf.nbytes for leaf in jax.tree.leaves(model))
-    return {"held_by_devices": held, "peak_beyond_it": peak - before - held}
+    return {"held_by_devices": held, "peak_beyond_it": max_resident - before - held}
 
 
 def table(results: dict[str, Any]) -> str:
-    """The results as Markdown."""
+    """Formats the results as Markdown."""
     gigabytes = results["bytes"] / 1e9
     lines = [
         "# Loading a checkpoint",
         "",
         f"`python -m benchmarks.load`: {gigabytes:.2f} GB of random bfloat16 weights, "
         f"{results['flags']['devices']} CPU devices, {results['cpus']} cores at a load average of "
-        f"{results['load_average']:.1f} before it, median of {results['flags']['repeats']}. "
-        "Speed beside reading the same files into memory "
-        "with one thread.",
+        f"{results['load_average']:.1f} at the start, median of {results['flags']['repeats']} "
+        "runs. The last column compares with reading the same files into memory in one thread.",
         "",
-        "| files | format | read, GB/s | load, GB/s | load beside read |",
+        "| page cache | format | read, GB/s | load, GB/s | speed relative to reading |",
         "|---|---|---|---|---|",
     ]
     for state, ms in results["ms"].items():
@@ -161,7 +160,7 @@ def table(results: dict[str, Any]) -> str:
             read, load = ms[f"read {name}"], ms[f"load {name}"]
             speeds = f"{1e3 * gigabytes / read:.2f} | {1e3 * gigabytes / load:.2f}"
             lines.append(f"| {state} | {name} | {speeds} | {read / load:.2f} |")
-    lines += ["", "| format | host memory beyond what devices hold | largest tensor + 1 GiB |"]
+    lines += ["", "| format | host memory besides the weights | largest tensor + 1 GiB |"]
     lines.append("|---|---|---|")
     limit = results["largest_tensor"] + (1 << 30)
     for name, figures in results["memory"].items():

@@ -1,4 +1,4 @@
-"""Requests with whatever may be asked for, some of them given up, and what they leave behind."""
+"""Sends random requests to a server, cancels some of them, and checks for leaks."""
 
 import asyncio
 import time
@@ -18,10 +18,10 @@ USAGE = "vllm:kv_cache_usage_perc"
 
 
 def body(chance: np.random.Generator, ids: range, longest: int, most_tokens: int) -> dict[str, Any]:
-    """A request with whatever may be asked for; most fields are left out most of the time."""
+    """Returns the body of a random request; most fields are usually left out."""
 
-    def some(part: float, value: Any) -> Any:
-        return value if chance.random() < part else None
+    def some(probability: float, value: Any) -> Any:
+        return value if chance.random() < probability else None
 
     stream = bool(chance.random() < 0.5)
     max_tokens = int(chance.integers(1, most_tokens, endpoint=True))
@@ -52,7 +52,7 @@ def body(chance: np.random.Generator, ids: range, longest: int, most_tokens: int
 
 
 async def one(client: httpx.AsyncClient, request: dict[str, Any], patience_s: float | None) -> str:
-    """The status of a request, or "cancelled" where the patience was at an end before it was."""
+    """Sends a request and returns its status, or "cancelled" if `patience_s` elapsed first."""
     try:
         answer = await asyncio.wait_for(client.post("/v1/completions", json=request), patience_s)
     except TimeoutError:
@@ -62,13 +62,13 @@ async def one(client: httpx.AsyncClient, request: dict[str, Any], patience_s: fl
 
 
 async def gauges(client: httpx.AsyncClient) -> dict[str, float]:
-    """What /metrics says, by name; of what has further labels, the last."""
+    """Returns the metrics by name; for metrics with several labels, the last sample."""
     text = (await client.get("/metrics")).raise_for_status().text
     return {s.name: s.value for f in text_string_to_metric_families(text) for s in f.samples}
 
 
 async def soak(url: str, api_key: str | None, options: dict[str, Any]) -> dict[str, Any]:
-    """All requests, and what the server says of itself in the middle and at the end."""
+    """Sends all requests and summarises their statuses and the server's metrics."""
     chance = np.random.default_rng(options["seed"])
     ids = vocabulary(url, api_key)
     requests = options["num_requests"]
@@ -95,7 +95,7 @@ async def soak(url: str, api_key: str | None, options: dict[str, Any]) -> dict[s
                     for _ in range(at_once)
                 ]
                 statuses.update(await asyncio.gather(*asking))
-                seconds = time.perf_counter() - start  # what the next ones' patience is drawn from
+                seconds = time.perf_counter() - start  # Upper limit of the next requests' patience.
                 left -= at_once
             seen.append(await gauges(client))
         duration = time.perf_counter() - began

@@ -1,8 +1,8 @@
-"""Measures what page tables cost: bytes on devices and host, and bytes uploaded by an insert.
+"""Measures the memory of page tables on devices and host, and the bytes that an insert uploads.
 
     python -m benchmarks.page_tables
 
-Host code only: it fills a `KVCacheManager` with random kept lengths, as a server would.
+It runs on the host only, and fills a `KVCacheManager` with random kept lengths.
 """
 
 import sys
@@ -18,13 +18,13 @@ from fairkv_jax.kv_cache_spec import KVCacheSpec
 from fairkv_jax.plan import Profile, make_plan
 from fairkv_jax.sharding.slots import SlotLayout
 
-_CONTEXT = flags.DEFINE_integer("max_model_len", 131_072, "Most tokens of a request.")
-_KEPT = flags.DEFINE_integer("kept", 2048, "Mean tokens that each head keeps of a prompt.")
+_CONTEXT = flags.DEFINE_integer("max_model_len", 131_072, "Maximum tokens per request.")
+_KEPT = flags.DEFINE_integer("kept", 2048, "Mean prompt tokens kept per head.")
 
 
 @dataclass(frozen=True)
 class Case:
-    """A model on devices, and the memory of each device for the KV cache."""
+    """A model, its devices, and the memory of each device for the KV cache."""
 
     name: str
     num_layers: int
@@ -42,7 +42,7 @@ CASES = (
 
 
 def measure(case: Case) -> list[str]:
-    """One line of the table."""
+    """Returns the cells of one row of the table."""
     tokens = ((float(_KEPT.value),) * case.num_kv_heads,) * case.num_layers
     profile = Profile(case.name, "full", None, tokens)
     layout = SlotLayout.from_plan(make_plan(profile, case.num_devices, "static"))
@@ -93,15 +93,15 @@ def main(argv: list[str]) -> None:
             "model and batch",
             "pool per device",
             "tables per device",
-            "tables on host, of pool",
+            "host tables relative to the pool",
             "dense tables per device",
-            "an insert uploads",
-            "a dense insert",
-            "host time of an insert",
+            "upload per insert",
+            "upload per insert, dense",
+            "host time per insert",
         ],
         *map(measure, CASES),
     ]
-    print(f"context {_CONTEXT.value}, {_KEPT.value} kept tokens per head on average\n")
+    print(f"context of {_CONTEXT.value} tokens, {_KEPT.value} tokens kept per head on average\n")
     print("\n---|---|---|---|---|---|---|---\n".join(" | ".join(row) for row in rows[:2]))
     print("\n".join(" | ".join(row) for row in rows[2:]))
 

@@ -1,9 +1,9 @@
-"""Compares the tokens/s of the server with those of the same engine used offline.
+"""Compares the tokens/s of the server with those of an `LLM` with the same options.
 
     python -m benchmarks.server_overhead --num-streams 8
 
-A server process and an `LLM` in this process have the same options and take turns at the same
-prompts, so that one waits while the other works. The medians over the rounds are compared.
+The server process and the `LLM` in this process alternate in running the same prompts, so that one
+is idle while the other runs. The medians over the rounds are compared.
 """
 
 import asyncio
@@ -38,7 +38,7 @@ _OUTPUT_LEN = flags.DEFINE_integer("output_len", 128, "Generated tokens per requ
 _BUDGET = engine_flag("kv_budget", default=1024)
 _CONTEXT = engine_flag("max_model_len", default=1024)
 _ROUNDS = flags.DEFINE_integer("rounds", 3, "Number of rounds; the medians are compared.")
-_RESULT = flags.DEFINE_string("output", None, "Path of a copy of the JSON.")
+_RESULT = flags.DEFINE_string("output", None, "Path to which the printed JSON is also written.")
 
 
 def options() -> dict[str, Any]:
@@ -79,7 +79,7 @@ def server() -> Iterator[str]:
 
 
 async def served(url: str, prompts: list[list[int]]) -> float:
-    """Sends all prompts at once and returns the tokens/s."""
+    """Sends all prompts at once to the server and returns the tokens/s."""
     async with httpx.AsyncClient(base_url=url, timeout=None) as client:
         began = time.perf_counter()
         bodies = [
@@ -95,6 +95,7 @@ async def served(url: str, prompts: list[list[int]]) -> float:
 
 
 def offline(llm: Any, prompts: list[list[int]]) -> float:
+    """Generates from all prompts with the `LLM` and returns the tokens/s."""
     from fairkv_jax import SamplingParams
 
     params = SamplingParams(temperature=0, max_tokens=_OUTPUT_LEN.value, ignore_eos=True)

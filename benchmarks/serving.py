@@ -5,10 +5,11 @@
     python -m benchmarks.serving --stall --num-streams 4 --input-len 8000         # see below
 
 A closed loop sends the next request when one has ended. An open loop sends requests as a Poisson
-process of the given rate, whatever the server does. With `--stall`, streams run alone for a while,
-and then a long prompt arrives: the result says how much longer they wait for their tokens.
+process with the given rate, whatever the server does. With `--stall`, a long prompt arrives while
+streams are running, and the result compares their inter-token latencies before and during its
+prefill.
 
-Prompts are random tokens. Options have the names that they have in `vllm bench serve`.
+Prompts are random tokens. Options have the same names as in `vllm bench serve`.
 """
 
 import asyncio
@@ -31,17 +32,19 @@ _URL = flags.DEFINE_string("base_url", "http://127.0.0.1:8000", "Address of the 
 _KEY = flags.DEFINE_string("api_key", None, "API key of the server.")
 _PROMPTS = flags.DEFINE_integer("num_prompts", 64, "Number of requests.", lower_bound=1)
 _RATE = flags.DEFINE_float("request_rate", math.inf, "Requests per second; inf: all at once.")
-_BURST = flags.DEFINE_float("burstiness", 1.0, "Burstiness of arrivals; 1: Poisson.")
+_BURST = flags.DEFINE_float("burstiness", 1.0, "Burstiness of arrivals; 1: Poisson process.")
 _AT_ONCE = flags.DEFINE_integer("max_concurrency", None, "Maximum concurrent requests.")
 _INPUT = flags.DEFINE_integer("input_len", 256, "Tokens per prompt.", lower_bound=1)
 _OUTPUT_LEN = flags.DEFINE_integer("output_len", 64, "Generated tokens.", lower_bound=1)
-_RANGE = flags.DEFINE_float("range_ratio", 0.0, "Relative variation of lengths.", 0, 1)
+_RANGE = flags.DEFINE_float("range_ratio", 0.0, "Maximum relative deviation of lengths.", 0, 1)
 _SEED = flags.DEFINE_integer("seed", 0, "Random seed of prompts, lengths and arrivals.")
 _WARM = flags.DEFINE_integer("num_warmups", 1, "Requests that are sent before measuring.")
 _STALL = flags.DEFINE_boolean("stall", False, "Measure how a long prompt delays streams.")
 _STREAMS = flags.DEFINE_integer("num_streams", 4, "Streams that run while the long prompt arrives.")
-_QUIET = flags.DEFINE_float("quiet_seconds", 10.0, "Seconds before the long prompt, and after.")
-_RESULT = flags.DEFINE_string("output", None, "Path of a copy of the JSON.")
+_QUIET = flags.DEFINE_float(
+    "quiet_seconds", 10.0, "Seconds that the streams run before the long prompt arrives."
+)
+_RESULT = flags.DEFINE_string("output", None, "Path of the results in JSON.")
 
 
 def body(prompt: list[int], output_len: int) -> dict[str, Any]:
@@ -79,7 +82,7 @@ async def load(client: httpx.AsyncClient, ids: range) -> dict[str, Any]:
         await asyncio.sleep(max(0.0, due - time.perf_counter()))
         tasks.append(asyncio.create_task(one(prompt, output_len)))
         if math.isfinite(_RATE.value):
-            # Gamma-distributed gaps; of shape 1 they are exponential, which makes it Poisson.
+            # Gaps are gamma-distributed; with shape 1 they are exponential (a Poisson process).
             due += chance.gamma(_BURST.value, 1 / (_RATE.value * _BURST.value))
     answers = await asyncio.gather(*tasks)
     return figures(answers, time.perf_counter() - began)
@@ -106,7 +109,7 @@ def figures(answers: list[Answer], seconds: float) -> dict[str, Any]:
 
 
 async def stall(client: httpx.AsyncClient, ids: range) -> dict[str, Any]:
-    """Streams that run quietly, and then while a long prompt is read."""
+    """Measures inter-token latencies of streams before and during a long prompt's prefill."""
     chance = np.random.default_rng(_SEED.value)
     models = (await client.get("/v1/models")).raise_for_status().json()
     room = models["data"][0]["max_model_len"]

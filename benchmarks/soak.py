@@ -1,10 +1,10 @@
-"""Sends many requests of every kind to a running server and checks that nothing stays behind.
+"""Sends many random requests to a running server and checks that no resources leak.
 
     python -m benchmarks.soak --num-requests 2000 --cancelled 0.2
 
 Lengths, parameters and the number of concurrent requests are random, and some requests are
-cancelled. The exit status is 1 if a request was answered 5xx, if anything was compiled, or if pages
-are in use after all requests have ended.
+cancelled. The exit status is 1 if the server responded with a status other than 200, compiled a
+program, or has KV pages in use after all requests have ended.
 """
 
 import asyncio
@@ -27,7 +27,7 @@ _AT_ONCE = flags.DEFINE_integer(
 )
 _OUTPUT_LEN = flags.DEFINE_integer("output_len", 16, "Maximum generated tokens.", lower_bound=1)
 _SEED = flags.DEFINE_integer("seed", 0, "Random seed.")
-_RESULT = flags.DEFINE_string("output", None, "Path of a copy of the JSON.")
+_RESULT = flags.DEFINE_string("output", None, "Path to which the printed JSON is also written.")
 
 
 def main(argv: list[str]) -> int:

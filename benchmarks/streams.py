@@ -1,4 +1,4 @@
-"""A client that streams completions and notes when each of their tokens came."""
+"""A client that streams completions and records the arrival time of every token."""
 
 import json
 import time
@@ -12,12 +12,12 @@ import numpy as np
 
 @dataclass
 class Answer:
-    """One streamed completion; times are seconds of `time.perf_counter`."""
+    """One streamed completion. Times are in seconds of `time.perf_counter`."""
 
     prompt_tokens: int
     sent: float = 0.0
     arrivals: list[tuple[float, int]] = field(default_factory=list)
-    """When tokens came, and how many together."""
+    """Pairs of an arrival time and the number of tokens that arrived."""
     ended: float = 0.0
     error: str | None = None
 
@@ -34,7 +34,10 @@ class Answer:
         return self.ended - self.sent
 
     def intervals(self, since: float = 0.0, until: float = np.inf) -> list[float]:
-        """Between tokens, of all gaps that touch the span; what comes together shares its gap."""
+        """Returns the inter-token latencies of all gaps that overlap with the time span.
+
+        Tokens that arrive together share the gap before them equally.
+        """
         found = []
         for (before, _), (now, count) in zip(self.arrivals, self.arrivals[1:], strict=False):
             if now >= since and before <= until:
@@ -43,7 +46,7 @@ class Answer:
 
 
 async def stream(client: httpx.AsyncClient, answer: Answer, body: dict[str, Any]) -> Answer:
-    """Ask for a completion and fill in the answer as it comes."""
+    """Requests a streamed completion and records its tokens in `answer`."""
     options = {"include_usage": True, "continuous_usage_stats": True}
     body = {**body, "stream": True, "stream_options": options}
     answer.sent = time.perf_counter()
@@ -59,7 +62,7 @@ async def stream(client: httpx.AsyncClient, answer: Answer, body: dict[str, Any]
         answer.error = f"{type(error).__name__} {error}"
     answer.ended = time.perf_counter()
     if answer.error is None and not answer.arrivals:
-        answer.error = "no token came"
+        answer.error = "the response contained no token"
     return answer
 
 
@@ -78,7 +81,7 @@ def headers(api_key: str | None) -> dict[str, str]:
 
 
 def vocabulary(url: str, api_key: str | None) -> range:
-    """Ids of a server's tokenizer that random prompts are drawn from: no special ones."""
+    """Returns the range of token ids for random prompts, which contains no special tokens."""
     info = httpx.get(f"{url}/tokenizer_info", headers=headers(api_key), timeout=60)
     info.raise_for_status()
     size = info.json()["vocab_size"]
@@ -90,7 +93,7 @@ def random_prompt(chance: np.random.Generator, ids: range, length: int) -> list[
 
 
 def summary_ms(seconds: Sequence[float]) -> dict[str, float]:
-    """Mean and percentiles, in milliseconds."""
+    """Returns the mean, percentiles and maximum in milliseconds."""
     if not seconds:
         return {}
     values = 1e3 * np.array(seconds)

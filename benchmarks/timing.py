@@ -1,4 +1,4 @@
-"""Timings as ratios within one process: rivals take turns, so that noise meets them alike."""
+"""Times functions alternately in one process, so that noise affects all of them equally."""
 
 import time
 from collections.abc import Callable, Mapping
@@ -11,9 +11,9 @@ import jax
 def median_ms(
     runs: Mapping[str, Callable[[], Any]], repeats: int, before: Callable[[], None] | None = None
 ) -> dict[str, float]:
-    """The median milliseconds of each run; each has been run once before any is timed.
+    """Returns the median milliseconds of each function, after one untimed call of each.
 
-    `before` is called ahead of every timed run, and not timed.
+    `before` is called before every timed call and is not timed.
     """
     for run in runs.values():
         jax.block_until_ready(run())

@@ -1,6 +1,6 @@
-"""Talk to a running server in the terminal: `python -m fairkv_jax.chat --help`.
+"""A terminal chat client for a running server: `python -m fairkv_jax.chat --help`.
 
-It needs neither JAX nor a model. Ctrl-C stops an answer, Ctrl-D ends the conversation.
+The client needs neither JAX nor a model. Ctrl-C stops an answer, and Ctrl-D ends the conversation.
 """
 
 import http.client
@@ -19,41 +19,41 @@ from absl import app, flags
 from fairkv_jax.command_line import with_underscores
 
 _URL = flags.DEFINE_string("base_url", "http://127.0.0.1:8000", "Address of the server.")
-_KEY = flags.DEFINE_string("api_key", None, "API key; default: the first one in $FAIRKV_API_KEY.")
+_KEY = flags.DEFINE_string("api_key", None, "API key; default: the first key in $FAIRKV_API_KEY.")
 _MODEL = flags.DEFINE_string("model", None, "Model name; default: the server's first one.")
 _SYSTEM = flags.DEFINE_string("system", None, "System message at the start of the conversation.")
 _SAMPLING = {
     "max_tokens": flags.DEFINE_integer("max_tokens", None, "Maximum tokens per answer."),
     "temperature": flags.DEFINE_float("temperature", None, "Sampling temperature; 0: greedy."),
     "top_p": flags.DEFINE_float(
-        "top_p", None, "Cumulative probability of the tokens sampled from."
+        "top_p", None, "Cumulative probability of the most likely tokens to sample from."
     ),
-    "top_k": flags.DEFINE_integer("top_k", None, "Number of tokens sampled from."),
+    "top_k": flags.DEFINE_integer("top_k", None, "Number of most likely tokens to sample from."),
     "min_p": flags.DEFINE_float(
         "min_p", None, "Minimum probability, relative to the most likely token's."
     ),
-    "seed": flags.DEFINE_integer("seed", None, "Random seed, which makes answers repeatable."),
+    "seed": flags.DEFINE_integer("seed", None, "Random seed, which makes answers reproducible."),
     "kv_budget": flags.DEFINE_integer(
-        "kv_budget", None, "Tokens kept per head; at most the server's."
+        "kv_budget", None, "Tokens kept per head on average, at most the server's budget."
     ),
 }
 _CA = flags.DEFINE_string("ssl_cafile", None, "PEM file of the certificate to trust, for HTTPS.")
 
-HELP = "/reset forgets what was said, /quit ends, Ctrl-C stops an answer"
+HELP = "/reset starts a new conversation, /quit ends the program, Ctrl-C stops an answer"
 
 
 @dataclass
 class Talk:
-    """A conversation with one server.
+    """A conversation with a server.
 
     Raises:
-        OSError, http.client.HTTPException: the server is not there, or went away.
-        ValueError: it refuses; the message is its own.
+        OSError, http.client.HTTPException: the connection failed.
+        ValueError: the server rejected the request; the message is the server's.
     """
 
     url: str
     options: Mapping[str, Any] = field(default_factory=dict)
-    """Fields of every request beside the messages."""
+    """Fields of every request besides the messages."""
     system: str | None = None
     api_key: str | None = None
     ca_file: str | None = None
@@ -66,9 +66,10 @@ class Talk:
         self.messages = [{"role": "system", "content": self.system}] if self.system else []
 
     def ask(self, text: str) -> Generator[str, None, None]:
-        """The answer in pieces as they come; what of it was taken is remembered, and the question.
+        """Yields the answer in pieces as they arrive.
 
-        A question that got no answer at all is forgotten.
+        The question and the pieces that were consumed are added to the conversation, unless no
+        piece arrived.
         """
         self.messages.append({"role": "user", "content": text})
         answer = ""
@@ -99,13 +100,13 @@ class Talk:
                 if line.startswith(b"data: {"):
                     yield _text(json.loads(line.removeprefix(b"data: ")))
         finally:
-            connection.close()  # which ends the request where it still runs
+            connection.close()  # Aborts the request if it is still running.
 
-    def _connect(self, scheme: str, place: str) -> http.client.HTTPConnection:
+    def _connect(self, scheme: str, host: str) -> http.client.HTTPConnection:
         if scheme == "https":
             context = ssl.create_default_context(cafile=self.ca_file)
-            return http.client.HTTPSConnection(place, context=context)
-        return http.client.HTTPConnection(place)
+            return http.client.HTTPSConnection(host, context=context)
+        return http.client.HTTPConnection(host)
 
 
 def _text(chunk: dict[str, Any]) -> str:
@@ -118,11 +119,11 @@ def _refusal(status: int, body: bytes) -> str:
     try:
         return json.loads(body)["error"]["message"]
     except (ValueError, KeyError, TypeError):
-        return f"the server answers {status}: is it this project's?"
+        return f"the server responded with status {status}: check that --base-url is correct"
 
 
 def converse(talk: Talk) -> None:
-    """Read questions and write answers until the input ends; prompts only to a terminal."""
+    """Reads questions and prints answers until the input ends; a terminal also shows a prompt."""
     interactive = sys.stdin.isatty()
     while True:
         try:
@@ -157,9 +158,9 @@ def _answer(talk: Talk, text: str) -> None:
 
 def main(argv: list[str]) -> None:
     if len(argv) > 1:
-        raise app.UsageError(f"{argv[1]!r} is not understood: options begin with --")
+        raise app.UsageError(f"unexpected argument {argv[1]!r}: options begin with --")
     with suppress(ImportError):
-        import readline  # noqa: F401  (it gives input() a history and line editing)
+        import readline  # noqa: F401  (adds a history and line editing to input())
     given = {"model": _MODEL.value, **{name: flag.value for name, flag in _SAMPLING.items()}}
     talk = Talk(
         str(_URL.value),

@@ -1,4 +1,4 @@
-"""How the tokens of one request are chosen, and when it ends."""
+"""Sampling parameters of one request."""
 
 import json
 import math
@@ -9,31 +9,32 @@ from typing import Any
 
 MAX_LOGPROBS = 20
 MAX_LOGIT_BIAS = 300
-"""Tokens that one request may favour or disfavour."""
+"""Maximum number of tokens in `logit_bias`."""
 MAX_STOP_TOKEN_IDS = 128
-"""Tokens that may end one request."""
+"""Maximum number of tokens in `stop_token_ids`."""
 MAX_GRAMMAR_CHARACTERS = 1 << 17
-"""Of what one output has to match; longer ones take seconds to compile."""
+"""Maximum length of a schema, regular expression or grammar; longer ones compile for seconds."""
 
 
 @dataclass(frozen=True)
 class StructuredOutputsParams:
-    """What the output has to match: exactly one of these is given. Names are vLLM's.
+    """A constraint on the output. Exactly one field must be given; the names are vLLM's.
+
+    Schemas and grammars are checked when they are compiled, not here.
 
     Raises:
-        ValueError: none is given or several are, or one has a wrong type. Whether a schema or a
-            grammar makes sense is found out when it is compiled.
+        ValueError: no field or several fields are given, or a value has the wrong type.
     """
 
     json: str | Mapping[str, Any] | None = None
-    """A JSON schema, as text or as the object that the text stands for; it is stored as text."""
+    """A JSON schema, as text or as an object; it is stored as text."""
     regex: str | None = None
     choice: tuple[str, ...] | list[str] | None = None
-    """The output is one of these texts."""
+    """The output must be one of these texts."""
     grammar: str | None = None
-    """A context-free grammar in Lark's notation, or in GBNF's."""
+    """A context-free grammar in Lark or GBNF notation."""
     json_object: bool | None = None
-    """Any JSON object."""
+    """The output must be a JSON object."""
 
     def __post_init__(self) -> None:
         given = [name for name in _CONSTRAINTS if getattr(self, name) is not None]
@@ -41,7 +42,7 @@ class StructuredOutputsParams:
             given.remove("json_object")
         if len(given) != 1:
             raise ValueError(
-                f"exactly one of {', '.join(_CONSTRAINTS)} constrains an output, "
+                f"exactly one of {', '.join(_CONSTRAINTS)} must be given, "
                 f"got {', '.join(given) or 'none'}"
             )
         if isinstance(self.json, Mapping):
@@ -69,45 +70,48 @@ _CONSTRAINTS = ("json", "regex", "choice", "grammar", "json_object")
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """Sampling options of one request; names, defaults and the order of steps are vLLM's.
+    """Sampling parameters of one request. Names, defaults and the order of steps are vLLM's.
 
-    The logits lose what `structured_outputs` does not allow, get `logit_bias`, lose what would
-    end the output before `min_tokens`, and are penalised for repetitions. They are then divided
-    by `temperature` (0 is greedy), and cut by `min_p`, `top_k` and `top_p` in this order.
-    Log-probabilities are those of the model, before any of these.
+    The logits are first masked by `structured_outputs`. Then `logit_bias` is added, tokens that
+    would end the output before `min_tokens` are masked, and the penalties are applied. Finally the
+    logits are divided by `temperature` and filtered by `min_p`, `top_k` and `top_p`, in this order.
+    Reported log-probabilities are those of the model, before all of these steps.
 
     Raises:
-        ValueError: a value is out of its range or of a wrong type; the message names the limit.
+        ValueError: a value is out of range or has the wrong type; the message names the limit.
     """
 
     max_tokens: int | None = 16
-    """Most tokens to generate; 0: the prompt is only read. None: as many as the context holds."""
+    """Maximum tokens to generate. 0: only prefill the prompt. None: up to the context length."""
     min_tokens: int = 0
-    """The tokens that end an output, and stop strings, count for nothing in the first ones."""
+    """Minimum tokens to generate before a stop string or a stop token may end the output."""
     temperature: float = 1.0
+    """Divides the logits; 0 selects the most likely token."""
     top_k: int = 0
-    """Keep the k likeliest tokens; 0 or -1 keeps all."""
+    """Number of most likely tokens to sample from; 0 or -1: all."""
     top_p: float = 1.0
+    """Cumulative probability of the most likely tokens to sample from, in (0, 1]."""
     min_p: float = 0.0
+    """Minimum probability relative to that of the most likely token, in [0, 1]."""
     presence_penalty: float = 0.0
-    """Taken from the logits of all tokens that the output holds already; in [-2, 2]."""
+    """Subtracted from the logits of tokens that occur in the output, in [-2, 2]."""
     frequency_penalty: float = 0.0
-    """The same, as often as it holds them."""
+    """Subtracted from a token's logit for every occurrence in the output, in [-2, 2]."""
     repetition_penalty: float = 1.0
-    """Divides the logits above 0 of all tokens of prompt and output, and multiplies the others."""
+    """Divides positive logits, and multiplies negative ones, of tokens in the prompt or output."""
     logit_bias: Mapping[int, float] | tuple[tuple[int, float], ...] | None = None
-    """Added to the logits of these token ids; in [-100, 100]. It is stored as pairs."""
+    """Values in [-100, 100] to add to the logits, by token id; stored as pairs."""
     structured_outputs: StructuredOutputsParams | None = None
     seed: int | None = None
-    """The same seed gives the same text, whatever else is in the batch. None: the engine draws."""
+    """Random seed. The same seed gives the same output in any batch. None: the engine draws one."""
     stop: str | tuple[str, ...] | list[str] | None = None
     stop_token_ids: tuple[int, ...] | list[int] | None = None
     include_stop_str_in_output: bool = False
     ignore_eos: bool = False
     logprobs: int | None = None
-    """Log-probabilities of the chosen token (0) and of the n likeliest ones; None: none."""
+    """Most likely tokens to report beside the sampled one; None: report no log-probabilities."""
     prompt_logprobs: int | None = None
-    """The same of the prompt's tokens, all but the first."""
+    """Like `logprobs`, for all tokens of the prompt except the first."""
     skip_special_tokens: bool = True
 
     def __post_init__(self) -> None:
@@ -164,7 +168,7 @@ def _as_tuple(name: str, value: object) -> tuple:
 
 
 def _check_logit_bias(value: object) -> tuple[tuple[int, float], ...]:
-    """The pairs of a mapping."""
+    """Checks the keys and values of `logit_bias` and returns them as pairs."""
     if isinstance(value, tuple):
         value = dict(value)
     if not isinstance(value, Mapping):
@@ -200,5 +204,5 @@ def _check_float(
 
 
 def num_bitmask_words(vocab_size: int) -> int:
-    """32-bit words of a grammar bitmask, which has a bit per token."""
+    """Returns the number of 32-bit words in a grammar bitmask, which has one bit per token."""
     return -(-vocab_size // 32)

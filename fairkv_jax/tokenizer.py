@@ -1,7 +1,7 @@
-"""Text to token ids and back: encoding, chat templates, incremental detokenisation.
+"""Tokenization: encoding, decoding, chat templates and incremental detokenization.
 
-A `Tokenizer` wraps a backend of the `tokenizers` package and what the package leaves out. The
-readers of checkpoint formats build it; nothing here knows where its parts came from.
+`Tokenizer` wraps a tokenizer of the `tokenizers` package and adds chat templates and end-of-text
+ids. The readers of checkpoint formats create it.
 """
 
 import json
@@ -16,14 +16,15 @@ from tokenizers import Tokenizer as Backend
 from tokenizers.decoders import DecodeStream
 
 Message = Mapping[str, Any]
-"""One turn of a chat: {"role": "user", "content": "..."}; templates may read further keys."""
+"""One message of a conversation: {"role": "user", "content": "..."}. Templates may read more keys.
+"""
 
 
 class Tokenizer:
-    """Encodes prompts, decodes outputs, renders chats.
+    """Encodes prompts, decodes outputs and renders conversations.
 
-    Special tokens that stand in the text, such as "<|im_start|>", become their ids: rendered
-    chats rely on it, and whoever writes raw prompts may use them too.
+    Special tokens in a text, such as "<|im_start|>", are encoded as their ids. Rendered
+    conversations rely on this, and prompts may contain them too.
     """
 
     def __init__(
@@ -34,18 +35,22 @@ class Tokenizer:
         chat_template: str | None = None,
         template_tokens: Mapping[str, str] | None = None,
     ) -> None:
-        """`template_tokens`: special tokens by the name that templates call, e.g. "bos_token"."""
+        """Creates a tokenizer.
+
+        Args:
+            template_tokens: special tokens by their names in chat templates, such as "bos_token".
+        """
         self._backend = backend
         self._chat_template = chat_template
         self._template_tokens = dict(template_tokens or {})
         self._template: jinja2.Template | None = None
         self._token_texts: dict[int, str] = {}
         self.eos_token_ids = frozenset(eos_token_ids)
-        """The ids that end a turn or a text."""
+        """The ids that end an output."""
         self.vocab_size = backend.get_vocab_size(with_added_tokens=True)
 
     def save(self, folder: Path) -> None:
-        """Writes tokenizer.json and the two small files of a published folder that go with it."""
+        """Writes tokenizer.json, tokenizer_config.json and generation_config.json to a folder."""
         options = self._template_tokens | {"chat_template": self._chat_template}
         ends = {"eos_token_id": sorted(self.eos_token_ids)}
         (folder / "tokenizer.json").write_text(self.to_json(), encoding="utf-8")
@@ -53,26 +58,26 @@ class Tokenizer:
         (folder / "generation_config.json").write_text(json.dumps(ends), encoding="utf-8")
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        """The ids of a text, with BOS in front where the model wants it.
+        """Encodes a text, by default with the special tokens that the model expects, such as BOS.
 
         Raises:
-            ValueError: the text holds half of a surrogate pair, which no UTF-8 can say.
+            ValueError: the text contains an unpaired surrogate, which UTF-8 cannot represent.
         """
         try:
             text.encode("utf-8")
         except UnicodeEncodeError as error:
             raise ValueError(
-                f"the text is not valid Unicode: half a surrogate pair ({text[error.start]!r}) "
-                f"at position {error.start}: send the whole character"
+                f"the text is not valid Unicode: it has an unpaired surrogate "
+                f"({text[error.start]!r}) at position {error.start}: send the whole character"
             ) from error
         return self._backend.encode(text, add_special_tokens=add_special_tokens).ids
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
-        """The text of ids; bytes that are not UTF-8 become U+FFFD."""
+        """Decodes ids; bytes that are not valid UTF-8 become U+FFFD."""
         return self._backend.decode(list(ids), skip_special_tokens=skip_special_tokens)
 
     def info(self) -> dict[str, Any]:
-        """What clients ask about it: its kind, its special tokens by name, its chat template."""
+        """Returns the tokenizer's class, its vocabulary size, special tokens and chat template."""
         return {
             "tokenizer_class": type(self._backend.model).__name__,
             "vocab_size": self.vocab_size,
@@ -82,31 +87,32 @@ class Tokenizer:
         }
 
     def token_text(self, token_id: int) -> str:
-        """The text of one token by itself, special tokens included."""
+        """Returns the text of a single token; special tokens are not skipped."""
         if token_id not in self._token_texts:
             self._token_texts[token_id] = self.decode([token_id], skip_special_tokens=False)
         return self._token_texts[token_id]
 
     def to_json(self) -> str:
-        """All of it but the chat template, as a tokenizer.json says it."""
+        """Returns the contents of tokenizer.json, which do not include the chat template."""
         return self._backend.to_str()
 
     def detokenizer(
         self, skip_special_tokens: bool = True, context: Sequence[int] = ()
     ) -> "Detokenizer":
-        """A fresh incremental decoder for one output; `context` are ids that stand before it."""
+        """Returns an incremental decoder for one output; `context` holds the preceding ids."""
         return Detokenizer(self._backend, skip_special_tokens, context)
 
     def apply_chat_template(
         self, messages: Sequence[Message], add_generation_prompt: bool = True, **kwargs: Any
     ) -> str:
-        """The prompt of a chat, as the model was trained to read it; encode it without BOS.
+        """Renders a conversation with the model's chat template.
 
-        `kwargs` reach the template under their names.
+        The template writes the special tokens, so encode the result without adding any. `kwargs`
+        are passed to the template.
 
         Raises:
-            ValueError: the model has no template, a message is malformed, or the template
-                refuses the conversation.
+            ValueError: the model has no template, a message is malformed, or the template rejects
+                the conversation.
         """
         _check_messages(messages)
         if self._template is None:
@@ -115,18 +121,18 @@ class Tokenizer:
         variables |= {"messages": messages, "add_generation_prompt": add_generation_prompt}
         try:
             return self._template.render(variables)
-        except Exception as error:  # the template is foreign code: it may raise anything
-            raise ValueError(f"the model's chat template refuses the messages: {error}") from error
+        except Exception as error:  # Templates come with checkpoints and may raise anything.
+            raise ValueError(f"the model's chat template rejects the messages: {error}") from error
 
 
 class Detokenizer:
-    """Turns the token ids of one output into text as they come.
+    """Decodes the token ids of one output incrementally.
 
-    The text of all pushes and the flush together is what `decode` makes of all ids: a
-    character that is split over tokens is held back until it is whole. Decoders that look back, as
-    SentencePiece's do at bytes that are no UTF-8, may differ there. Those also strip the space
-    before the first word of a text: with the prompt's last token as `context`, the output's first
-    word is not the first.
+    The concatenated results of all `push` calls and of `flush` equal `decode` of all ids. A
+    character that is split over tokens is held back until it is complete. Decoders whose output
+    depends on earlier tokens, such as SentencePiece's at invalid UTF-8, may differ in such cases.
+    SentencePiece also strips the space before the first word of a text; the prompt's last token as
+    `context` prevents that for the first word of an output.
     """
 
     def __init__(
@@ -134,23 +140,23 @@ class Detokenizer:
     ) -> None:
         self._backend = backend
         self._skip_special_tokens = skip_special_tokens
-        self._held: list[int] = []  # the ids since the last text that left
+        self._held: list[int] = []  # The ids whose text has not been returned yet.
         self._start(context)
 
     def _start(self, context: Sequence[int]) -> None:
-        """A stream after these ids, or after none if they end within a character."""
+        """Starts a stream after the context, or without it if it ends within a character."""
         broken = self._decode(list(context)).endswith("\ufffd")
-        self._emitted = [] if broken else list(context)  # the ids of the last text that left
+        self._emitted = [] if broken else list(context)  # The ids of the last returned text.
         self._stream = DecodeStream(self._emitted, skip_special_tokens=self._skip_special_tokens)
 
     def push(self, token_id: int) -> str:
-        """The text that this token completes, "" where it completes none."""
+        """Adds a token and returns the text that it completes, or "" if it completes none."""
         self._held.append(token_id)
         try:
             text = self._stream.step(self._backend, token_id)
         except Exception as error:
-            # Where tokens change the text before them, as broken bytes in SentencePiece's decoders
-            # do, the stream cannot go on; what it has not shown yet is decoded afresh.
+            # The stream fails if a token changes the text before it, as invalid bytes do in
+            # SentencePiece's decoders. Then the text that is held back is decoded separately.
             if "Invalid prefix" not in str(error):
                 raise
             text = self.flush()
@@ -162,7 +168,7 @@ class Detokenizer:
         return text
 
     def flush(self) -> str:
-        """The text still held back, an incomplete character as U+FFFD; the output is then over."""
+        """Ends the output and returns the text held back, with U+FFFD for incomplete characters."""
         before = self._decode(self._emitted)
         text = self._decode(self._emitted + self._held)[len(before) :]
         self._held = []
@@ -191,9 +197,9 @@ def _check_messages(messages: Sequence[Message]) -> None:
 
 
 def _compile(source: str | None) -> jinja2.Template:
-    """Compiles a template in the dialect in which models publish theirs.
+    """Compiles a chat template with the extensions that Hugging Face's templates use.
 
-    Templates come with the checkpoint, from anybody: the sandbox keeps them to their variables.
+    Templates come from untrusted checkpoints, so they run in a sandbox.
     """
     if source is None:
         raise ValueError(
@@ -204,7 +210,7 @@ def _compile(source: str | None) -> jinja2.Template:
     )
     environment.globals["raise_exception"] = _raise_exception
     environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
-    # Jinja's own filter escapes <, > and & for HTML, which models have not seen.
+    # Jinja's own filter escapes <, > and & for HTML, which is not what models were trained on.
     environment.filters["tojson"] = lambda value, indent=None: json.dumps(
         value, ensure_ascii=False, indent=indent
     )

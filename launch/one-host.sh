@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Serve on this host, and start again after a failure. Arguments go to the server.
+# Runs the server on this host and restarts it after a failure. Arguments are passed to the server.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -7,7 +7,7 @@ python=${PYTHON:-.venv/bin/python}
 wait_s=1
 server=
 
-# Once this script is told to stop, the server is: it finishes its requests, and no other is started.
+# SIGTERM and SIGINT are forwarded to the server, which finishes its requests and is not restarted.
 stopping=false
 stop() {
     stopping=true
@@ -21,14 +21,14 @@ until $stopping; do
     server=$!
     wait "$server"
     status=$?
-    while kill -0 "$server" 2>/dev/null; do # a signal interrupts `wait`
+    while kill -0 "$server" 2>/dev/null; do # A signal interrupts `wait`.
         wait "$server"
         status=$?
     done
     ((status == 0)) && exit 0
     $stopping && exit "$status"
     ((SECONDS - began > 300)) && wait_s=1
-    echo "the server ended with status $status: next start in $wait_s s" >&2
+    echo "the server exited with status $status: restarting in $wait_s s" >&2
     sleep "$wait_s"
     wait_s=$((wait_s < 60 ? wait_s * 2 : 60))
 done

@@ -60,7 +60,10 @@ def test_a_stopped_answer_is_remembered_as_far_as_it_came(server: Server, engine
 
 @pytest.mark.parametrize(
     ("options", "key", "sentence"),
-    [({}, "wrong", "valid key"), ({"temperature": -1}, "key", "temperature must be")],
+    [
+        ({}, "wrong", "API key is missing"),
+        ({"temperature": -1}, "key", "temperature must be"),
+    ],
 )
 def test_a_refusal_is_the_servers_sentence(server: Server, options: dict, key: str, sentence: str):
     talk = Talk(server.url, options, api_key=key)

@@ -222,10 +222,10 @@ def test_the_dialect_of_templates(template, expected):
     [
         (None, "no chat template"),
         ("{% if %}", "does not compile"),
-        ("{{ raise_exception('roles must alternate') }}", "refuses the messages: roles must alt"),
-        ("{{ messages.append(1) }}", "refuses the messages"),
-        ("{{ ''.__class__.__mro__ }}", "refuses the messages"),
-        ("{{ 1 / 0 }}", "refuses the messages"),
+        ("{{ raise_exception('roles must alternate') }}", "rejects the messages: roles must alt"),
+        ("{{ messages.append(1) }}", "rejects the messages"),
+        ("{{ ''.__class__.__mro__ }}", "rejects the messages"),
+        ("{{ 1 / 0 }}", "rejects the messages"),
     ],
 )
 def test_templates_that_fail(template, complaint):

@@ -7,7 +7,7 @@ keeps what it measured; a part that takes longer than its share of the time ends
 "checks" holds the figures against what is asked of them. Ends with 1 where a backend computes wrong
 numbers or a part fails, and with 2 where there is no GPU. `--parts tune` searches tiles and writes
 tiles.json, a candidate for the kernels' devices/. `--interpret` runs tiny sizes on CPU: it tests
-the suite's own logic, and its times mean nothing.
+the suite's own logic, and its times are meaningless.
 """
 
 import json

@@ -17,7 +17,7 @@ class Sizes:
     """The sizes of the measurements: full on a GPU, tiny where only the suite's logic is tested."""
 
     interpret: bool
-    """Whether the kernels are interpreted on CPU, where their times mean nothing."""
+    """Whether the kernels are interpreted on CPU, where their times are meaningless."""
     layers: int
     batches: tuple[int, ...]
     widths: tuple[int, ...]

@@ -68,14 +68,14 @@ def attention_seconds(program: Any, shape: ModelShape, lengths: np.ndarray, repe
 def lower_rest(shape: ModelShape, num_devices: int, batch: int) -> Lowered:
     """Lowers one device's share of all MLPs and of the logits."""
 
-    def step(x: Any, gate: Any, up: Any, down: Any, unembed: Any) -> Any:
+    def step(x: Any, gate: Any, up: Any, down: Any, lm_head: Any) -> Any:
         def layer(x: Any, weights: Any) -> tuple[Any, None]:
             gate, up, down = weights
             h = _normed(x)
             return x + (jax.nn.silu(h @ gate.T) * (h @ up.T)) @ down, None
 
         x, _ = jax.lax.scan(layer, x, (gate, up, down))
-        return _normed(x) @ unembed.T
+        return _normed(x) @ lm_head.T
 
     shapes = (batch, shape.hidden_size), *_rest_weights(shape, num_devices)
     return jax.jit(step).lower(*(jax.ShapeDtypeStruct(each, DTYPE) for each in shapes))

@@ -12,7 +12,7 @@ from jax.stages import Lowered
 QUEUED = 4
 COMPILERS = 8
 LONGEST_SECONDS = 1.5
-"""Of timing one program, beside its last call: slow ones are called fewer times."""
+"""Time limit for timing one program, not counting its last call; it limits the number of calls."""
 _LONG_CALL = 0.05
 
 Key = TypeVar("Key", bound=Hashable)

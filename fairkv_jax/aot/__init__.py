@@ -1,5 +1,5 @@
-"""Compiles the engine's own steps for GPUs that are not here, and says what they would take.
+"""Compiles the engine's steps ahead of time for GPUs, and reports the resources that they use.
 
-XLA's GPU compiler needs no GPU: given a description of one it makes the real machine code, for one
-device or for a host of eight, with its memory, registers, spills and collectives.
+No GPU is needed: from the description of a GPU, XLA generates the actual machine code for one or
+several devices. The report contains memory, registers, spills and collectives.
 """

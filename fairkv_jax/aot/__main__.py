@@ -1,12 +1,12 @@
-"""Compiles the decode step and a prefill for GPUs that are not here, and prints what they take.
+"""Compiles the decode step and a prefill for GPUs, without a GPU, and prints their resources.
 
     python -m fairkv_jax.aot --model llama-3.3-70b --target h200 --devices 8 --batch 64 \\
         --kv-budget 1024 --head-plan fair_copying
     python -m fairkv_jax.aot --kernels --target h100 --attention-backend mosaic
 
-The second compiles the kernels of decode attention alone, for every shape that they are meant for.
-Ends with 1 where a step does not fit, copies the KV pool, spills registers or takes longer than
---timeout-s to compile, and with 2 where the compiler's parts are missing.
+The second command compiles only the kernels of decode attention, for all supported shapes. The exit
+status is 1 if a step does not fit into memory, copies the KV pool, spills registers or takes longer
+than --timeout-s to compile, and 2 if parts of the compiler are missing.
 """
 
 import faulthandler
@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-# Before JAX starts: its CUDA plugin, which compiles, would look for a driver.
+# Must precede the import of JAX, whose CUDA plugin otherwise requires a driver.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 from absl import app, flags
@@ -42,23 +42,27 @@ _DEMO_SHAPE = "smollm2-135m"
 
 _MODEL = flags.DEFINE_enum("model", "llama-3.3-70b", [DEMO, *SHAPES], "Shape of the model.")
 _TARGET = flags.DEFINE_enum("target", "h200", list(targets()), "Kind of GPU.")
-_DEVICES = flags.DEFINE_integer("devices", 8, "Number of GPUs of one host.", lower_bound=1)
+_DEVICES = flags.DEFINE_integer("devices", 8, "Number of GPUs in one host.", lower_bound=1)
 _BATCH = flags.DEFINE_integer("batch", 64, "Rows of the decode batch.", lower_bound=1)
 _BUDGET = engine_flag("kv_budget", default=1024)
 _PROMPT = flags.DEFINE_integer(
-    "prompt_tokens", 2048, "Prompt tokens of the prefill; 0: no prefill is compiled."
+    "prompt_tokens", 2048, "Prompt tokens of the prefill; 0: compile no prefill."
 )
-_NEW = flags.DEFINE_integer("new_tokens", 256, "Tokens that every row can generate.")
+_NEW = flags.DEFINE_integer("new_tokens", 256, "Maximum generated tokens per row.")
 _LONGEST = engine_flag("max_model_len", default=8192)
 _PAGE = engine_flag("page_size")
 _PLAN = engine_flag("head_plan")
 _PROFILE = flags.DEFINE_string(
     "profile", None, "Path of a head profile in JSON; default: a synthetic one."
 )
-_IMBALANCE = flags.DEFINE_float("imbalance", 0.6, "Std / mean of the synthetic profile's heads.")
+_IMBALANCE = flags.DEFINE_float(
+    "imbalance", 0.6, "Imbalance (std / mean of tokens per head) of the synthetic profile."
+)
 _KERNELS = flags.DEFINE_bool("kernels", False, "Compile only the decode kernels, for all shapes.")
-_TIMEOUT = flags.DEFINE_integer("timeout_s", 900, "Longest time to compile one step.")
-_BACKEND = flags.DEFINE_enum("attention_backend", AUTO, BACKENDS, "Decode attention to compile.")
+_TIMEOUT = flags.DEFINE_integer("timeout_s", 900, "Maximum seconds to compile one step.")
+_BACKEND = flags.DEFINE_enum(
+    "attention_backend", AUTO, BACKENDS, "Backend of decode attention to compile."
+)
 
 _ARGUMENTS = {
     "decode": "weights, KV pool, page table",
@@ -89,10 +93,10 @@ def main(argv: list[str]) -> None:
     for name, lowered in steps.items():
         with timeout(_TIMEOUT.value):
             report = compile_and_report(lowered, target.architecture)
-        # The pool is on the device during a prefill too.
+        # The KV pool also occupies memory during a prefill.
         beside = 0 if name == "decode" else 4 * pool
         total = report.argument_bytes + report.temporary_bytes + report.new_output_bytes + beside
-        # A quarter of it already would be no bookkeeping any more.
+        # A copy of a quarter of the pool is already too large.
         copies = report.copies_of(pool // 4) if name == "decode" else []
         print(_lines(name, report, copies, total, target))
         ok &= total <= target.memory_bytes and not copies and not report.spilling
@@ -100,7 +104,7 @@ def main(argv: list[str]) -> None:
 
 
 def print_kernels(target: Target) -> int:
-    """A table of registers and spilled bytes; 1 where something spills."""
+    """Prints a table of registers and spilled bytes, and returns 1 if a kernel spills."""
     print(f"{target.architecture}, {_BACKEND.value}\n")
     print("type | head_dim | group | registers, spilled bytes\n--- | --- | --- | ---")
     spilling = False
@@ -115,9 +119,9 @@ def print_kernels(target: Target) -> int:
 
 @contextmanager
 def timeout(seconds: int) -> Iterator[None]:
-    """Ends the process with the stacks of its threads when the body takes longer.
+    """Ends the process and prints the stacks of its threads if the body takes longer.
 
-    XLA's compiler cannot be interrupted from Python, and has once been seen not to come back.
+    XLA's compiler cannot be interrupted from Python, and in rare cases it does not terminate.
     """
     faulthandler.dump_traceback_later(seconds, exit=True)
     try:
@@ -127,7 +131,7 @@ def timeout(seconds: int) -> Iterator[None]:
 
 
 def make_setup(target: Target) -> Setup:
-    """The model, plan and sizes that the flags ask for."""
+    """Makes the setup that the flags describe."""
     shape = SHAPES[_DEMO_SHAPE if _MODEL.value == DEMO else _MODEL.value]
     name = _DEMO_SHAPE if _MODEL.value == DEMO else _MODEL.value
     if _PROFILE.value:
@@ -157,9 +161,10 @@ def _header(setup: Setup, target: Target, weights: int) -> str:
     plan = setup.plan
     return (
         f"{_MODEL.value} on {plan.num_devices} x {target.name}, batch {setup.batch}, "
-        f"{plan.strategy}: {plan.slots} slots a layer and device, "
-        f"{plan.num_extra_replicas} extra replicas, utilisation {plan.utilization:.3f}\n"
-        f"  weights          {_gib(weights)}  a device\n"
+        f"{plan.strategy}: {plan.slots} slots per layer and device, "
+        f"{plan.num_extra_replicas} extra replicas, utilization {plan.utilization:.3f}\n"
+        f"per device:\n"
+        f"  weights          {_gib(weights)}\n"
         f"  KV pool          {_gib(4 * setup.pool_elements)}  in {setup.cache.pages_per_device} "
         f"pages of {setup.page_size} tokens, for {_BUDGET.value} + {setup.new_tokens} tokens "
         "per head\n"
@@ -175,13 +180,13 @@ def _lines(name: str, report: Report, copies: list[str], total: int, target: Tar
     fits = "fits" if total <= target.memory_bytes else "DOES NOT FIT"
     return "\n".join(
         [
-            f"{name}, compiled in {report.compile_seconds:.1f} s, a device:",
+            f"{name}, compiled in {report.compile_seconds:.1f} s, per device:",
             f"  arguments        {_gib(report.argument_bytes)}  {_ARGUMENTS[name]}",
             f"  temporaries      {_gib(report.temporary_bytes)}",
             f"  new outputs      {_gib(report.new_output_bytes)}",
-            f"  in all           {_gib(total)}  of {_gib(target.memory_bytes)}: {fits}",
-            f"  kernels          {', '.join(kernels) or 'none of its own'}; of "
-            f"{len(report.kernels)} the widest is {widest.name}, {widest.registers} registers",
+            f"  total            {_gib(total)}  of {_gib(target.memory_bytes)}: {fits}",
+            f"  kernels          {', '.join(kernels) or 'none of this project'}; of all "
+            f"{len(report.kernels)}, {widest.name} uses the most registers: {widest.registers}",
             f"  spills           {', '.join(spills) or 'none'}",
             f"  collectives      {calls or 'none'}",
             *(f"  COPY OF THE POOL {line[:200]}" for line in copies),

@@ -1,4 +1,4 @@
-"""Compiles the decode kernels alone, for every shape that they support, for their registers."""
+"""Compiles the decode kernels alone, for all shapes that they support, and reports registers."""
 
 from collections.abc import Iterator
 from itertools import product
@@ -17,13 +17,13 @@ from fairkv_jax.pallas.ragged_decode import PageTable, Pool, append_and_decode, 
 DTYPES = ("bfloat16", "float16", "float32")
 HEAD_DIMS = (64, 96, 128, 256)
 GROUPS = (1, 4, 8, 16)
-POOL_BYTES = 6 << 30  # of keys: beyond 4 GiB offsets take 64 bits, and more registers
+POOL_BYTES = 6 << 30  # Of the keys. Beyond 4 GiB, offsets have 64 bits and need more registers.
 PAGE_SIZE, MAX_PAGES = 16, 512
 LAYERS, BATCH, SLOTS = 8, 64, 2
 
 
 def compile_all(backend: str, target: Target) -> Iterator[tuple[str, int, int, Report | str]]:
-    """Yields type, head dimension, group, and the compiler's report or why it is not supported."""
+    """Yields type, head dimension, group, and the report or the reason for missing support."""
     for dtype, head_dim, group in product(DTYPES, HEAD_DIMS, GROUPS):
         try:
             lowered = lower_kernels(backend, target, group, head_dim, dtype)

@@ -1,4 +1,4 @@
-"""What a compiled step takes of a device: memory, registers, spills, collectives, copies."""
+"""Reports a compiled step's resources: memory, registers, spills, collectives and copies."""
 
 import os
 import re
@@ -25,31 +25,31 @@ _SHAPE = re.compile(r"\b(?:pred|[a-z]+\d+)\[([\d,]*)\]")
 
 @dataclass(frozen=True)
 class Kernel:
-    """One kernel's figures, as the assembler prints them."""
+    """The figures of one kernel, which the assembler prints."""
 
     name: str
     registers: int
     spill_bytes: int
-    """Stored and loaded, per thread."""
+    """Bytes of spill stores and loads per thread."""
 
 
 @dataclass(frozen=True)
 class Report:
-    """A compiled step on one device."""
+    """The resources of a compiled step on one device."""
 
     compile_seconds: float
     argument_bytes: int
     temporary_bytes: int
     new_output_bytes: int
-    """Of outputs that are no argument updated in place."""
+    """Bytes of outputs that do not alias a donated argument."""
     kernels: tuple[Kernel, ...]
     collectives: dict[str, int]
-    """Calls by kind; those in a loop count as often as it turns, once where that is not fixed."""
+    """Calls by kind. Calls in a loop are multiplied by its trip count, if that is known."""
     hlo: str
 
     @property
     def own_kernels(self) -> tuple[Kernel, ...]:
-        """The project's kernels, without XLA's."""
+        """The kernels of this project, without those that XLA generates."""
         return tuple(kernel for kernel in self.kernels if kernel.name.startswith(OURS))
 
     @property
@@ -57,9 +57,10 @@ class Report:
         return tuple(kernel for kernel in self.kernels if kernel.spill_bytes)
 
     def copies_of(self, num_elements: int) -> list[str]:
-        """The HLO's copies of at least that many elements, parts of a larger array included.
+        """Returns the lines of the HLO that copy at least `num_elements` elements.
 
-        None may be as large as the pool, nor, while it decodes, as a layer's weights.
+        Slices of larger arrays count too. A decode step must copy neither the KV pool nor a layer's
+        weights.
         """
         return [
             line.strip()
@@ -70,7 +71,7 @@ class Report:
 
 
 def compile_and_report(lowered: Lowered, architecture: str) -> Report:
-    """Compiles, and reads the machine code that the compiler leaves in a folder."""
+    """Compiles a step, and reads the kernels' figures from the code that the compiler dumps."""
     with tempfile.TemporaryDirectory() as folder, _mosaic_writes_to(folder):
         options = {"xla_dump_to": folder, "xla_dump_emitter_re": "ptx", **GPU_COMPILER_OPTIONS}
         start = time.perf_counter()
@@ -93,9 +94,10 @@ def compile_and_report(lowered: Lowered, architecture: str) -> Report:
 
 @contextmanager
 def _mosaic_writes_to(folder: str) -> Iterator[None]:
-    """Kernels of Mosaic GPU are compiled beside XLA's own, and left in a folder of the environment.
+    """Sets the environment variable that makes Mosaic GPU dump its kernels into a folder.
 
-    It disassembles them too, and says on stderr where it finds no nvdisasm: nothing depends on it.
+    Mosaic also disassembles them and prints a message to stderr if nvdisasm is missing, which has
+    no effect here.
     """
     before = os.environ.get(_MOSAIC_FOLDER)
     os.environ[_MOSAIC_FOLDER] = folder
@@ -108,7 +110,7 @@ def _mosaic_writes_to(folder: str) -> Iterator[None]:
 
 
 def read_kernels(folder: Path, architecture: str) -> tuple[Kernel, ...]:
-    """Assembles every PTX file of a folder and reads what the assembler says of its kernels."""
+    """Assembles every PTX file of a folder and parses the assembler's figures of its kernels."""
     ptxas, kernels = find_ptxas(), []
     assert ptxas is not None
     for path in sorted(folder.glob("*.ptx")):
@@ -119,7 +121,7 @@ def read_kernels(folder: Path, architecture: str) -> tuple[Kernel, ...]:
 
 
 def parse_assembler(said: str) -> list[Kernel]:
-    """Reads `ptxas -v`: an entry's name, then its spills, then its registers."""
+    """Parses the output of `ptxas -v`: an entry's name, then its spills, then its registers."""
     pattern = (
         r"entry function '(\S+)'.*?(\d+) bytes spill stores, (\d+) bytes spill loads"
         r".*?Used (\d+) registers"
@@ -131,10 +133,10 @@ def parse_assembler(said: str) -> list[Kernel]:
 
 
 def count_collectives(hlo: str) -> dict[str, int]:
-    """Collectives of an optimised module's text.
+    """Counts the calls of collectives in the text of an optimised HLO module.
 
-    Loops of a fixed length, as that over the layers, say it. One decode step is one turn of the
-    loop over steps, whose length is an argument.
+    Calls in a loop with a known trip count, such as the loop over layers, are multiplied by it. The
+    loop over decode steps has no known trip count, so one step is counted.
     """
     inside, turns = {}, {}
     found: list[tuple[str, str]] = []

@@ -1,6 +1,6 @@
-"""The engine's decode step and prefill for a GPU target, lowered over shapes in place of arrays.
+"""Lowers the engine's decode step and prefill for a GPU target, with abstract arguments.
 
-Which arguments the steps take is declared beside them; this file makes the sizes.
+The arguments are declared beside the steps; this module determines their sizes.
 """
 
 from dataclasses import dataclass
@@ -30,7 +30,7 @@ from fairkv_jax.sharding.step_shapes import StepShapes
 
 @dataclass(frozen=True)
 class Setup:
-    """Everything that decides what is compiled."""
+    """The model, the plan and the sizes of the steps to compile."""
 
     config: ModelConfig
     plan: Plan
@@ -38,7 +38,7 @@ class Setup:
     batch: int
     max_model_len: int = 8192
     new_tokens: int = 256
-    """Tokens that every row has room to generate."""
+    """Generated tokens per row for which the KV cache has room."""
     page_size: int = 16
     prefill_chunk_size: int = 1024
     dtype: str = "bfloat16"
@@ -50,9 +50,9 @@ class Setup:
 
     @cached_property
     def cache(self) -> KVCacheSpec:
-        """A KV cache with as many pages per device as the fullest one needs.
+        """A KV cache whose pages suffice for the fullest device.
 
-        Every row then holds what the profile expects, and has grown by `new_tokens`.
+        Every row holds the tokens that the profile expects and `new_tokens` generated ones.
         """
         pages = np.ceil((self.profile.array + self.new_tokens) / self.page_size)
         by_device = np.einsum("lk,lkp->p", pages, self.plan.shares())
@@ -70,11 +70,11 @@ class Setup:
 
     @property
     def pool_elements(self) -> int:
-        """Elements of the keys on one device; the values are as many."""
+        """Number of elements of the keys on one device, equal to that of the values."""
         return self.cache.pages_per_device * self.page_size * self.config.head_dim
 
     def shapes(self, mesh: Mesh) -> StepShapes:
-        """The shapes of the steps on a mesh."""
+        """Returns the abstract arguments of the steps on a mesh."""
         layout = self.layout
         model = abstract_model(self.config, layout.num_slots, layout.num_devices, self.dtype)
         shapes = StepShapes(mesh, self.config, layout, self.cache, model)
@@ -83,7 +83,10 @@ class Setup:
 
 
 def config_of(shape: ModelShape, *, tie_word_embeddings: bool = False) -> ModelConfig:
-    """A Llama of that shape; what its program computes with the constants does not matter here."""
+    """Returns the configuration of a Llama with that shape.
+
+    The values of the other fields do not affect the resources of its programs.
+    """
     return ModelConfig(
         architecture="llama",
         **vars(shape),
@@ -102,7 +105,7 @@ def lower_decode_step(setup: Setup, mesh: Mesh) -> Lowered:
 def lower_prefill(
     setup: Setup, mesh: Mesh, num_tokens: int, kv_config: KVConfig
 ) -> dict[str, Lowered]:
-    """Lowers the programs of a prompt of `num_tokens`: its chunks, and a layer's compression."""
+    """Lowers the programs of a prefill of `num_tokens`: the chunks, and compression per layer."""
     config = setup.config
     shapes = PrefillShapes(
         setup.shapes(mesh),
@@ -118,7 +121,7 @@ def lower_prefill(
 
 
 def device_bytes(shapes: Any) -> int:
-    """Bytes on one device of a pytree of placed shapes."""
+    """Returns the bytes on one device of a pytree of abstract arrays with shardings."""
     return sum(
         prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(shapes)
     )

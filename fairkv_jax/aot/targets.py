@@ -1,6 +1,6 @@
-"""GPUs to compile for: their descriptions as XLA takes them, one text proto each in `devices/`.
+"""The GPUs to compile for. Their descriptions in XLA's format are text protos in `devices/`.
 
-The values are the vendors' published figures and those of openxla/xla's target specifications.
+The values come from the vendors' publications and openxla/xla's target specifications.
 """
 
 import os
@@ -29,12 +29,12 @@ class Target:
 
     @property
     def memory_bytes(self) -> int:
-        """Of one device."""
+        """Bytes of memory of one device."""
         return int(self._find(r"device_memory_size: (\d+)"))
 
     @property
     def architecture(self) -> str:
-        """As ptxas names it: sm_80, sm_90a."""
+        """The architecture's name for ptxas, such as sm_80 or sm_90a."""
         major, minor = self._find(r"major: (\d+)"), self._find(r"minor: (\d+)")
         return f"sm_{major}{minor}" + "a" * ("ACCELERATED_FEATURES" in self.description)
 
@@ -44,7 +44,7 @@ class Target:
         return found.group(1)
 
     def mesh(self, num_devices: int) -> Mesh:
-        """A mesh of GPUs of this kind, for compiling alone.
+        """Returns a mesh of GPUs of this kind, which can compile but not execute.
 
         Raises:
             RuntimeError: a part of the compiler is missing; the message says which.
@@ -60,7 +60,7 @@ class Target:
 
 
 def targets() -> dict[str, Target]:
-    """By name."""
+    """Returns all targets by name."""
     folder = resources.files("fairkv_jax.aot") / "devices"
     files = sorted(folder.iterdir(), key=lambda path: path.name)
     names = [
@@ -70,27 +70,30 @@ def targets() -> dict[str, Target]:
 
 
 def missing_parts() -> str | None:
-    """What this machine lacks to compile for GPUs, and how to get it; None if it lacks nothing."""
+    """Returns a message about the part of the compiler that is missing, or None.
+
+    The message says how to install it.
+    """
     if not any(find_spec(f"jax_{cuda}_plugin") for cuda in ("cuda13", "cuda12")):
         version = jax.__version__
         return (
-            "no CUDA plugin of JAX is installed: pip install --no-deps "
+            "JAX's CUDA plugin is not installed: run pip install --no-deps "
             f"jax-cuda13-plugin=={version} jax-cuda13-pjrt=={version}"
         )
     if find_ptxas() is None:
         return (
-            "no ptxas is found: install the CUDA toolkit, or the wheels nvidia-cuda-nvcc and "
+            "ptxas was not found: install the CUDA toolkit, or the wheels nvidia-cuda-nvcc and "
             "nvidia-nvvm"
         )
     return None
 
 
 def find_ptxas() -> Path | None:
-    """NVIDIA's assembler: of the toolkit on the PATH, or of the wheel."""
+    """Returns the path of NVIDIA's assembler: on the PATH, in the CUDA toolkit or in a wheel."""
     on_path = shutil.which("ptxas")
     if on_path:
         return Path(on_path)
     root = Path(os.environ.get("CUDA_HOME", "/usr/local/cuda"))
     wheels = Path(np.__file__).parents[1].glob("nvidia/*/bin/ptxas")
-    places = [root / "bin" / "ptxas", *wheels]
-    return next((place for place in places if place.is_file()), None)
+    candidates = [root / "bin" / "ptxas", *wheels]
+    return next((path for path in candidates if path.is_file()), None)

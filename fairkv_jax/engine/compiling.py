@@ -1,4 +1,4 @@
-"""Compiles programs in threads, shows progress meanwhile, and counts whatever JAX compiles."""
+"""Compiles programs in parallel with a progress bar, and counts JAX's compilations."""
 
 import os
 import threading
@@ -15,9 +15,9 @@ _MAX_THREADS = 8
 
 
 class Compilations:
-    """Counts what this process compiles from now on, whoever asks for it.
+    """Counts all compilations in this process after its creation.
 
-    Programs that are read from the persistent cache count too: requests wait for them as well.
+    Programs that are read from the persistent cache count too, because they also delay requests.
     """
 
     def __init__(self) -> None:
@@ -35,13 +35,13 @@ class Compilations:
 
 
 def compile_all(programs: Sequence[tuple[str, Callable[[], object]]], *, show: bool) -> None:
-    """Calls functions that each compile a program, several at a time.
+    """Calls functions that each compile a program, several at a time in threads.
 
-    Tracing holds Python's lock and compiling does not, so threads fill the processor's cores.
+    Compiling releases Python's global interpreter lock, so threads use all cores; tracing does not.
 
     Args:
-        programs: what each program is for, as the progress bar names it, and its function.
-        show: whether to show a progress bar, which says how many the persistent cache has had.
+        programs: pairs of the name that the progress bar shows and the function.
+        show: whether to show a progress bar, with the number of programs found in the cache.
     """
     threads = min(_MAX_THREADS, os.cpu_count() or 1)
     with (
@@ -62,10 +62,10 @@ def compile_all(programs: Sequence[tuple[str, Callable[[], object]]], *, show: b
 
 
 class _CacheHits:
-    """Tells of each function whether all that it compiled came from the persistent cache."""
+    """Detects whether all programs that a function compiles come from the persistent cache."""
 
     def __init__(self) -> None:
-        self._seen = threading.local()  # JAX reports in the thread that compiles
+        self._seen = threading.local()  # JAX calls the listeners in the thread that compiles.
 
     def __enter__(self) -> "_CacheHits":
         jax.monitoring.register_event_listener(self._count_hit)
@@ -77,7 +77,7 @@ class _CacheHits:
         jax.monitoring.unregister_event_duration_listener(self._count_compiled)
 
     def watch(self, make: Callable[[], object]) -> bool:
-        """Calls a function; whether it compiled something, and nothing anew."""
+        """Calls a function and returns whether it compiled programs, all of them from the cache."""
         self._seen.hits = self._seen.compiled = 0
         make()
         return 0 < self._seen.hits == self._seen.compiled

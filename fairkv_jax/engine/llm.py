@@ -1,4 +1,4 @@
-"""The Python API, with the names of vLLM's."""
+"""The Python API for offline inference, with vLLM's names."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -22,7 +22,7 @@ Messages = Sequence[Mapping[str, Any]]
 
 @document_options(*ENGINE_CLASSES)
 class LLM:
-    """A model for offline use: it takes prompts and returns finished outputs.
+    """A model for offline inference, which generates outputs for lists of prompts.
 
         llm = LLM(tensor_parallel_size=2, kv_policy="ada_snapkv", kv_budget=256)
         llm.generate(["The capital of France is"], SamplingParams(temperature=0))
@@ -33,7 +33,7 @@ class LLM:
 
     Raises:
         TypeError: an option is unknown.
-        ValueError: an option is out of its limits, or the checkpoint cannot be read.
+        ValueError: an option is out of range, or the checkpoint cannot be read.
     """
 
     def __init__(self, model: str | Path = DEMO_MODEL, *, progress: bool = True, **options: Any):
@@ -54,7 +54,8 @@ class LLM:
         Returns the outputs in the order of the prompts.
 
         Raises:
-            ValueError: a prompt or an option is invalid; then no prompt has been run.
+            ValueError: a prompt or a parameter is invalid. All prompts are checked before any is
+                run.
         """
         encode = self.engine.tokenizer.encode
         batch = [
@@ -76,7 +77,7 @@ class LLM:
         conversations = [messages] if isinstance(messages[0], Mapping) else messages
         tokenizer = self.engine.tokenizer
         texts = [tokenizer.apply_chat_template(each) for each in conversations]  # pyright: ignore[reportArgumentType]
-        # The template writes the BOS token itself if the model has one.
+        # The template writes the BOS token if the model has one.
         batch = [(text, tokenizer.encode(text, add_special_tokens=False)) for text in texts]
         return self._run(self._requests(batch, sampling_params, return_kept_positions))
 
@@ -106,7 +107,10 @@ class LLM:
         ):
             raise ValueError(f"sampling_params must be SamplingParams or a list, got {params!r}")
         if len(params) != len(batch):
-            raise ValueError(f"{len(params)} sampling_params for {len(batch)} prompts")
+            raise ValueError(
+                f"sampling_params must have one entry per prompt, got {len(params)} for "
+                f"{len(batch)} prompts"
+            )
         requests = []
         for (text, token_ids), each in zip(batch, params, strict=True):
             self._num_requests += 1
@@ -115,7 +119,7 @@ class LLM:
         return requests
 
     def _run(self, requests: list[ValidatedRequest]) -> list[RequestOutput]:
-        """Runs requests until they finish; if that is interrupted, aborts the others."""
+        """Runs requests until they finish; an interruption aborts the unfinished ones."""
         self.engine.warm_up(
             [len(each.request.prompt_token_ids) for each in requests],
             len(requests),
@@ -141,10 +145,10 @@ class LLM:
 
 
 def _as_batch(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
-    """Returns a list of prompts; a single text or list of token ids becomes a list of one.
+    """Returns a list of prompts; a single prompt becomes a list of one.
 
     Raises:
-        ValueError: a prompt is neither.
+        ValueError: a prompt is neither a text nor a list of token ids.
     """
     if isinstance(prompts, str):
         return [prompts]

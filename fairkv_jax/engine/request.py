@@ -1,4 +1,4 @@
-"""What comes into the engine and what goes out of it; the outputs' names are vLLM's."""
+"""Requests and outputs of the engine. The names of outputs are vLLM's."""
 
 from dataclasses import dataclass, field
 
@@ -10,33 +10,33 @@ from fairkv_jax.sampling_params import SamplingParams
 
 @dataclass(frozen=True)
 class Logprob:
-    """The log-probability of one token at one place of the output."""
+    """The log-probability of one token at one position."""
 
     logprob: float
     rank: int
-    """1 is the likeliest token."""
+    """Rank among all tokens; the most likely token has rank 1."""
     decoded_token: str
 
 
 @dataclass
 class CompletionOutput:
-    """What has been generated so far for a request."""
+    """The output of a request that has been generated so far."""
 
     text: str
-    """Safe to show: while the request runs, what may become a stop string is held back."""
+    """While the request runs, text that may be the beginning of a stop string is held back."""
     token_ids: list[int]
     logprobs: list[dict[int, Logprob]] | None
-    """For each token, itself and the likeliest ones by token id; None unless asked for."""
+    """Per position, the sampled token and the most likely ones by id; None unless requested."""
     finish_reason: str | None = None
-    """"stop", "length", or None while the request runs; "error": its grammar could not go on."""
+    """"stop", "length", "error" if the grammar failed, or None while the request runs."""
     stop_reason: int | str | None = None
-    """The stop token or stop string that ended it; None for the end-of-text token."""
+    """The stop token or stop string that ended the output; None for the end-of-text token."""
     index: int = 0
 
 
 @dataclass
 class RequestOutput:
-    """The state of a request after a step: its whole output so far, not the difference."""
+    """The state of a request after a step. The output is cumulative."""
 
     request_id: str
     prompt: str | None
@@ -46,17 +46,16 @@ class RequestOutput:
     kv_lengths: np.ndarray | None = None
     """Kept prompt tokens per layer and KV head, [L, K]; None before the prefill."""
     kept_positions: list[list[np.ndarray]] | None = None
-    """For each layer and KV head the kept prompt positions, ascending; None unless asked for."""
+    """Kept prompt positions per layer and KV head, ascending; None unless requested."""
     metrics: RequestMetrics | None = None
-    """When it came, started and advanced."""
+    """Arrival and progress times of the request."""
     prompt_logprobs: list[dict[int, Logprob] | None] | None = None
-    """For each token of the prompt, as in `logprobs`; None for the first, which nothing precedes,
-    and in all unless asked for."""
+    """Per prompt token, as in `logprobs`, with None for the first token; None unless requested."""
 
 
 @dataclass(frozen=True)
 class Request:
-    """A prompt, as token ids, and how to continue it."""
+    """A prompt as token ids, its sampling parameters and its KV options."""
 
     request_id: str
     prompt_token_ids: list[int]
@@ -64,18 +63,18 @@ class Request:
     prompt: str | None = None
     return_kept_positions: bool = False
     kv_policy: str | None = None
-    """In place of the engine's own, see `compress.budgets.request_kv_config`."""
+    """Overrides the engine's KV policy, see `compress.budgets.request_kv_config`."""
     kv_budget: int | None = None
-    """In place of the engine's own, and no larger."""
+    """Overrides the engine's KV budget; may not be larger."""
 
 
 @dataclass(frozen=True)
 class ValidatedRequest:
-    """A request that the engine has found that it can serve."""
+    """A request that the engine has validated and can serve."""
 
     request: Request
     max_tokens: int
-    """Most tokens to generate: as many as are asked for and as the context holds."""
+    """Maximum tokens to generate: the requested number, limited by the context."""
 
     @property
     def request_id(self) -> str:

@@ -1,31 +1,32 @@
-"""What the engine is doing, and when it did what for a request."""
+"""Statistics of the engine and of requests."""
 
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
 class EngineStats:
-    """The engine between two steps; lists have an entry a device."""
+    """The state of the engine after a step."""
 
     num_running: int
     num_waiting: int
     num_preemptions: int
-    """Since the start."""
+    """Preemptions since the start."""
     used_pages: tuple[int, ...]
+    """Used KV pages per device."""
     pages_per_device: int
     kv_tokens: tuple[int, ...]
-    """Cached tokens, summed over layers and heads."""
+    """Cached tokens per device, summed over layers and heads."""
     compilations: int
     """Programs that JAX has compiled, or read from its cache, since the start."""
 
 
 @dataclass
 class RequestMetrics:
-    """When things happened to a request, in `time.monotonic` seconds; None: not yet."""
+    """Times of a request in seconds of `time.monotonic`; None if the event has not happened."""
 
     arrival_time: float
     first_scheduled_time: float | None = None
-    """Its prefill began."""
+    """Start of the prefill."""
     prefill_finished_time: float | None = None
-    """Its first token was there."""
+    """Time of the first token."""
     last_token_time: float | None = None

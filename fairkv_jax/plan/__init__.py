@@ -1,4 +1,4 @@
-"""Head profiles and plans in pure NumPy and SciPy: importing this imports no JAX."""
+"""Head profiles and head plans in NumPy and SciPy. Importing this package does not import JAX."""
 
 from fairkv_jax.plan.calibrate import Calibration, Step, calibrate
 from fairkv_jax.plan.cost import HARDWARE, OBJECTIVES, CostModel

@@ -1,4 +1,4 @@
-"""`python -m fairkv_jax.plan`: plan a profile's heads over devices; show, save and report it."""
+"""`python -m fairkv_jax.plan`: makes a head plan from a profile, then prints and saves it."""
 
 import sys
 from collections.abc import Callable
@@ -29,60 +29,70 @@ DEPRECATED_FLAGS = {"--max_copies": "--max_extra_replicas"}
 
 
 def define_flags() -> flags.FlagValues:
-    """The command line, as a value of its own: importing this defines no flags."""
+    """Defines the flags in a separate registry, so that importing this module defines none."""
     values = flags.FlagValues()
-    flags.DEFINE_string("profile", None, "a profile's JSON file", flag_values=values)
-    flags.DEFINE_integer("devices", 2, "devices that share each layer's heads", flag_values=values)
-    flags.DEFINE_enum(
-        "strategy", "fair_copying", STRATEGIES, "how heads are placed", flag_values=values
-    )
-    flags.DEFINE_enum(
-        "row_split", "equal", ROW_SPLITS, "how replicas share rows", flag_values=values
-    )
+    flags.DEFINE_string("profile", None, "Path of the head profile (JSON).", flag_values=values)
     flags.DEFINE_integer(
-        "max_extra_replicas", None,
-        "maximum replicas per layer beyond one per head; default: limited by the slots only",
+        "devices", 2, "Number of devices that share each layer.", flag_values=values
+    )
+    flags.DEFINE_enum(
+        "strategy", "fair_copying", STRATEGIES, "Planning strategy.", flag_values=values
+    )
+    flags.DEFINE_enum(
+        "row_split", "equal", ROW_SPLITS,
+        "How the rows of a replicated head are divided among its replicas.",
         flag_values=values,
     )  # fmt: skip
-    flags.DEFINE_integer("max_slots", None, "most heads on a device in a layer", flag_values=values)
-    flags.DEFINE_enum(
-        "objective", "latency", OBJECTIVES, "least step time, or most tokens/s", flag_values=values
+    flags.DEFINE_integer(
+        "max_extra_replicas", None,
+        "Maximum replicas per layer beyond one per head; default: limited by the slots only.",
+        flag_values=values,
+    )  # fmt: skip
+    flags.DEFINE_integer(
+        "max_slots", None, "Maximum heads per device and layer.", flag_values=values
     )
+    flags.DEFINE_enum(
+        "objective", "latency", OBJECTIVES,
+        "Minimise the step time (latency), or maximise tokens/s (throughput).",
+        flag_values=values,
+    )  # fmt: skip
     flags.DEFINE_integer(
         "batch", None,
-        "rows of the decode batch (latency); default: what the hardware's memory holds, at most "
-        f"{MAX_BATCH}",
+        "Rows of the decode batch, for the objective latency; default: as many as the hardware's "
+        f"memory holds, at most {MAX_BATCH}.",
         flag_values=values,
     )  # fmt: skip
     flags.DEFINE_float(
         "device_memory", None,
-        "GiB for weights and cache on a device; under throughput the default is the hardware's",
+        "GiB per device for weights and KV cache; default: no limit with the objective latency, "
+        "the hardware's memory with throughput.",
         flag_values=values,
     )  # fmt: skip
     flags.DEFINE_enum(
-        "hardware", "H100", list(HARDWARE), "sets what weights cost", flag_values=values
+        "hardware", "H100", list(HARDWARE), "Hardware of the cost model.", flag_values=values
     )
     flags.DEFINE_integer(
-        "itemsize", 2, "bytes of a weight and of a cached number", flag_values=values
+        "itemsize", 2, "Bytes per weight and per element of the KV cache.", flag_values=values
     )
-    flags.DEFINE_integer("effort", 1, "more leaves more to the exact solver", flag_values=values)
     flags.DEFINE_integer(
-        "simulate",
-        0,
-        "replay so many requests drawn from the profile's prompts",
+        "effort", 1, "Work of the exact solver; 0: heuristics only.", flag_values=values
+    )
+    flags.DEFINE_integer(
+        "simulate", 0,
+        "Number of requests to simulate, drawn from the profile's prompts; 0: no simulation.",
         flag_values=values,
-    )
-    flags.DEFINE_string("output", None, "where to write the plan's JSON", flag_values=values)
-    flags.DEFINE_string("report", None, "where to write the HTML report", flag_values=values)
-    flags.DEFINE_bool("help", False, "show this and exit", flag_values=values)
+    )  # fmt: skip
+    flags.DEFINE_string("output", None, "Path of the plan (JSON) to write.", flag_values=values)
+    flags.DEFINE_string("report", None, "Path of the HTML report to write.", flag_values=values)
+    flags.DEFINE_bool("help", False, "Print this page and exit.", flag_values=values)
     return values
 
 
 def parse(arguments: list[str]) -> flags.FlagValues:
-    """Reads the command line; --row-split and --row_split are the same flag.
+    """Parses the command line; --row-split and --row_split are the same flag.
 
     Raises:
-        ValueError: an unknown flag, a bad value or a missing profile.
+        ValueError: a flag is unknown, a value is invalid, or --profile is missing.
     """
     values = define_flags()
     names = [_current_name(with_underscores(argument)) for argument in arguments]
@@ -94,13 +104,13 @@ def parse(arguments: list[str]) -> flags.FlagValues:
         raise ValueError(f"unexpected argument {rest[0]!r}")
     if not values.help and not values.profile:
         raise ValueError(
-            "--profile is required: a JSON file that python -m fairkv_jax.profile made"
+            "--profile is required: give a JSON file written by python -m fairkv_jax.profile"
         )
     return values
 
 
 def _current_name(argument: str) -> str:
-    """The argument with a deprecated flag's name replaced; warns on stderr."""
+    """Replaces the name of a deprecated flag and prints a warning to stderr."""
     name, equals, value = argument.partition("=")
     if name not in DEPRECATED_FLAGS:
         return argument
@@ -110,7 +120,7 @@ def _current_name(argument: str) -> str:
 
 
 def run(values: flags.FlagValues, console: Console) -> None:
-    """Plans with every strategy, shows the chosen one among them, writes what is asked for."""
+    """Plans with every strategy, prints the comparison, and writes the requested files."""
     profile = Profile.from_json(Path(values.profile).read_text(encoding="utf-8"))
     cost = default_cost(
         profile,
@@ -142,7 +152,9 @@ def run(values: flags.FlagValues, console: Console) -> None:
     for table in plan_tables(profile, chosen, others):
         console.print(table)
     if profile.shape is None and find_shape(profile.model) is None:
-        console.print("The model's widths are unknown, so weights count nothing here, only tokens.")
+        console.print(
+            "The model's shape is unknown: the cost model counts cached tokens only, not weights."
+        )
     if values.simulate:
         console.print(_simulated(profile, chosen, values.simulate))
     if values.output:
@@ -154,13 +166,13 @@ def run(values: flags.FlagValues, console: Console) -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs the command line; an error is one line on stderr and the exit status 1."""
+    """Runs the command line and returns the exit status; errors are one line on stderr."""
     try:
         values = parse(sys.argv[1:] if arguments is None else arguments)
         if values.help:
             print(__doc__, values.get_help(), sep="\n")
             return 0
-        # Tables in a file or a pipe need no narrow screen.
+        # Tables are not wrapped to 80 columns if the output goes to a file or a pipe.
         run(values, Console(width=None if sys.stdout.isatty() else 120))
     except (OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
@@ -169,7 +181,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _compare(plan_with: Callable[[str, str], Plan], chosen: Plan) -> list[Plan]:
-    """Every strategy within the same limits; one that cannot meet them is left out."""
+    """Makes a plan per strategy within the same limits; leaves out those that cannot meet them."""
     plans = []
     for strategy, row_split in COMPARED:
         if strategy == chosen.strategy and row_split == chosen.row_split:
@@ -185,8 +197,8 @@ def _compare(plan_with: Callable[[str, str], Plan], chosen: Plan) -> list[Plan]:
 def _simulated(profile: Profile, plan: Plan, requests: int):
     if profile.samples is None:
         raise ValueError(
-            "--simulate needs a profile with the kept tokens of each prompt: measure one with "
-            "python -m fairkv_jax.profile"
+            "--simulate needs a profile that contains the kept tokens of each prompt: measure one "
+            "with python -m fairkv_jax.profile"
         )
     workload = Workload.drawn(np.array(profile.samples), requests, rate=1.0, new_tokens=64)
     batch = plan.cost.batch

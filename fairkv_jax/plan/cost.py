@@ -1,4 +1,4 @@
-"""What a decode step costs: seconds per head slot and per cached token, from the hardware."""
+"""The cost model of a decode step: seconds per head slot and per cached token."""
 
 import math
 from collections.abc import Mapping
@@ -10,17 +10,17 @@ from fairkv_jax.plan.shape import ModelShape
 
 @dataclass(frozen=True)
 class Hardware:
-    """A device as decoding sees it: how fast it reads its memory and how much it has."""
+    """The memory of a device: its bandwidth and its size."""
 
     bandwidth: float
-    """Bytes per second of the main memory, as the vendor states it."""
+    """Bandwidth of the main memory in bytes per second, as published by the vendor."""
     memory_bytes: int
 
 
 MAX_BATCH = 256
-"""The most rows that a server decodes at a time unless it is told otherwise."""
+"""Default maximum of rows in the decode batch."""
 MEMORY_UTILIZATION = 0.9
-"""The fraction of a device's memory that weights and cache may take, as in `serve`."""
+"""Fraction of a device's memory for weights and KV cache, as in the engine."""
 
 OBJECTIVES = ("latency", "throughput")
 HARDWARE: dict[str, Hardware] = {
@@ -30,19 +30,19 @@ HARDWARE: dict[str, Hardware] = {
     "L4": Hardware(0.3e12, 24 * 10**9),
     "CPU": Hardware(0.04e12, 16 * 10**9),
 }
-"""A100 is the 80 GB SXM card; CPU is a small virtual machine."""
+"""Hardware by name. A100 is the 80 GB SXM card; CPU is a small virtual machine."""
 
 
 @dataclass(frozen=True)
 class CostModel:
-    """Seconds of one decode step: a per slot, b per cached token, and a constant rest.
+    """The time of one decode step: a seconds per slot, b per cached token, and a constant rest.
 
-    With C slots a layer on every device and `tokens` cached tokens of one row on device p, that
-    device spends C * a + batch * tokens * b in the layer. Empty slots cost `a` too: they are
-    computed with zero weights, because C is one number for the model.
+    With C slots per layer and device, and `tokens` cached tokens of one row on device p, this
+    device spends C * a + batch * tokens * b seconds in the layer. Empty slots also cost `a`: they
+    are computed with zero weights, because C is the same for all layers.
 
     Raises:
-        ValueError: a figure is negative, not finite, or the batch is not positive.
+        ValueError: a figure is negative or not finite, or the batch is not positive.
     """
 
     a_seconds: float
@@ -50,13 +50,13 @@ class CostModel:
     batch: int
     """Rows of the decode batch."""
     rest_seconds: float = 0.0
-    """What no plan changes: MLPs and logits, spread evenly over the devices."""
+    """Time that no plan changes: MLPs and logits, sharded evenly over the devices."""
     head_bytes: float = 0.0
-    """Weights of one head slot of one layer."""
+    """Bytes of the weights of one head slot in one layer."""
     token_bytes: float = 0.0
-    """Keys and values of one cached token of one head."""
+    """Bytes of the key and value of one cached token per head."""
     rest_bytes: float = 0.0
-    """All other weights that one device holds."""
+    """Bytes of all other weights on one device."""
     hardware: str = ""
 
     def __post_init__(self) -> None:
@@ -69,7 +69,9 @@ class CostModel:
         if not isinstance(self.batch, int) or self.batch < 1:
             raise ValueError(f"batch must be an integer of at least 1, got {self.batch!r}")
         if self.b_seconds_per_token == 0:
-            raise ValueError("b_seconds_per_token must be positive: tokens are what is balanced")
+            raise ValueError(
+                "b_seconds_per_token must be positive: the planner balances cached tokens"
+            )
 
     @classmethod
     def of(
@@ -81,10 +83,10 @@ class CostModel:
         batch: int,
         itemsize: int = 2,
     ) -> Self:
-        """The cost of a model on `num_devices` of that hardware, bound by memory reads.
+        """Derives the cost of a model on `num_devices` devices from their memory bandwidth.
 
-        `itemsize` is the bytes of one weight or cached number. Decoding reads each weight once a
-        step, whatever the batch, and each cached token once.
+        A decode step reads each weight once, whatever the batch, and each cached token once.
+        `itemsize` is the number of bytes per weight and per element of the KV cache.
         """
         if hardware not in HARDWARE:
             raise ValueError(f"hardware must be one of {', '.join(HARDWARE)}, got {hardware!r}")
@@ -122,11 +124,12 @@ class CostModel:
 
 @dataclass(frozen=True)
 class Objective:
-    """Latency: the least step time at the cost's batch. Throughput: the batch is free.
+    """What a plan minimises: the step time at a given batch, or the time per generated token.
 
-    `device_bytes` limits what one device holds: weights, empty slots and cached tokens. Under
-    "throughput" it decides the batch, so that a plan whose fullest device holds less serves more
-    rows with the same memory.
+    "latency" minimises the step time at the cost model's batch. "throughput" minimises the time
+    per token at the largest batch that fits into `device_bytes`, so that a plan whose fullest
+    device holds less serves more rows. `device_bytes` limits the weights, empty slots and cached
+    tokens per device.
 
     Raises:
         ValueError: the objective is unknown, or it needs a figure that is not given.
@@ -143,23 +146,24 @@ class Objective:
         if self.device_bytes is None:
             if self.name == "throughput":
                 raise ValueError(
-                    "objective 'throughput' needs device_bytes: the memory decides the batch"
+                    "objective 'throughput' needs device_bytes, which determines the batch"
                 )
         elif not self.device_bytes > 0:
             raise ValueError(f"device_bytes must be positive, got {self.device_bytes!r}")
         elif not self.cost.token_bytes > 0:
             raise ValueError(
-                "device_bytes needs a cost that knows token_bytes: give the model's shape"
+                "device_bytes needs a cost model with token_bytes: give the model's shape"
             )
 
     def weight_bytes(self, slots: int) -> float:
-        """Weights on one device with C slots a layer."""
+        """Returns the bytes of the weights on one device with `slots` slots per layer."""
         return self.cost.rest_bytes + self.num_layers * slots * self.cost.head_bytes
 
     def batch(self, slots: int, fullest_tokens: float) -> int:
-        """The batch to run with; 0 where the memory does not allow it.
+        """Returns the batch of a plan; 0 if it does not fit into the memory.
 
-        `fullest_tokens` is what the fullest device holds of one row, over all layers.
+        `fullest_tokens` is the number of tokens of one row, summed over layers, on the device that
+        holds the most.
         """
         if self.device_bytes is None:
             return self.cost.batch
@@ -170,15 +174,16 @@ class Objective:
         return self.cost.batch if fits >= self.cost.batch else 0
 
     def attention_seconds(self, slots: int, peak_tokens: float, batch: int) -> float:
-        """One step's attention: every slot and the fullest device's tokens, over all layers.
+        """Returns the time of attention in one step, summed over layers.
 
-        `peak_tokens` is the fullest device's share of one row, summed over layers.
+        `peak_tokens` is the number of tokens of one row on the fullest device of each layer, summed
+        over layers.
         """
         weights = self.num_layers * slots * self.cost.a_seconds
         return weights + batch * peak_tokens * self.cost.b_seconds_per_token
 
     def token_seconds(self, slots: int, peak_tokens: float, fullest_tokens: float) -> float:
-        """Seconds per generated token; infinite where the memory does not allow it."""
+        """Returns the seconds per generated token; infinite if the plan does not fit."""
         batch = self.batch(slots, fullest_tokens)
         if not batch:
             return float("inf")
@@ -186,5 +191,5 @@ class Objective:
         return step / batch
 
     def at(self, batch: int) -> CostModel:
-        """The cost model with the batch that was decided."""
+        """Returns the cost model with another batch."""
         return replace(self.cost, batch=batch)

@@ -1,4 +1,4 @@
-"""Makes a plan: checks what is asked, runs the strategy, and writes down what the plan costs."""
+"""Makes a head plan: checks the arguments, runs the strategy, and computes the plan's cost."""
 
 from dataclasses import replace
 
@@ -31,18 +31,19 @@ def make_plan(
 
     Args:
         strategy: "static" (contiguous blocks), "best_effort" (no replicas) or "fair_copying".
-        row_split: how replicas share a head's rows: "equal", or "proportional" to what is free.
-        max_extra_replicas: most replicas per layer beyond one per head; by default only the slots
-            limit them.
-        max_slots: most heads on a device in any layer.
-        device_bytes: most bytes on a device: weights, empty slots and cached tokens.
+        row_split: how the rows of a replicated head are divided among its replicas: "equal", or
+            "proportional" to the free capacity of their devices.
+        max_extra_replicas: maximum replicas per layer beyond one per head; by default only the
+            slots limit them.
+        max_slots: maximum heads per device in any layer.
+        device_bytes: maximum bytes per device: weights, empty slots and cached tokens.
         objective: "latency", or "throughput" at the batch that `device_bytes` allows.
-        cost: by default `default_cost`: H100s with a batch that their memory holds.
-        effort: how much more than usual is left to the exact solver.
+        cost: the cost model; by default `default_cost`, H100s with a batch that their memory holds.
+        effort: the work of the exact solver; 0 uses heuristics only.
 
     Raises:
-        ValueError: an argument is out of range, or a limit cannot be met; the message says which,
-            and the nearest that can.
+        ValueError: an argument is out of range, or a limit cannot be met; the message names the
+            limit and the nearest feasible value.
     """
     limit = _check(profile, num_devices, strategy, row_split, max_extra_replicas, max_slots, effort)
     cost = default_cost(profile, num_devices) if cost is None else cost
@@ -72,9 +73,10 @@ def _choose(
     goal: Objective,
     effort: int,
 ) -> tuple[int, np.ndarray, float, float]:
-    """The batch, the shares [L, K, P], the bound in seconds and what one more replica would gain.
+    """Returns the batch, the shares [L, K, P], the lower bound in seconds, and a relative gain.
 
-    All is searched with the heads in descending weight, so that their order cannot matter.
+    The gain is that of one more replica per layer. The search sorts the heads by descending weight,
+    so that the result does not depend on their order.
     """
     order = np.argsort(-profile.array, axis=1, kind="stable")
     weights = np.take_along_axis(profile.array, order, 1)
@@ -82,7 +84,7 @@ def _choose(
     fixed = np.take_along_axis(fixed, order[:, :, None], 1)
     distinct, which = np.unique(weights, axis=0, return_inverse=True)
     most = profile.num_heads * (num_devices - 1)
-    # One replica more than the limit, to report what it would gain.
+    # Search with one more replica than the limit, to report its gain.
     search = Search(
         weights=distinct,
         distinct=which.reshape(-1),
@@ -114,14 +116,14 @@ def default_cost(
     batch: int | None = None,
     itemsize: int = 2,
 ) -> CostModel:
-    """The cost of the profile's model on `num_devices` devices.
+    """Returns the cost model of the profile's model on `num_devices` devices.
 
-    Where the model's shape is unknown, weights cost nothing and only tokens count.
+    If the model's shape is unknown, the cost counts cached tokens only.
 
     Args:
         batch: rows of the decode batch; by default as many rows of this profile as the devices'
             memory holds beside the weights, at most MAX_BATCH.
-        itemsize: bytes of one weight and of one cached number.
+        itemsize: bytes per weight and per element of the KV cache.
     """
     shape = profile.shape or find_shape(profile.model)
     if shape is None:
@@ -138,7 +140,7 @@ def default_cost(
 
 
 def static_shares(num_layers: int, num_heads: int, num_devices: int) -> np.ndarray:
-    """Contiguous blocks of heads in checkpoint order, shares [L, K, P]: the baseline."""
+    """Returns the baseline's shares [L, K, P]: contiguous blocks of heads in checkpoint order."""
     shares = np.zeros((num_layers, num_heads, num_devices))
     for device, heads in enumerate(np.array_split(np.arange(num_heads), num_devices)):
         shares[:, heads, device] = 1.0
@@ -172,7 +174,7 @@ def _check(
     if max_slots is not None and max_slots < least:
         raise ValueError(
             f"max_slots {max_slots} cannot hold {profile.num_heads} heads on {num_devices} "
-            f"devices: the least is {least}"
+            f"devices: raise it to at least {least}"
         )
     if strategy != "fair_copying":
         return 0
@@ -197,7 +199,7 @@ def _memory_error(goal: Objective, nearest: Candidate, strategy: str) -> str:
     weights = goal.weight_bytes(nearest.slots)
     batch = 1 if goal.name == "throughput" else goal.cost.batch
     fits = max(0, int(((goal.device_bytes or 0) - weights) / row))
-    way_out = f"; a batch of {fits} fits" if 0 < fits < batch else ""
+    way_out = f": a batch of {fits} fits" if 0 < fits < batch else ": raise it, or use more devices"
     return (
         f"device_bytes {goal.device_bytes:.6g} cannot be met by strategy {strategy!r}: a batch of "
         f"{batch} needs {weights + batch * row:.6g} bytes on the fullest device, "
@@ -216,7 +218,7 @@ def _describe(
     bound: float,
     gain: float,
 ) -> Plan:
-    """The plan value, with everything it reports worked out from its shares [L, K, P]."""
+    """Builds the plan from its shares [L, K, P] and computes its figures."""
     cost = goal.at(batch)
     load = np.einsum("lk,lkp->lp", profile.array, shares)
     slots = int((shares > 0).sum(1).max())

@@ -1,4 +1,4 @@
-"""The plan: which devices hold which heads, and which share of the rows each replica serves."""
+"""The head plan: the devices of every head's replicas, and the share of rows that each serves."""
 
 import json
 from collections.abc import Mapping
@@ -14,7 +14,7 @@ SHARE_TOLERANCE = 1e-6
 
 @dataclass(frozen=True)
 class Replica:
-    """One head on one device, serving `share` of the rows."""
+    """One replica of a head on a device, which serves the fraction `share` of the rows."""
 
     head: int
     device: int
@@ -26,9 +26,9 @@ Layer = tuple[Replica, ...]
 
 @dataclass(frozen=True)
 class Plan:
-    """An assignment of every layer's heads to devices, with what it costs.
+    """An assignment of every layer's heads to devices, and its cost.
 
-    Hashable, and a static argument of jitted steps.
+    Plans are hashable.
 
     Raises:
         ValueError: a head has no replica, shares do not add to 1, or an index is out of range.
@@ -36,20 +36,20 @@ class Plan:
 
     strategy: str
     row_split: str
-    """How the rows of a replicated head are shared: "equal" or "proportional"."""
+    """How the rows of a replicated head are divided: "equal" or "proportional"."""
     num_devices: int
     num_heads: int
     layers: tuple[Layer, ...]
-    """Per layer its replicas, sorted by (device, head)."""
+    """The replicas of each layer, sorted by (device, head)."""
     cost: CostModel
     utilization: float
-    """Busy time over elapsed time of attention; an empty slot's time is not busy."""
+    """Busy time divided by elapsed time in attention; the time of empty slots is not busy."""
     step_seconds: float
-    """Attention's part of a step: the fullest device of each layer, added over layers."""
+    """Time of attention in a step: that of each layer's fullest device, summed over layers."""
     lower_bound_seconds: float
-    """No plan within the same limits has a shorter attention part."""
+    """Lower bound of `step_seconds` over all plans within the same limits."""
     one_more_replica_gain: float = 0.0
-    """By which fraction one more replica per layer, beyond the limit, would raise the tokens/s."""
+    """Relative gain in tokens/s of one more replica per layer than the limit allows."""
     fullest_tokens: float = 0.0
     """Cached tokens of one row, over all layers, on the device that holds the most."""
     model: str = ""
@@ -61,7 +61,7 @@ class Plan:
 
     @property
     def rest_seconds(self) -> float:
-        """The part of a step that no plan changes."""
+        """Time of a step outside of attention, which no plan changes."""
         return self.cost.rest_seconds
 
     @property
@@ -70,7 +70,7 @@ class Plan:
 
     @property
     def slots(self) -> int:
-        """Head slots per device and layer (C): one number for the model."""
+        """Head slots per device and layer (C), the same for all layers."""
         return max(int(self.replicas().sum(1).max()), 1) if self.layers else 1
 
     @property
@@ -80,22 +80,22 @@ class Plan:
 
     @property
     def gap(self) -> float:
-        """How far, relatively, the attention part may be above the best one."""
+        """Relative distance of `step_seconds` from its lower bound."""
         return self.step_seconds / self.lower_bound_seconds - 1
 
     @property
     def tokens_per_second(self) -> float:
-        """Generated tokens, over all rows of the batch."""
+        """Generated tokens per second, summed over the rows of the batch."""
         return self.cost.batch / (self.step_seconds + self.rest_seconds)
 
     @property
     def device_bytes(self) -> float:
-        """Weights and cached tokens on the fullest device."""
+        """Bytes of weights and cached tokens on the fullest device."""
         weights = self.cost.rest_bytes + self.num_layers * self.slots * self.cost.head_bytes
         return weights + self.cost.batch * self.fullest_tokens * self.cost.token_bytes
 
     def replicas(self) -> np.ndarray:
-        """Where each head has a replica, bool [L, K, P]."""
+        """Returns whether a head has a replica on a device, bool [L, K, P]."""
         return self.shares() > 0
 
     def shares(self) -> np.ndarray:
@@ -107,7 +107,10 @@ class Plan:
         return shares
 
     def head_of_slot(self) -> np.ndarray:
-        """The head in every slot, int32 [L, P, C]; -1 is empty, heads ascend in a device."""
+        """Returns the head in every slot, int32 [L, P, C]; -1 marks empty slots.
+
+        The heads of a device are in ascending order.
+        """
         slots = np.full((len(self.layers), self.num_devices, self.slots), -1, np.int32)
         for index, layer in enumerate(self.layers):
             filled = [0] * self.num_devices
@@ -117,7 +120,7 @@ class Plan:
         return slots
 
     def to_json(self) -> str:
-        """The file that `serve --head-plan` takes."""
+        """Returns the JSON file that `serve --head-plan` reads."""
         record = {
             "strategy": self.strategy,
             "row_split": self.row_split,
@@ -141,17 +144,17 @@ class Plan:
 
     @classmethod
     def from_json(cls, text: str) -> Self:
-        """Reads `to_json`'s format; what follows from the rest is computed anew.
+        """Parses the format of `to_json`; derived figures are recomputed.
 
         Raises:
-            ValueError: the text is not such an object; the message names what is wrong.
+            ValueError: the text is not a valid plan; the message names the invalid field.
         """
         try:
             record = json.loads(text)
         except json.JSONDecodeError as error:
             raise ValueError(f"the plan is not JSON: {error}") from None
         if not isinstance(record, dict):
-            raise ValueError(f"a plan is a JSON object, got {type(record).__name__}")
+            raise ValueError(f"the plan must be a JSON object, got {type(record).__name__}")
         for old, new in _OLD_NAMES.items():
             if old in record:
                 record.setdefault(new, record[old])
@@ -211,21 +214,21 @@ def _check_layer(index: int, layer: Layer, num_heads: int, num_devices: int) -> 
     for replica in layer:
         if not (0 <= replica.head < num_heads and 0 <= replica.device < num_devices):
             raise ValueError(
-                f"layer {index} of the plan places head {replica.head} on device {replica.device}, "
-                f"but there are {num_heads} heads and {num_devices} devices"
+                f"layer {index} of the plan assigns head {replica.head} to device "
+                f"{replica.device}, but there are {num_heads} heads and {num_devices} devices"
             )
         if not 0 < replica.share <= 1 + SHARE_TOLERANCE:
             raise ValueError(
-                f"layer {index}, head {replica.head}: a share must lie in (0, 1], "
+                f"layer {index}, head {replica.head}: a share must be in (0, 1], "
                 f"got {replica.share}"
             )
         shares[replica.head] += replica.share
     if len({(replica.head, replica.device) for replica in layer}) != len(layer):
-        raise ValueError(f"layer {index} of the plan places a head twice on one device")
+        raise ValueError(f"layer {index} of the plan assigns a head twice to the same device")
     for head, share in enumerate(shares):
         if abs(share - 1) > SHARE_TOLERANCE:
             raise ValueError(
-                f"layer {index}, head {head}: the shares of its replicas add to {share}, not 1"
+                f"layer {index}, head {head}: the shares of its replicas must sum to 1, got {share}"
             )
 
 
@@ -240,7 +243,7 @@ def _read_layer(index: int, layer: Any) -> Layer:
         )
         if not whole or not isinstance(entry.get("share"), int | float):
             raise ValueError(
-                f"layer {index} of the plan: a replica is an object with head, device and share, "
+                f"layer {index} of the plan: a replica must have head, device and share, "
                 f"got {entry!r}"
             )
         replicas.append(Replica(entry["head"], entry["device"], float(entry["share"])))

@@ -1,4 +1,4 @@
-"""The head profile: how many cached tokens of one row each KV head is expected to hold."""
+"""The head profile: the expected number of cached tokens of one row per KV head."""
 
 import json
 import math
@@ -11,40 +11,40 @@ import numpy as np
 
 from fairkv_jax.plan.shape import ModelShape
 
-FORMAT = "a profile is a JSON object with model, policy, budget and tokens"
+FORMAT = "a profile must be a JSON object with model, policy, budget and tokens"
 Table = tuple[tuple[float, ...], ...]
 
 
 @dataclass(frozen=True)
 class Profile:
-    """Expected cached tokens per layer and KV head, and where they come from.
+    """Expected cached tokens per layer and KV head, and their origin.
 
-    A hashable value: tables are nested tuples, `array` gives `tokens` as float64 [L, K].
+    Profiles are hashable: tables are nested tuples. `array` returns `tokens` as float64 [L, K].
 
     Raises:
-        ValueError: a table is ragged or holds what is not a positive, finite number.
+        ValueError: a table is not rectangular, or a value is not positive and finite.
     """
 
     model: str
     policy: str
     budget: int | None
-    """Kept tokens a head on average, the window included; None where everything is kept."""
+    """Mean kept tokens per head, including the window; None if every token is kept."""
     tokens: Table
-    """w[l, k] > 0, [L, K]."""
+    """Expected cached tokens, positive, [L, K]."""
     spread: Table | None = None
     """Standard deviation of `tokens` over the prompts, [L, K]."""
     samples: tuple[Table, ...] | None = None
     """Kept tokens of each prompt, [prompts, L, K]."""
     prompt_tokens: float | None = None
-    """Mean length of the prompts, or the length that an imported table was scaled to."""
+    """Mean length of the prompts, or the prompt length for which a table was imported."""
     correlation: float | None = None
-    """Mean correlation, between two prompts, of their kept tokens over layers and heads."""
+    """Mean correlation of the kept tokens between two prompts, over layers and heads."""
     held_out: tuple[tuple[str, float], ...] = ()
-    """Utilisation that each strategy reached on prompts left out of the profile."""
+    """Utilization of each strategy on prompts that were left out of the profile."""
     source: str = ""
-    """What measured or made it."""
+    """How the profile was made."""
     shape: ModelShape | None = None
-    """The model's widths; they set what a head's weights cost beside its tokens."""
+    """The model's sizes, which determine the cost of a head's weights."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "tokens", _table("tokens", self.tokens, positive=True))
@@ -69,13 +69,13 @@ class Profile:
 
     @classmethod
     def uniform(cls, num_layers: int, num_heads: int, tokens: float) -> Self:
-        """The profile of a policy that treats all heads alike."""
+        """Returns a profile in which all heads hold the same number of tokens."""
         table = ((float(tokens),) * num_heads,) * num_layers
         return cls(model="", policy="uniform", budget=None, tokens=table, source="uniform")
 
     @classmethod
     def from_samples(cls, samples: np.ndarray, **fields: Any) -> Self:
-        """The mean and spread of measured lengths `samples` [prompts, L, K]."""
+        """Makes a profile of measured lengths `samples` [prompts, L, K]."""
         samples = np.asarray(samples, np.float64)
         if samples.ndim != 3 or not len(samples):
             raise ValueError(
@@ -104,7 +104,7 @@ class Profile:
         return np.array(self.tokens)
 
     def check_model(self, num_layers: int, num_heads: int, model: str = "the model") -> None:
-        """Raises ValueError when the profile was made for a model of another shape."""
+        """Raises ValueError if the profile belongs to a model with another number of heads."""
         if (self.num_layers, self.num_heads) != (num_layers, num_heads):
             raise ValueError(
                 f"the profile of {self.model or 'an unnamed model'} has {self.num_layers} layers x "
@@ -113,7 +113,7 @@ class Profile:
             )
 
     def to_json(self) -> str:
-        """The file format: a JSON object with the fields' names; what is unknown is left out."""
+        """Returns a JSON object with the fields' names; empty fields are left out."""
         record = {k: v for k, v in asdict(self).items() if v not in (None, (), "")}
         record |= {"model": self.model, "policy": self.policy, "budget": self.budget}
         record["tokens"] = self.tokens
@@ -123,10 +123,10 @@ class Profile:
 
     @classmethod
     def from_json(cls, text: str) -> Self:
-        """Reads `to_json`'s format; only model, policy, budget and tokens are required.
+        """Parses the format of `to_json`; only model, policy, budget and tokens are required.
 
         Raises:
-            ValueError: the text is not such an object; the message names the field.
+            ValueError: the text is not a valid profile; the message names the invalid field.
         """
         record = _object(text)
         missing = [key for key in ("model", "policy", "budget", "tokens") if key not in record]
@@ -147,15 +147,15 @@ class Profile:
 
 
 def shipped_profile(model: str, policy: str) -> Profile | None:
-    """The measured profile of a model under a policy, or None where nobody has measured one."""
+    """Returns the profile of a model and policy that this package contains, or None."""
     file = resources.files("fairkv_jax.plan") / "profiles" / f"{model}.{policy}.json"
     return Profile.from_json(file.read_text(encoding="utf-8")) if file.is_file() else None
 
 
 def prompt_correlation(samples: np.ndarray) -> float | None:
-    """Mean Pearson correlation over all pairs of prompts, `samples` [prompts, L, K].
+    """Returns the mean Pearson correlation over all pairs of prompts, `samples` [prompts, L, K].
 
-    None with fewer than two prompts, or where no prompt tells heads apart.
+    Returns None with fewer than two prompts that keep different numbers of tokens per head.
     """
     flat = samples.reshape(len(samples), -1)
     flat = flat - flat.mean(1, keepdims=True)
@@ -171,14 +171,14 @@ def _object(text: str) -> dict[str, Any]:
     except json.JSONDecodeError as error:
         raise ValueError(f"the profile is not JSON ({error}): {FORMAT}") from None
     if not isinstance(record, dict):
-        raise ValueError(f"the profile is a JSON {type(record).__name__}: {FORMAT}")
+        raise ValueError(f"{FORMAT}, got {type(record).__name__}")
     return record
 
 
 def _table(
     name: str, rows: Any, *, positive: bool = False, size: tuple[int, int] | None = None
 ) -> Table:
-    """`rows` as nested tuples of floats, checked to be rectangular, finite and not negative."""
+    """Returns `rows` as nested tuples and checks that they are rectangular and non-negative."""
     if not isinstance(rows, list | tuple) or not rows or not all(_is_row(row) for row in rows):
         raise ValueError(f"the profile's {name} must be a table of numbers, [layers][heads]")
     widths = {len(row) for row in rows}
@@ -189,8 +189,8 @@ def _table(
         )
     if size is not None and (len(rows), len(rows[0])) != size:
         raise ValueError(
-            f"the profile's {name} is {len(rows)} x {len(rows[0])}, "
-            f"its tokens {size[0]} x {size[1]}"
+            f"the profile's {name} must have the size of its tokens, {size[0]} x {size[1]}, "
+            f"got {len(rows)} x {len(rows[0])}"
         )
     for layer, row in enumerate(rows):
         for head, value in enumerate(row):

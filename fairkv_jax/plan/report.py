@@ -1,4 +1,4 @@
-"""A plan as one self-contained HTML page: what is uneven, what the plan does, what it gains."""
+"""Renders a plan as a self-contained HTML page: the imbalance, the plan and its gain."""
 
 from collections.abc import Sequence
 from html import escape
@@ -40,7 +40,7 @@ svg .bar { fill: var(--heat); } svg .mean { stroke: var(--mark); stroke-dasharra
 
 
 def report_page(profile: Profile, chosen: Plan, plans: Sequence[Plan]) -> str:
-    """The whole page; `plans` are what it is compared with, `static` first."""
+    """Returns the page; the chosen plan is compared with `plans`, whose first one is `static`."""
     title = f"{profile.model or 'A model'} on {chosen.num_devices} devices"
     body = [
         f"<h1>{escape(title)}</h1>",
@@ -60,10 +60,11 @@ def report_page(profile: Profile, chosen: Plan, plans: Sequence[Plan]) -> str:
 
 
 def _subtitle(profile: Profile, plan: Plan) -> str:
-    budget = "" if profile.budget is None else f", {profile.budget} tokens a head on average"
-    cost = plan.cost.hardware or "a measured cost"
+    budget = "" if profile.budget is None else f", {profile.budget} tokens per head on average"
+    cost = plan.cost.hardware or "a measured cost model"
     return (
-        f"{profile.num_layers} layers of {profile.num_heads} KV heads, {profile.policy}{budget}; "
+        f"{profile.num_layers} layers with {profile.num_heads} KV heads each, "
+        f"{profile.policy}{budget}; "
         f"planned with {plan_name(plan)} for {cost} at batch {plan.cost.batch}."
     )
 
@@ -72,14 +73,14 @@ def _figures(plan: Plan, static: Plan) -> str:
     speed = plan.tokens_per_second / static.tokens_per_second
     attention = static.step_seconds / static.cost.batch * plan.cost.batch / plan.step_seconds
     shown = (
-        (f"{speed:.2f}×", f"tokens/s of {plan_name(static)}"),
-        (f"{attention:.2f}×", "as fast in attention alone, per row"),
-        (f"{static.utilization:.0%} → {plan.utilization:.0%}", "utilisation in attention"),
+        (f"{speed:.2f}×", f"the tokens/s of {plan_name(static)}"),
+        (f"{attention:.2f}×", "the speed of attention, per row"),
+        (f"{static.utilization:.0%} → {plan.utilization:.0%}", "utilization in attention"),
         (
             f"{plan.num_extra_replicas}",
-            f"extra replicas in {plan.num_layers} layers, {plan.slots} slots a device",
+            f"extra replicas in {plan.num_layers} layers, {plan.slots} slots per device",
         ),
-        (f"{plan.gap:.1%}", "at most above the best possible plan"),
+        (f"{plan.gap:.1%}", "maximum distance from the optimal plan"),
     )
     cells = (f'<div class="figure"><b>{value}</b>{escape(text)}</div>' for value, text in shown)
     return f'<div class="figures">{"".join(cells)}</div>'
@@ -102,8 +103,8 @@ def _heads(profile: Profile, plan: Plan) -> str:
     ]
     spread = tokens.max(1) / tokens.mean(1)
     return (
-        "<h2>Heads</h2><p>Cached tokens of one row, darker for more: "
-        f"{tokens.min():.0f} to {tokens.max():.0f}. In the median layer the heaviest head holds "
+        f"<h2>Heads</h2><p>Cached tokens of one row per head, from {tokens.min():.0f} (light) to "
+        f"{tokens.max():.0f} (dark). In the median layer, the largest head holds "
         f"{np.median(spread):.2f} times the mean. Framed heads are replicated; the number is the "
         "number of replicas.</p>"
         + heat_map(tokens / tokens.max(), hints, "head", np.where(replicas > 1, replicas, 0))
@@ -128,26 +129,26 @@ def _devices(profile: Profile, before: Plan, after: Plan) -> str:
             ]
             for layer in range(plan.num_layers)
         ]
-        peak = load.max(1).sum() / load.mean(1).sum()
+        max_over_mean = load.max(1).sum() / load.mean(1).sum()
         parts.append(
-            f"<div><p><b>{escape(plan_name(plan))}</b><br>the fullest device holds "
-            f"{peak:.2f} times the mean</p>"
+            f"<div><p><b>{escape(plan_name(plan))}</b><br>the fullest device of a layer holds "
+            f"{max_over_mean:.2f} times the mean</p>"
             + heat_map(relative / most, hints, "device")
-            + '<p class="soft">all layers together, dashed: the mean</p>'
+            + '<p class="soft">Sum over layers; the dashed line is the mean.</p>'
             + bars(load.sum(0), total)
             + "</div>"
         )
     return (
-        "<h2>Devices, before and after</h2><p>Each layer waits for its fullest device: an even "
-        f"row is a fast one. The darkest shade is {most:.2f} times the layer's mean.</p>"
+        "<h2>Devices, before and after</h2><p>Each layer takes as long as its fullest device, so "
+        f"even rows are fast. The darkest shade is {most:.2f} times the layer's mean.</p>"
         f'<div class="side">{"".join(parts)}</div>'
     )
 
 
 def _strategies(chosen: Plan, plans: Sequence[Plan]) -> str:
     heads = (
-        "strategy", "attention", "whole step", "utilisation", "batch", "tokens/s", "ratio",
-        "extra replicas", "slots", "one more", "fullest",
+        "strategy", "attention", "whole step", "utilization", "batch", "tokens/s", "ratio",
+        "extra replicas", "slots", "+1 replica", "fullest",
     )  # fmt: skip
     rows = []
     for plan in plans:
@@ -169,12 +170,13 @@ def _strategies(chosen: Plan, plans: Sequence[Plan]) -> str:
     head = "".join(f"<th>{escape(text)}</th>" for text in heads)
     slot = chosen.cost.a_seconds / chosen.cost.b_seconds_per_token
     return (
-        "<h2>Every strategy</h2><p>Reading one head's weights takes as long as reading "
-        f"{slot:,.0f} cached tokens, and every slot costs that, empty or not: with a batch of "
-        f"{chosen.cost.batch} that is {slot / chosen.cost.batch:,.0f} tokens of each row. Replicas "
-        "pay where they move more than that, or where they fill a slot that is there anyway. "
-        "<i>Ratio</i> is of tokens/s; <i>one more</i> is what one more replica per layer would "
-        "add to it; <i>fullest</i> is the device with the most weights and cache.</p>"
+        "<h2>Comparison of strategies</h2><p>Reading one head's weights takes as long as reading "
+        f"{slot:,.0f} cached tokens, or {slot / chosen.cost.batch:,.0f} tokens of each row at a "
+        f"batch of {chosen.cost.batch}. Every slot costs that time, even an empty one. A replica "
+        "pays off if it moves more tokens than that, or if it fills a slot that would be empty. "
+        "<i>Ratio</i> compares the tokens/s with the first strategy. <i>+1 replica</i> is the gain "
+        "in tokens/s of one more replica per layer. <i>Fullest</i> is the memory of the device "
+        "with the most weights and cached tokens.</p>"
         f'<div class="scroll"><table><tr>{head}</tr>{"".join(rows)}</table></div>'
     )
 
@@ -182,7 +184,12 @@ def _strategies(chosen: Plan, plans: Sequence[Plan]) -> str:
 def heat_map(
     shade: np.ndarray, hints: Sequence[Sequence[str]], axis: str, marks: np.ndarray | None = None
 ) -> str:
-    """One row a layer; `shade` [L, n] in [0, 1]; positive `marks` [L, n] are framed and written."""
+    """Draws a row of cells per layer.
+
+    Args:
+        shade: [L, n] darkness of the cells in [0, 1].
+        marks: [L, n] numbers; cells with a positive number are framed and show it.
+    """
     layers, columns = shade.shape
     width = min(max(WIDE // columns, NARROWEST_CELL), WIDEST_CELL)
     every = 1 if columns <= 16 else 4
@@ -203,7 +210,7 @@ def heat_map(
 
 
 def bars(values: np.ndarray, most: float) -> str:
-    """A horizontal bar for each device, with the mean as a dashed line."""
+    """Draws a horizontal bar per device, and the mean as a dashed line."""
     length, height = 220, 16
     parts = []
     for index, value in enumerate(values):

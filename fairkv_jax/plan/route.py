@@ -1,21 +1,22 @@
-"""Rules that assign rows to replicas, for the engine and for the simulator."""
+"""Assigns rows to replicas, in the engine and in the simulator."""
 
 import numpy as np
 
 
 def route(replicas: np.ndarray, lengths: np.ndarray, load: np.ndarray) -> np.ndarray:
-    """Gives every head of one row the replica whose device is then the least loaded.
+    """Selects a replica for every head of one row, so that the load of the devices is balanced.
 
-    Heads with one replica have no choice, so they are placed first; the others follow in descending
-    length. Ties go to the device with the smaller total over layers, then to the lower index.
+    Heads with a single replica are assigned first. The others follow in descending length, each to
+    the least loaded of its devices. Ties go to the device with the smaller total over layers, then
+    to the lower index.
 
     Args:
-        replicas: bool [L, K, P], where each head has a replica; at least one per head.
+        replicas: bool [L, K, P], whether a head has a replica on a device; at least one per head.
         lengths: [L, K] cached tokens of the row.
-        load: [L, P] cached tokens that the devices hold already; it is not changed.
+        load: [L, P] cached tokens on the devices; it is not changed.
 
     Returns:
-        The owning device of every layer and head, int32 [L, K].
+        The device of every layer and head, int32 [L, K].
     """
     num_layers, num_heads, num_devices = replicas.shape
     if lengths.shape != (num_layers, num_heads) or load.shape != (num_layers, num_devices):
@@ -46,19 +47,20 @@ def route(replicas: np.ndarray, lengths: np.ndarray, load: np.ndarray) -> np.nda
 def row_counts(shares: np.ndarray, batch: int) -> np.ndarray:
     """Rounds shares to whole rows by the largest remainder.
 
-    Every replica first gets the whole part of its due; the rows left over go, one each, to the
-    largest remainders, ties to the lower device. So counts differ from their dues by less than 1.
+    Every replica first gets the integer part of share * batch. The remaining rows go to the largest
+    fractional parts, one each, and ties to the lower device. So every count differs from
+    share * batch by less than 1.
 
     Args:
-        shares: [..., P], adding to 1 over devices.
+        shares: [..., P], which sum to 1 over devices.
 
     Returns:
-        int [..., P], adding to `batch`; 0 where the share is 0.
+        int [..., P], which sum to `batch`; 0 where the share is 0.
     """
     due = np.asarray(shares, np.float64) * batch
     if not np.allclose(due.sum(-1), batch):
-        raise ValueError("the shares of every head must add to 1 over the devices")
-    # A due within rounding of a whole number is that number.
+        raise ValueError("the shares of every head must sum to 1 over the devices")
+    # Rounding errors must not push an integer below itself.
     counts = np.floor(due + 1e-9).astype(int)
     remainder = np.where(np.asarray(shares) > 0, due - counts, -np.inf)
     order = np.argsort(-remainder, axis=-1, kind="stable")
@@ -66,8 +68,8 @@ def row_counts(shares: np.ndarray, batch: int) -> np.ndarray:
     return counts + (rank < batch - counts.sum(-1, keepdims=True))
 
 
-def _least_loaded(allowed: np.ndarray, load: np.ndarray) -> np.ndarray:
-    """The allowed device [L, P] of smallest load per layer; ties by total, then by index."""
-    candidates = np.where(allowed, load, np.inf)
+def _least_loaded(candidates: np.ndarray, load: np.ndarray) -> np.ndarray:
+    """Returns the candidate with the least load in each layer; ties go by total, then by index."""
+    candidates = np.where(candidates, load, np.inf)
     tied = candidates == candidates.min(1, keepdims=True)
     return np.where(tied, load.sum(0), np.inf).argmin(1)

@@ -1,4 +1,4 @@
-"""The sizes of a model that set the cost of its heads, and the sizes of well-known models."""
+"""The sizes of a model that determine the cost of its heads, and those of well-known models."""
 
 import math
 from collections.abc import Mapping
@@ -11,7 +11,7 @@ from fairkv_jax.models.params import MLP, SLOT, VOCAB, decoder_params
 
 @dataclass(frozen=True)
 class ModelShape:
-    """The sizes of a decoder; every decode step reads its weights once."""
+    """The sizes of a decoder, from which the number of its weights follows."""
 
     num_layers: int
     hidden_size: int
@@ -32,12 +32,12 @@ class ModelShape:
 
     @classmethod
     def from_config(cls, config: ModelConfig) -> Self:
-        """The shape of a model that the engine runs."""
+        """Returns the shape of a model configuration."""
         return cls(**{name: getattr(config, name) for name in cls.__dataclass_fields__})
 
     @classmethod
     def from_record(cls, record: Mapping[str, Any]) -> Self:
-        """Reads the JSON object that a profile holds."""
+        """Parses the `shape` object of a profile's JSON."""
         missing = [name for name in cls.__dataclass_fields__ if name not in record]
         if missing:
             raise ValueError(f"the model's shape lacks {', '.join(missing)}")
@@ -45,16 +45,16 @@ class ModelShape:
 
     @property
     def head_params(self) -> int:
-        """Weights of one KV head with its query heads: its parts of q, k, v and o."""
+        """Number of weights of one KV head and its query heads in the q, k, v and o projections."""
         return self._num_weights(SLOT) // (self.num_layers * self.num_kv_heads)
 
     @property
     def rest_params(self) -> int:
-        """Weights that are sharded uniformly and read in every step: the MLPs and the logits."""
+        """Number of weights that are sharded evenly: those of the MLPs and of the logits."""
         return self._num_weights(MLP) + self._num_weights(VOCAB)
 
     def _num_weights(self, axis: str) -> int:
-        """Weights of all matrices that have an axis, with tied embeddings."""
+        """Returns the number of weights in all matrices with an axis; embeddings count once."""
         return sum(math.prod(spec.shape) for spec in decoder_params(self) if axis in spec.axes)
 
 
@@ -65,9 +65,9 @@ SHAPES: dict[str, ModelShape] = {
     "llama-3.3-70b": ModelShape(80, 8192, 64, 8, 128, 28672, 128256),
     "mistral-small-24b": ModelShape(40, 5120, 32, 8, 128, 32768, 131072),
 }
-"""By name, in lower case."""
+"""Shapes of well-known models by lower-case name."""
 
 
 def find_shape(model: str) -> ModelShape | None:
-    """The shape whose name is part of what a profile calls its model, or None if none is."""
+    """Returns the shape whose name is contained in the model's name, or None."""
     return next((shape for known, shape in SHAPES.items() if known in model.lower()), None)

@@ -1,4 +1,4 @@
-"""Replays measured lengths through a plan and the router: how balanced is serving over time?"""
+"""Simulates serving with a plan and the router, to measure the balance of devices over time."""
 
 from dataclasses import dataclass
 
@@ -10,18 +10,18 @@ from fairkv_jax.plan.route import route, row_counts
 
 @dataclass(frozen=True)
 class Workload:
-    """Requests in the order in which they come.
+    """Requests in the order of their arrival.
 
     Raises:
-        ValueError: the arrays disagree, or a request generates nothing.
+        ValueError: the arrays' sizes differ, or a request generates no token.
     """
 
     lengths: np.ndarray
     """[R, L, K] cached tokens of each request after its prefill."""
     arrivals: np.ndarray
-    """int [R], the decode step before which a request may join, ascending."""
+    """int [R], the decode step in which a request may join the batch, ascending."""
     new_tokens: np.ndarray
-    """int [R], at least 1: decode steps that a request stays; each adds a token to every head."""
+    """int [R], at least 1: decode steps of a request; each adds one cached token per head."""
 
     def __post_init__(self) -> None:
         count = len(self.lengths)
@@ -30,9 +30,12 @@ class Workload:
                 f"lengths must have the shape [requests, layers, heads], got {self.lengths.shape}"
             )
         if self.arrivals.shape != (count,) or self.new_tokens.shape != (count,):
-            raise ValueError(f"{count} requests need as many arrivals and new_tokens")
+            raise ValueError(
+                f"arrivals and new_tokens must have the shape [{count}], as there are {count} "
+                f"requests, got {self.arrivals.shape} and {self.new_tokens.shape}"
+            )
         if (np.diff(self.arrivals) < 0).any() or (self.new_tokens < 1).any():
-            raise ValueError("arrivals must ascend and new_tokens be at least 1")
+            raise ValueError("arrivals must be in ascending order and new_tokens at least 1")
 
     @classmethod
     def drawn(
@@ -40,8 +43,8 @@ class Workload:
     ) -> "Workload":
         """Draws requests from measured lengths [prompts, L, K].
 
-        They come as a Poisson process of `rate` a step; what they generate is exponential with
-        the mean `new_tokens`.
+        Requests arrive as a Poisson process with `rate` requests per step. The number of tokens
+        that they generate is exponentially distributed with the mean `new_tokens`.
         """
         rng = np.random.default_rng(seed)
         arrivals = np.floor(np.cumsum(rng.exponential(1 / rate, requests))).astype(int)
@@ -51,44 +54,44 @@ class Workload:
 
 @dataclass(frozen=True)
 class Trace:
-    """What the simulation saw at each decode step that had rows."""
+    """Figures of every simulated decode step that had rows."""
 
     utilization: np.ndarray
-    """[steps] busy over elapsed time of attention, as in a plan."""
+    """[steps] busy time divided by elapsed time in attention, as in a plan."""
     token_balance: np.ndarray
-    """[steps] cached tokens of all devices over P times the fullest's, layer by layer: what
-    utilisation is where weights cost nothing."""
+    """[steps] mean cached tokens per device divided by those of each layer's fullest device: the
+    utilization if weights cost nothing."""
     rows: np.ndarray
     """[steps] rows in the batch."""
     seconds: np.ndarray
-    """[steps] attention's part of the step."""
+    """[steps] time of attention."""
     fullest_over_mean: np.ndarray
-    """[steps] memory: cached tokens on the fullest device over the mean device."""
+    """[steps] cached tokens on the fullest device divided by the mean, summed over layers."""
 
     @property
     def mean_utilization(self) -> float:
-        """Over the elapsed time."""
+        """Mean utilization, weighted by time."""
         return float(np.average(self.utilization, weights=self.seconds))
 
     @property
     def mean_token_balance(self) -> float:
-        """Over the elapsed time."""
+        """Mean token balance, weighted by time."""
         return float(np.average(self.token_balance, weights=self.seconds))
 
 
 def simulate(plan: Plan, workload: Workload, batch: int, *, routed: bool = True) -> Trace:
-    """Runs the workload to its end with at most `batch` rows at a time.
+    """Simulates the whole workload with at most `batch` concurrent rows.
 
-    A free row is taken by the earliest request that has come. With `routed` each request's
-    replicas are chosen by `route` when it joins; without, row r of the batch always goes to the
-    replica that the plan's shares give it, whatever its lengths are.
+    A free row goes to the request that arrived first. With `routed`, `route` selects the replicas
+    of a request when it joins the batch. Otherwise, the plan's shares assign the rows to replicas
+    by row number, whatever their lengths.
     """
     replicas, fixed = plan.replicas(), _fixed_owners(plan, batch)
     num_layers, num_heads, devices = replicas.shape
     if workload.lengths.shape[1:] != (num_layers, num_heads):
         raise ValueError(
-            f"the lengths are of {workload.lengths.shape[1:]} layers and heads, "
-            f"the plan of {(num_layers, num_heads)}"
+            f"the workload's lengths have {workload.lengths.shape[1:]} layers and heads, but the "
+            f"plan has {(num_layers, num_heads)}"
         )
     held = np.zeros((batch, num_layers, num_heads))
     owned = np.zeros((batch, num_layers, num_heads, devices), bool)
@@ -116,7 +119,7 @@ def simulate(plan: Plan, workload: Workload, batch: int, *, routed: bool = True)
 
 
 def _measure(plan: Plan, load: np.ndarray, rows: int) -> tuple[float, float, int, float, float]:
-    """Utilisation, token balance, rows, seconds and memory balance at tokens `load` [L, P]."""
+    """Returns the figures of a `Trace` for one step with `load` [L, P] cached tokens."""
     cost, (num_layers, devices) = plan.cost, load.shape
     peak, total = load.max(1).sum(), load.sum()
     seconds = num_layers * plan.slots * cost.a_seconds + peak * cost.b_seconds_per_token
@@ -133,6 +136,6 @@ def _measure(plan: Plan, load: np.ndarray, rows: int) -> tuple[float, float, int
 
 
 def _fixed_owners(plan: Plan, batch: int) -> np.ndarray:
-    """Owners [batch, L, K] that follow the plan's shares by row number alone."""
+    """Returns the devices [batch, L, K] that the plan's shares assign to rows by their number."""
     ends = row_counts(plan.shares(), batch).cumsum(-1)
     return (np.arange(batch)[:, None, None, None] >= ends).sum(-1)

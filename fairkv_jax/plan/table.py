@@ -1,4 +1,4 @@
-"""A plan for the terminal: tables for rich."""
+"""Renders plans as tables for the terminal."""
 
 from collections.abc import Sequence
 
@@ -12,15 +12,15 @@ from fairkv_jax.plan.simulate import Trace
 
 
 def plan_tables(profile: Profile, chosen: Plan, plans: Sequence[Plan]) -> list[Table]:
-    """The strategies beside each other, then the chosen plan layer by layer."""
+    """Returns a table that compares the strategies, and one of the chosen plan's layers."""
     return [comparison_table(profile, chosen, plans), layer_table(profile, chosen)]
 
 
 def comparison_table(profile: Profile, chosen: Plan, plans: Sequence[Plan]) -> Table:
-    """One line per strategy; ratios of tokens/s are relative to the first one, `static`.
+    """Returns a table with a row per strategy; "x static" is relative to the first plan, `static`.
 
-    "gap" bounds how far the plan is above the best one. "+1 replica" is what one more replica per
-    layer would add to the tokens/s. "GiB" is weights and cache on the fullest device.
+    "gap" is the plan's maximum distance from the optimum. "+1 replica" is the gain in tokens/s of
+    one more replica per layer. "GiB" is the memory for weights and cache on the fullest device.
     """
     table = Table(
         title=f"{profile.model or 'model'}: {profile.num_layers} layers x {profile.num_heads} "
@@ -56,8 +56,8 @@ def comparison_table(profile: Profile, chosen: Plan, plans: Sequence[Plan]) -> T
 
 
 def layer_table(profile: Profile, plan: Plan) -> Table:
-    """Heads per device of every layer, with the tokens of one row that they hold."""
-    table = Table(title=f"{plan_name(plan)}: heads per device (tokens of a row)")
+    """Returns a table of every layer's heads per device and their cached tokens of one row."""
+    table = Table(title=f"{plan_name(plan)}: heads per device (cached tokens of one row)")
     table.add_column("layer", justify="right")
     for device in range(plan.num_devices):
         table.add_column(f"device {device}")
@@ -73,11 +73,11 @@ def layer_table(profile: Profile, plan: Plan) -> Table:
 
 
 def simulation_table(routed: Trace, fixed: Trace, batch: int, requests: int) -> Table:
-    """What routing by length gives, beside rows that follow the plan's shares blindly."""
-    table = Table(title=f"{requests} requests replayed, batch {batch}")
-    for column in ("rows go", "utilisation", "token balance", "memory fullest/mean"):
+    """Returns a table that compares routing by load with a fixed assignment by row number."""
+    table = Table(title=f"{requests} simulated requests, batch {batch}")
+    for column in ("rows assigned", "utilization", "token balance", "memory fullest/mean"):
         table.add_column(column)
-    for name, trace in (("by load", routed), ("by number", fixed)):
+    for name, trace in (("by load", routed), ("by row number", fixed)):
         table.add_row(
             name,
             f"{trace.mean_utilization:.1%}",
@@ -88,7 +88,7 @@ def simulation_table(routed: Trace, fixed: Trace, batch: int, requests: int) -> 
 
 
 def plan_name(plan: Plan) -> str:
-    """The strategy as one reads it."""
+    """Returns the strategy's name, with the row split of a strategy that replicates heads."""
     is_replicated = plan.strategy == "fair_copying"
     return f"{plan.strategy}, {plan.row_split}" if is_replicated else plan.strategy
 

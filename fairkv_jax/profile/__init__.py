@@ -1,4 +1,4 @@
-"""Head profiles: imported from published scores, or drawn for a given imbalance."""
+"""Makes head profiles: from published head scores, at random, or by measurement."""
 
 from fairkv_jax.profile.head_scores import (
     from_duo_attention,

@@ -1,4 +1,4 @@
-"""`python -m fairkv_jax.profile`: measures how many tokens every KV head keeps of prompts."""
+"""`python -m fairkv_jax.profile`: measures the number of prompt tokens kept per KV head."""
 
 import sys
 from pathlib import Path
@@ -13,15 +13,15 @@ from fairkv_jax.options import options_of
 _PROMPTS = flags.DEFINE_string(
     "prompts",
     None,
-    "Path of a text, or of a .jsonl file whose lines have the key prompt or messages.",
+    "Path of a text file, or of a .jsonl file whose objects have the key prompt or messages.",
     required=True,
 )
 _PROMPT_TOKENS = flags.DEFINE_integer(
-    "prompt_tokens", 1024, "Tokens of each prompt that a text is cut into."
+    "prompt_tokens", 1024, "Tokens per prompt into which a text file is split."
 )
-_OUTPUT = flags.DEFINE_string("output", "profile.json", "Path of the profile that is written.")
+_OUTPUT = flags.DEFINE_string("output", "profile.json", "Path of the profile to write.")
 _DEVICES = flags.DEFINE_integer(
-    "devices", 2, "Number of devices for the utilisation on held-out prompts."
+    "devices", 2, "Number of devices for the utilization on held-out prompts."
 )
 _ENGINE = {
     "model": engine_flag("model"),
@@ -38,7 +38,7 @@ _ENGINE = {
 def main(argv: list[str]) -> int:
     """Measures the profile, prints a summary, and writes the profile."""
     if len(argv) > 1:
-        raise app.UsageError(f"{argv[1]!r} is not understood: options begin with --")
+        raise app.UsageError(f"unexpected argument {argv[1]!r}: options begin with --")
     try:
         _measure()
     except (ValueError, OSError) as error:
@@ -57,7 +57,10 @@ def _measure() -> None:
     longest = built.engine_config.max_model_len
     for number, prompt in enumerate(prompts):
         if len(prompt) > longest:
-            raise ValueError(f"prompt {number} has {len(prompt)} tokens, the context is {longest}")
+            raise ValueError(
+                f"prompt {number} has {len(prompt)} tokens, but the model's context has {longest}: "
+                "shorten it, or lower --prompt-tokens"
+            )
     kept_whole = sum(num_kept_tokens(built.kv_config, len(p)) >= len(p) for p in prompts)
     if kept_whole:
         print(f"{kept_whole} of {len(prompts)} prompts are within the budget and are kept whole")
@@ -69,12 +72,12 @@ def _measure() -> None:
     log.unlink()
     spread = profile.array.std(1) / profile.array.mean(1)
     print(f"{len(prompts)} prompts, tokens kept per head: mean {profile.array.mean():.1f}")
-    print(f"imbalance of a layer's heads (std / mean): {spread.mean():.3f}")
+    print(f"imbalance of heads within a layer (std / mean): {spread.mean():.3f}")
     if profile.correlation is not None:
         print(f"correlation between prompts: {profile.correlation:.3f}")
     for name, value in profile.held_out:
-        print(f"utilisation on held-out prompts, {name} devices: {value:.3f}")
-    print(f"written: {output}")
+        print(f"utilization on held-out prompts, {name} devices: {value:.3f}")
+    print(f"profile written to {output}")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""Turns published head scores into profiles: DuoAttention's and HeadKV's tables.
+"""Converts published head scores of DuoAttention and HeadKV into head profiles.
 
-The tables are scores, not token counts; what a score buys is what each paper's method does with
-it, at a given budget and prompt length.
+The number of tokens per head follows from the scores by each paper's method, at a given budget and
+prompt length.
 """
 
 import json
@@ -14,10 +14,10 @@ from fairkv_jax.plan import Profile, find_shape
 
 
 def read_table(path: str | Path) -> np.ndarray:
-    """A tab-separated table of finite numbers, one row a layer, as float64 [L, heads].
+    """Reads a tab-separated table with a row per layer, as float64 [L, heads].
 
     Raises:
-        ValueError: the file is empty, ragged, or holds what is not a finite number.
+        ValueError: the file is empty or not rectangular, or a value is not a finite number.
     """
     lines = Path(path).read_text(encoding="utf-8").splitlines()
     rows = [line.split("\t") for line in lines if line.strip()]
@@ -29,10 +29,12 @@ def read_table(path: str | Path) -> np.ndarray:
 
 
 def read_headkv_json(path: str | Path) -> np.ndarray:
-    """HeadKV's JSON: {"layer-head": score or scores of several samples}, as float64 [L, N].
+    """Reads HeadKV's JSON format as float64 [L, N].
+
+    The file is an object {"layer-head": score or list of scores}; lists are averaged.
 
     Raises:
-        ValueError: it is not such an object, or a head of the rectangle is missing.
+        ValueError: the file has another format, or a head is missing.
     """
     try:
         record = json.loads(Path(path).read_text(encoding="utf-8"))
@@ -60,19 +62,22 @@ def from_duo_attention(
     sinks: int = 128,
     recent: int = 256,
 ) -> Profile:
-    """DuoAttention (arXiv 2410.10819): retrieval heads keep everything, streaming heads little.
+    """Makes a profile by DuoAttention (arXiv 2410.10819).
+
+    Retrieval heads keep every token. Streaming heads keep the first and the most recent tokens.
 
     Args:
-        scores: [L, K] per KV head; scores above the quantile over the model are retrieval heads.
+        scores: [L, K] per KV head; heads whose score is above the quantile are retrieval heads.
         quantile: the fraction of streaming heads, in [0, 1].
-        sinks, recent: tokens that a streaming head keeps.
+        sinks: number of first tokens that a streaming head keeps.
+        recent: number of most recent tokens that a streaming head keeps.
     """
     if not 0 <= quantile <= 1:
-        raise ValueError(f"quantile must lie in [0, 1], got {quantile}")
+        raise ValueError(f"quantile must be in [0, 1], got {quantile}")
     _check_lengths(prompt_tokens=prompt_tokens, recent=recent)
     if sinks < 0:
         raise ValueError(f"sinks must be at least 0, got {sinks}")
-    # A quantile of 0 makes every head a retrieval head, although none is below the least score.
+    # With a quantile of 0, every head is a retrieval head, including that with the lowest score.
     retrieval = (scores > np.quantile(scores, quantile)) | (quantile == 0)
     tokens = np.where(retrieval, prompt_tokens, min(sinks + recent, prompt_tokens))
     return Profile(
@@ -96,17 +101,17 @@ def from_headkv(
     window: int = 8,
     beta: float = 1.2,
 ) -> Profile:
-    """HeadKV (arXiv 2410.19258): a head's share of a global pool grows with its score.
+    """Makes a profile by HeadKV (arXiv 2410.19258).
 
-    Every head gives budget / beta tokens of its budget to the pool and keeps the rest; the pool is
-    dealt out in proportion to the scores, and the window comes on top. The scores of the query
-    heads of a group are averaged, as the group shares one cache. What a head would get beyond the
-    prompt's length goes to the others.
+    Every head contributes 1 / beta of its budget, without the window, to a global pool and keeps
+    the rest. The pool is distributed in proportion to the scores. Scores of the query heads of a
+    group are averaged, because the group shares one cache. Tokens beyond the prompt's length are
+    redistributed to the other heads.
 
     Args:
         scores: [L, N], at least 0, per query head.
-        budget: tokens a head on average, the window included.
-        beta: at least 1; larger gives less to the pool.
+        budget: mean tokens per head, including the window.
+        beta: at least 1; a larger value makes the pool smaller.
     """
     _check_lengths(prompt_tokens=prompt_tokens, window=window, num_kv_heads=num_kv_heads)
     layers, query_heads = scores.shape
@@ -114,13 +119,14 @@ def from_headkv(
         raise ValueError(f"{query_heads} query heads do not divide over {num_kv_heads} KV heads")
     if budget <= window:
         raise ValueError(
-            f"budget {budget} is not larger than the window {window}: raise it or lower the window"
+            f"budget {budget} must be larger than the window {window}: raise the budget or lower "
+            "the window"
         )
     if not beta >= 1:
         raise ValueError(f"beta must be at least 1, got {beta}")
     grouped = scores.reshape(layers, num_kv_heads, -1).mean(2)
     if (grouped < 0).any() or not grouped.any():
-        raise ValueError("HeadKV scores must be at least 0, and not all 0")
+        raise ValueError("HeadKV scores must be at least 0, and at least one must be positive")
     spare = budget - window
     floor = spare - spare / beta
     pool = spare / beta * grouped.size
@@ -137,7 +143,10 @@ def from_headkv(
 
 
 def _deal(pool: float, scores: np.ndarray, most: float) -> np.ndarray:
-    """The pool in proportion to the scores, none above `most`; what is cut off is dealt again."""
+    """Distributes the pool in proportion to the scores, at most `most` tokens per head.
+
+    Tokens beyond `most` are redistributed to the other heads.
+    """
     dealt = np.zeros_like(scores)
     open_ = scores > 0
     while pool > 1e-9 * scores.size and open_.any() and most > 0:

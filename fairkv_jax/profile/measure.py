@@ -1,4 +1,4 @@
-"""Measures a head profile: prefills prompts and records what every head keeps of each."""
+"""Measures a head profile: prefills prompts and records the number of tokens kept per head."""
 
 import hashlib
 import json
@@ -25,10 +25,10 @@ HELD_OUT_BATCH = 16
 def measure_lengths(
     runner: ModelRunner, prompts: Sequence[list[int]], log: Path, *, progress: bool = True
 ) -> np.ndarray:
-    """Kept tokens [prompts, L, K] of every prompt, in the prompts' order.
+    """Returns the kept tokens [prompts, L, K] of the prompts, in their order.
 
-    Each is written to `log` as soon as it is there, so that an interrupted measurement goes on
-    where it stopped; what another configuration has left in the log is not used.
+    Every result is appended to `log` at once, so that an interrupted measurement can be resumed.
+    Entries of other configurations in the log are ignored.
     """
     known = dict(_read_log(log))
     with log.open("a", encoding="utf-8") as file:
@@ -44,7 +44,7 @@ def measure_lengths(
 def make_profile(
     runner: ModelRunner, model: str, prompts: Sequence[list[int]], lengths: np.ndarray, devices: int
 ) -> Profile:
-    """The profile of measured lengths, with each strategy's utilisation on prompts left out."""
+    """Makes a profile of measured lengths, with each strategy's utilization on held-out prompts."""
     config = runner.kv_config
     fields = {
         "model": model,
@@ -62,10 +62,13 @@ def make_profile(
 
 
 def held_out_utilization(profile: Profile, lengths: np.ndarray, devices: int) -> dict[str, float]:
-    """Utilisation of each strategy when plans of `profile` serve other prompts' `lengths`.
+    """Returns the utilization of each strategy when plans for `profile` serve other prompts.
 
-    Simulated at a full batch of 16 with requests that come and go, weights costing nothing; routed,
-    and for `fair_copying` also with rows dealt by the plan's shares alone.
+    The utilization is simulated at a full batch of 16 and counts cached tokens only, not weights.
+    Rows are routed by load; for `fair_copying`, also by the plan's shares alone.
+
+    Args:
+        lengths: [prompts, L, K] kept tokens of the other prompts.
     """
     assert profile.shape is not None
     cost = CostModel.of(profile.shape, devices, batch=HELD_OUT_BATCH)
@@ -84,13 +87,13 @@ def held_out_utilization(profile: Profile, lengths: np.ndarray, devices: int) ->
 
 
 def _key(runner: ModelRunner, prompt: list[int]) -> str:
-    """What a measured prompt is known by: the configuration and its tokens."""
+    """Returns a hash of the configuration and the prompt, which identifies a log entry."""
     text = f"{runner.model_config} {runner.kv_config} {runner.config.dtype} {prompt}"
     return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _read_log(log: Path) -> list[tuple[str, list]]:
-    """The complete records; a line cut short by an interruption is measured again."""
+    """Returns the log's valid entries; an entry that was written incompletely is ignored."""
     records = []
     if log.exists():
         for line in log.read_text(encoding="utf-8").splitlines():

@@ -1,4 +1,4 @@
-"""Reads the prompts of a measurement: plain text, cut to pieces, or JSON lines."""
+"""Reads the prompts of a measurement from a text file or from JSON lines."""
 
 import json
 from collections.abc import Iterator
@@ -8,13 +8,13 @@ from fairkv_jax.tokenizer import Tokenizer
 
 
 def read_prompts(path: str | Path, tokenizer: Tokenizer, prompt_tokens: int) -> list[list[int]]:
-    """The prompts of a file as token ids.
+    """Reads the prompts of a file and tokenizes them.
 
-    A .jsonl file has one object a line, with a `prompt` text or chat `messages`. Any other file is
-    one text, which is cut into prompts of `prompt_tokens` tokens; a shorter rest is left out.
+    A .jsonl file has one object per line, with a `prompt` or chat `messages`. Any other file is a
+    text, which is split into prompts of `prompt_tokens` tokens; the shorter rest is left out.
 
     Raises:
-        ValueError: a line is not such an object, or the file has no prompt.
+        ValueError: a line has another format, or the file contains no prompt.
     """
     text = Path(path).read_text(encoding="utf-8")
     if Path(path).suffix == ".jsonl":
@@ -25,7 +25,7 @@ def read_prompts(path: str | Path, tokenizer: Tokenizer, prompt_tokens: int) -> 
         prompts = [ids[end - prompt_tokens : end] for end in ends]
     if not prompts:
         raise ValueError(
-            f"{path} has no prompt: give lines of JSON, or a text of at least "
+            f"{path} contains no prompt: give JSON lines, or a text of at least "
             f"{prompt_tokens} tokens (--prompt-tokens)"
         )
     return prompts

@@ -1,4 +1,4 @@
-"""Profiles for models that nobody measured here: imbalance is one number."""
+"""Draws synthetic head profiles with a given imbalance, for models without a measured one."""
 
 import numpy as np
 
@@ -6,9 +6,10 @@ from fairkv_jax.plan import ModelShape, Profile
 
 DEFAULT_IMBALANCE = 0.25
 LAYER_SPREAD = 0.45
-"""As measured on SmolLM2-135M with Ada-SnapKV at a budget of 256, over 32 texts of 700 to 1,100
-tokens: std / mean of a layer's heads is 0.24 in the mean over layers (0.26 in the median), and
-varies over layers by 0.48 of that. Long prompts and few tokens make it larger."""
+"""The defaults follow a measurement of SmolLM2-135M with Ada-SnapKV at a budget of 256, over 32
+texts of 700 to 1,100 tokens. There, std / mean over the heads of a layer is 0.24 on average (median
+0.26), and its relative standard deviation over layers is 0.48. Longer prompts and smaller budgets
+increase the imbalance."""
 
 
 def synthetic_profile(
@@ -21,28 +22,34 @@ def synthetic_profile(
     alpha: float = 0.2,
     seed: int = 0,
 ) -> Profile:
-    """Draws kept tokens as Ada-SnapKV deals them: a floor, and a layer's pool by head strength.
+    """Draws kept tokens as Ada-SnapKV distributes them: a minimum per head, and a pool per layer.
 
-    The strengths are log-normal; each layer is then stretched or flattened so that the standard
-    deviation of its heads' tokens over their mean is as drawn around `imbalance`, as far as the
-    floor allows. Every layer keeps exactly the budget on average.
+    The pool is distributed in proportion to log-normal strengths of the heads. These are scaled in
+    each layer so that std / mean of the heads' tokens has a value that is drawn around `imbalance`,
+    as far as the minimum allows. The mean over the heads of every layer is exactly the budget.
 
     Args:
-        budget: tokens a head on average, the window included.
-        imbalance: the mean over layers of std / mean of a layer's tokens; 0 is uniform.
-        window, alpha: what every head keeps: the window and alpha of the rest.
+        budget: mean tokens per head, including the window.
+        imbalance: mean over layers of std / mean of the heads' tokens; 0 makes all heads equal.
+        window: number of tokens that every head keeps.
+        alpha: fraction of the remaining budget that every head also keeps.
 
     Raises:
-        ValueError: a figure is out of range.
+        ValueError: an argument is out of range.
     """
     if budget <= window:
-        raise ValueError(f"budget {budget} must be larger than the window {window}")
-    if not 0 <= alpha <= 1 or not imbalance >= 0:
-        raise ValueError(f"alpha must lie in [0, 1], imbalance be positive: {alpha}, {imbalance}")
+        raise ValueError(
+            f"budget {budget} must be larger than the window {window}: raise the budget or lower "
+            "the window"
+        )
+    if not 0 <= alpha <= 1:
+        raise ValueError(f"alpha must be in [0, 1], got {alpha}")
+    if not imbalance >= 0:
+        raise ValueError(f"imbalance must be at least 0, got {imbalance}")
     rng = np.random.default_rng(seed)
     floor = window + alpha * (budget - window)
     heads = shape.num_kv_heads
-    # A log-normal of mean 1: layers differ in their imbalance too.
+    # The imbalances of the layers are log-normal around `imbalance`.
     drawn = rng.normal(-(LAYER_SPREAD**2) / 2, LAYER_SPREAD, shape.num_layers)
     wanted = imbalance * np.exp(drawn)
     tokens = [
@@ -60,7 +67,10 @@ def synthetic_profile(
 
 
 def _strengths(normal: np.ndarray, target: float, budget: float, floor: float) -> np.ndarray:
-    """exp(s * normal), normalised to 1, with s such that the tokens vary by `target`; bisected."""
+    """Returns exp(s * normal), normalised to sum 1.
+
+    Bisection finds the s for which std / mean of the tokens is `target`.
+    """
     scale = (budget - floor) * len(normal)
 
     def strengths(s: float) -> np.ndarray:

@@ -1,7 +1,7 @@
-"""An HTTP server that speaks the OpenAI API, as vLLM's users know it.
+"""An HTTP server with an OpenAI-compatible API that matches vLLM's.
 
     argv -> flags -> [thread: engine.step() in a loop] <- async_engine -> routes -> uvicorn
 
-One thread owns the engine and everything of JAX; the event loop owns the connections and never
-waits for the device. `python -m fairkv_jax.serve --help` lists the flags.
+One thread owns the engine and makes all JAX calls. The event loop owns the connections and never
+waits for the devices. `python -m fairkv_jax.serve --help` lists the flags.
 """

@@ -1,6 +1,7 @@
-"""The access log: one JSON object a request, with what it was given and what it cost.
+"""The access log: one JSON object per request, with its token counts, status and latencies.
 
-Prompts are not in it unless asked for. It goes to standard output, other logs to standard error.
+The log contains prompts only with `--enable-log-requests`. It is written to standard output; all
+other logs are written to standard error.
 """
 
 import json
@@ -24,25 +25,28 @@ log = logging.getLogger(__name__)
 
 REQUEST_ID = "X-Request-Id"
 QUIET_PATHS = ("/health", "/ready", "/metrics", "/stats")
-"""Asked for every few seconds; they are logged where they fail, and at the level `debug`."""
+"""Paths that monitors poll. Successful requests to them are logged at level `debug` only."""
 
 _WELL_FORMED_ID = re.compile(r"[\w.:/+=-]{1,128}", re.ASCII)
 
 
 @dataclass(frozen=True)
 class Work:
-    """What a request has asked of the engine: `choices` for every prompt, side by side."""
+    """The engine requests of one HTTP request; the `choices` of each prompt are adjacent."""
 
     outputs: OutputStream
     choices: int
 
     def record(self) -> dict[str, Any]:
-        """Tokens as in `usage`, and the first choice's times, as far as it has come."""
+        """Returns the token counts, as in `usage`, and the latencies of the first choice.
+
+        Values that are not known yet are left out.
+        """
         requests, latest = self.outputs.requests, self.outputs.latest
         record = {
             "prompt_tokens": sum(len(r.prompt_token_ids) for r in requests[:: self.choices]),
             "completion_tokens": sum(len(o.outputs[0].token_ids) for o in latest.values()),
-            "finish_reasons": [_reason(latest.get(place)) for place in range(len(requests))],
+            "finish_reasons": [_reason(latest.get(index)) for index in range(len(requests))],
         }
         first = latest.get(0)
         if first is not None and first.kv_lengths is not None:
@@ -67,9 +71,10 @@ def _reason(output: RequestOutput | None) -> str:
 
 
 class AccessLog:
-    """Gives every request an id, the client's own where it sends one, and logs how it ended.
+    """Middleware that gives every request an id and logs the request when it has ended.
 
-    Handlers leave their `Work` in the request's state under "work".
+    The id is the one that the client sent, if it is well formed. Handlers store their `Work` in
+    the request's state under "work".
     """
 
     def __init__(self, app: ASGIApp, log_prompts: bool):
@@ -83,7 +88,7 @@ class AccessLog:
         given = Headers(scope=scope).get(REQUEST_ID, "")
         request_id = given if _WELL_FORMED_ID.fullmatch(given) else uuid4().hex
         began = time.monotonic()
-        status = 500  # unless an answer begins
+        status = 500  # Logged if the handler fails before it starts a response.
 
         async def send_with_id(message: Message) -> None:
             nonlocal status
@@ -120,7 +125,7 @@ class AccessLog:
 
 
 def log_to_stdout(level: str) -> None:
-    """Write bare lines, which is what reads JSON wants."""
+    """Writes the access log to standard output, one JSON object per line without a prefix."""
     handler = logging.StreamHandler(sys.stdout)
     handler.setFormatter(logging.Formatter("%(message)s"))
     log.addHandler(handler)

@@ -1,4 +1,4 @@
-"""The application: its routes, what stands before them, and the life of the engine."""
+"""The ASGI application: routes, middleware, and start and stop of the engine."""
 
 import asyncio
 import time
@@ -23,8 +23,7 @@ from fairkv_jax.serve.service import Service
 
 
 def create_app(service: Service) -> FastAPI:
-    """The ASGI application; it starts to load the engine when it is started itself."""
-
+    """Creates the application, which starts to load the engine when the application starts."""
     history = History(service.metrics)
 
     @asynccontextmanager
@@ -53,7 +52,7 @@ def create_app(service: Service) -> FastAPI:
 
 
 def _add_middleware(app: FastAPI, service: Service) -> None:
-    """What comes last here sees a request first."""
+    """Adds the middleware; the one that is added last handles a request first."""
     options = service.options
     app.add_middleware(Room, engine=service.engine)
     if options.api_keys:
@@ -78,16 +77,16 @@ def _add_status_routes(app: FastAPI, service: Service) -> None:
         state = service.engine.state.value
         if is_well:
             return JSONResponse({"status": state})
-        return error_response(503, f"the engine's state is: {state}")
+        return error_response(503, f"the engine is not ready: its state is {state!r}")
 
     @app.get("/health")
     async def health() -> JSONResponse:
-        """Liveness: 200 while the engine loads or works, 503 after a failure."""
+        """Liveness: returns 200 while the engine is loading or running, and 503 after a failure."""
         return status(service.engine.is_alive)
 
     @app.get("/ready")
     async def ready() -> JSONResponse:
-        """Readiness: 200 while requests are taken; 503 before, while draining, and afterwards."""
+        """Readiness: returns 200 while the server accepts requests, and 503 otherwise."""
         return status(service.engine.state is State.READY)
 
     @app.get("/metrics", response_class=PlainTextResponse)
@@ -100,13 +99,13 @@ def _add_status_routes(app: FastAPI, service: Service) -> None:
 
     @app.get("/tokenizer_info")
     async def tokenizer_info() -> dict[str, Any]:
-        """What the tokenizer is, its special tokens and its chat template."""
+        """Returns the tokenizer's class, its special tokens and its chat template."""
         engine = service.engine.engine
         return {**engine.tokenizer.info(), "model_max_length": engine.engine_config.max_model_len}
 
     @app.get("/v1/models")
     async def models() -> dict[str, Any]:
-        """The one model, under each of its names."""
+        """Lists the served model under each of its names."""
         return {"object": "list", "data": [card(name) for name in service.model_names]}
 
     @app.get("/v1/models/{name:path}")

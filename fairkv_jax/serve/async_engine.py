@@ -1,4 +1,4 @@
-"""The bridge between the event loop, which owns the clients, and the thread that owns the engine.
+"""Connects the event loop, which serves the clients, with the thread that runs the engine.
 
 event loop                      engine thread
 submit() ── Add ──► mailbox ──► add_request()
@@ -26,9 +26,9 @@ log = logging.getLogger(__name__)
 
 
 class Engine(Protocol):
-    """What the server asks of an engine.
+    """The engine's methods that the server uses.
 
-    All is called from one thread, but `validate` and `compile_grammar`, which any may call.
+    `validate` and `compile_grammar` may be called from any thread, all others from one thread only.
     """
 
     model_name: str
@@ -50,7 +50,7 @@ class Engine(Protocol):
 
 
 class Observer(Protocol):
-    """Who is told of every request, and of the engine after every step; in the event loop."""
+    """Receives every request and the engine's state after every step, in the event loop."""
 
     def submitted(self, requests: Sequence[Request]) -> None: ...
     def stepped(self, outputs: Sequence[RequestOutput], stats: EngineStats) -> None: ...
@@ -58,26 +58,26 @@ class Observer(Protocol):
 
 
 class State(Enum):
-    """The life of an engine; requests are taken only while it is ready."""
+    """The states of an engine; requests are accepted only in the state `READY`."""
 
     LOADING = "loading"
     READY = "ready"
     DRAINING = "draining"
-    """What runs finishes; nothing new is taken."""
+    """Accepted requests are finished, and new ones are rejected."""
     FAILED = "failed"
     STOPPED = "stopped"
 
 
 class EngineUnavailable(Exception):
-    """The engine is not ready yet, or no longer works."""
+    """The engine is not ready yet, has stopped or has failed."""
 
 
 class RequestRefused(Exception):
-    """The request cannot be served, ever; the message says what is wrong with it."""
+    """The request is invalid and retrying cannot help; the message says what is wrong with it."""
 
 
 class QueueFull(Exception):
-    """As many requests wait as may wait."""
+    """The queue has reached its maximum number of requests."""
 
 
 @dataclass(frozen=True)
@@ -94,28 +94,27 @@ class _Stop: ...
 
 
 class OutputStream:
-    """The outputs of a group of requests as they come, each with its place in the group.
+    """Streams the outputs of a group of requests, each with its index in the group.
 
-    Outputs are cumulative, so only the latest one of each request is held: a client that reads
-    slowly costs no memory and sees fewer, longer pieces. Close it when nobody listens any more;
-    whatever still runs is then aborted.
+    Outputs are cumulative, so only the latest one of each request is stored: a slow client uses no
+    extra memory and receives fewer, longer pieces. `close` aborts the requests that still run.
     """
 
     def __init__(self, engine: "AsyncEngine", requests: Sequence[Request]):
         self.requests = requests
         self.latest: dict[int, RequestOutput] = {}
-        """By place in the group; a request that has not begun is missing."""
+        """The latest outputs by index in the group; requests without output are missing."""
         self._engine = engine
-        self._places = {request.request_id: place for place, request in enumerate(requests)}
-        self._unfinished = set(self._places)
+        self._indices = {request.request_id: index for index, request in enumerate(requests)}
+        self._unfinished = set(self._indices)
         self._fresh: set[int] = set()
         self._error: Exception | None = None
         self._news = asyncio.Event()
 
     def put(self, output: RequestOutput) -> None:
-        place = self._places[output.request_id]
-        self.latest[place] = output
-        self._fresh.add(place)
+        index = self._indices[output.request_id]
+        self.latest[index] = output
+        self._fresh.add(index)
         if output.finished:
             self._unfinished.discard(output.request_id)
         self._news.set()
@@ -126,38 +125,40 @@ class OutputStream:
 
     def close(self) -> None:
         self._engine.abort(self._unfinished)
-        self._engine.forget(self._places)
+        self._engine.forget(self._indices)
         self._unfinished = set()
 
     async def __aiter__(self) -> AsyncIterator[tuple[int, RequestOutput]]:
-        """Yields (place, output).
+        """Yields (index, output) pairs.
 
         Raises:
-            EngineUnavailable: the engine failed; RequestRefused: it refused the request.
+            EngineUnavailable: the engine failed or stopped.
+            RequestRefused: the engine rejected the request.
         """
         while True:
             await self._news.wait()
             self._news.clear()
             fresh, self._fresh = self._fresh, set()
-            for place in sorted(fresh):
-                yield place, self.latest[place]
+            for index in sorted(fresh):
+                yield index, self.latest[index]
             if self._error is not None:
                 raise self._error
             if not self._unfinished and not self._fresh:
                 return
 
     async def collect(self) -> list[RequestOutput]:
-        """The finished outputs, in the order of the requests."""
-        outputs = {place: output async for place, output in self}
-        return [outputs[place] for place in range(len(self._places))]
+        """Waits for all requests and returns their outputs in the order of the requests."""
+        outputs = {index: output async for index, output in self}
+        return [outputs[index] for index in range(len(self._indices))]
 
 
 class AsyncEngine:
     """Runs an engine in a thread of its own and hands its outputs to the event loop.
 
-    `load` makes the engine, in that thread; `on_ready` and `on_failure` are called in the event
-    loop, at most once each, the latter with whether the engine was ready. After a failure, in
-    loading or in a step, nothing is tried again: every stream raises `EngineUnavailable`.
+    `load` creates the engine in that thread. `on_ready` and `on_failure` are called in the event
+    loop, at most once each; the second argument of `on_failure` says whether the engine was ready.
+    After a failure in loading or in a step, every stream raises `EngineUnavailable`; the engine is
+    not restarted.
     """
 
     def __init__(
@@ -181,19 +182,19 @@ class AsyncEngine:
         self.state = State.LOADING
         self.failure: BaseException | None = None
 
-    # -- the event loop's side ------------------------------------------------------------------
+    # -- called in the event loop ---------------------------------------------------------------
 
     def start(self) -> None:
-        """Begin to load, from within the running event loop."""
+        """Starts to load the engine; must be called in the running event loop."""
         self._loop = asyncio.get_running_loop()
         self._thread.start()
 
     @property
     def engine(self) -> Engine:
-        """The engine, for reading what does not change.
+        """The engine, for reading attributes that do not change.
 
         Raises:
-            EngineUnavailable: it is still loading, or does not work any more.
+            EngineUnavailable: the engine is still loading, has stopped or has failed.
         """
         if self._engine is None or self.state not in (State.READY, State.DRAINING):
             raise EngineUnavailable(_WHY_NOT.get(self.state, "the engine is loading"))
@@ -201,41 +202,42 @@ class AsyncEngine:
 
     @property
     def is_alive(self) -> bool:
-        """Whether the thread loads or works, and has not failed."""
+        """Whether the engine thread is running and has not failed."""
         return self._thread.is_alive() and self.state not in (State.FAILED, State.STOPPED)
 
     @property
     def num_requests(self) -> int:
-        """Requests that run or wait."""
+        """Number of running and waiting requests."""
         return len(self._streams)
 
     @property
     def _limit(self) -> int:
-        """Most requests that may run or wait."""
+        """Maximum number of running and waiting requests."""
         return self.engine.engine_config.max_num_seqs + self._max_queued
 
     def check_room(self, count: int = 1) -> None:
-        """Checks whether so many more may be queued.
+        """Checks that `count` more requests can be queued.
 
         Raises:
-            EngineUnavailable: no requests are taken, not yet or no more;
-            QueueFull: so many more would be too many.
+            EngineUnavailable: the engine does not accept requests in its current state.
+            QueueFull: the queue has no room for `count` more requests.
         """
         limit = self._limit
         if self.state is State.DRAINING:
             raise EngineUnavailable(_WHY_NOT[self.state])
         if self.num_requests + count > limit:
             raise QueueFull(
-                f"{self.num_requests} requests run or wait, and {count} more would "
-                f"exceed the {limit} that may: try again, or raise --max-num-queued-reqs"
+                f"{self.num_requests} requests are running or waiting, and {count} more would "
+                f"exceed the limit of {limit}: try again later, or raise --max-num-queued-reqs"
             )
 
     def submit(self, requests: Sequence[Request]) -> OutputStream:
-        """Queue requests whose ids are new, all of them or none.
+        """Queues requests, all of them or none. Their ids must be unique.
 
         Raises:
-            EngineUnavailable: see `engine`; RequestRefused: one cannot be served;
-            QueueFull: too many are waiting.
+            EngineUnavailable: the engine does not accept requests in its current state.
+            RequestRefused: a request is invalid.
+            QueueFull: the queue has no room for all of them.
         """
         engine = self.engine
         try:
@@ -245,8 +247,8 @@ class AsyncEngine:
         limit = self._limit
         if len(requests) > limit:
             raise RequestRefused(
-                f"{len(requests)} choices at a time are more than the {limit} that may run or "
-                "wait: send fewer prompts, or a smaller n"
+                f"the request has {len(requests)} choices, but at most {limit} can be running or "
+                "waiting: send fewer prompts, or lower n"
             )
         self.check_room(len(requests))
         stream = OutputStream(self, requests)
@@ -266,16 +268,16 @@ class AsyncEngine:
             self._streams.pop(request_id, None)
 
     def drain(self) -> None:
-        """Take no more requests; those that run or wait go on."""
+        """Rejects new requests from now on; running and waiting ones are finished."""
         if self.state is State.READY:
             self.state = State.DRAINING
 
     def stop(self) -> None:
-        """Ask the thread to end after its present step; requests that still run get an error."""
+        """Asks the thread to end after its current step; unfinished requests get an error."""
         self._mailbox.put(_Stop())
 
     def join(self, timeout_s: float) -> bool:
-        """Block until the thread has ended; False if it did not in time."""
+        """Waits until the thread has ended and returns whether it did so in time."""
         self._thread.join(timeout_s)
         return not self._thread.is_alive()
 
@@ -310,20 +312,20 @@ class AsyncEngine:
         self._fail_all()
 
     def _fail_all(self) -> None:
-        """Tell every client why nothing more comes."""
+        """Ends every stream with an error that says why the engine is unavailable."""
         streams, self._streams = self._streams, {}
         self._observer.dropped(streams)
         for stream in set(streams.values()):
             stream.fail(EngineUnavailable(_WHY_NOT[self.state]))
 
-    # -- the engine thread's side ---------------------------------------------------------------
+    # -- called in the engine thread ------------------------------------------------------------
 
     def _run(self) -> None:
         try:
             engine = self._load()
             self._post(self._loaded, engine, engine.stats())
             self._serve(engine)
-        except BaseException as error:  # whatever it is, the clients must hear of it
+        except BaseException as error:  # Every kind of failure must be reported to the clients.
             self._post(self._fail, error)
         else:
             self._post(self._stopped)
@@ -338,7 +340,7 @@ class AsyncEngine:
             self._post(self._deliver, outputs, engine.stats())
 
     def _messages(self, *, wait: bool) -> Iterable[_Add | _Abort | _Stop]:
-        """All that lie in the mailbox; `wait` for the first one."""
+        """Yields all messages in the mailbox; `wait` says whether to wait for the first one."""
         try:
             yield self._mailbox.get(block=wait)
             while True:
@@ -361,7 +363,7 @@ class AsyncEngine:
 
 
 _WHY_NOT = {
-    State.DRAINING: "the server is shutting down: it finishes what runs and takes nothing new",
-    State.FAILED: "the engine has failed, see the server's log: start the server again",
+    State.DRAINING: "the server is shutting down and does not accept new requests",
+    State.FAILED: "the engine has failed: see the server's log, and restart the server",
     State.STOPPED: "the server is shutting down",
 }

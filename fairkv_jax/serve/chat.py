@@ -27,7 +27,7 @@ router = APIRouter(route_class=StrictRoute)
 
 @router.post("/v1/chat/completions")
 async def create_chat_completion(body: ChatBody, request: Request) -> Response:
-    """Answer the last turn of a conversation."""
+    """Generates the assistant's next message of a conversation."""
     service = service_of(request)
     service.check_model(body.model)
     prompt = await render_chat(service.engine.engine, body.messages, body.add_generation_prompt)
@@ -40,17 +40,17 @@ async def create_chat_completion(body: ChatBody, request: Request) -> Response:
         head["object"] = "chat.completion.chunk"
         return EventStream(_chunks(head, body, outputs), outputs)
     finished = await collect(request, outputs)
-    choices = [_message(place, output, body) for place, output in enumerate(finished)]
+    choices = [_message(index, output, body) for index, output in enumerate(finished)]
     answer = {**head, "object": "chat.completion", "choices": choices}
     if body.prompt_logprobs is not None:
         answer["prompt_logprobs"] = prompt_logprobs(finished[0])
     return JSONResponse({**answer, "usage": usage(finished, body.n or 1)})
 
 
-def _message(place: int, output: RequestOutput, body: ChatBody) -> dict[str, Any]:
+def _message(index: int, output: RequestOutput, body: ChatBody) -> dict[str, Any]:
     done = output.outputs[0]
     return {
-        "index": place,
+        "index": index,
         "message": {"role": "assistant", "content": done.text},
         "logprobs": _logprobs(output, 0, body),
         "finish_reason": done.finish_reason,
@@ -66,32 +66,33 @@ def _logprobs(output: RequestOutput, start: int, body: ChatBody) -> dict[str, An
 async def _chunks(
     head: dict[str, Any], body: ChatBody, outputs: OutputStream
 ) -> AsyncGenerator[dict[str, Any], None]:
-    for place in range(body.n or 1):
+    for index in range(body.n or 1):
         opening = {"role": "assistant", "content": ""}
         no_usage = chunk_usage(body.stream_options, None)
-        yield {**head, "choices": [_delta(place, opening, None, None)], **no_usage}
+        yield {**head, "choices": [_delta(index, opening, None, None)], **no_usage}
     sent: dict[int, tuple[int, int]] = {}
     latest: dict[int, RequestOutput] = {}
-    async for place, output in outputs:
-        latest[place] = output
+    async for index, output in outputs:
+        latest[index] = output
         done = output.outputs[0]
-        chars, tokens = sent.get(place, (0, 0))
+        chars, tokens = sent.get(index, (0, 0))
         text = done.text[chars:]
         logprobs = _logprobs(output, tokens, body)
-        # Text may be held back while tokens advance: nothing is sent then, unless asked for.
+        # The detokenizer may hold text back while tokens advance. Then there is nothing to send,
+        # unless the client asked for log-probabilities.
         if text or output.finished or (logprobs and logprobs["content"]):
-            choice = _delta(place, {"content": text} if text else {}, logprobs, done.finish_reason)
+            choice = _delta(index, {"content": text} if text else {}, logprobs, done.finish_reason)
             yield {**head, "choices": [choice], **chunk_usage(body.stream_options, output)}
-            sent[place] = len(done.text), len(done.token_ids)
+            sent[index] = len(done.text), len(done.token_ids)
     if body.include_usage:
-        finished = [latest[place] for place in sorted(latest)]
+        finished = [latest[index] for index in sorted(latest)]
         yield {**head, "choices": [], "usage": usage(finished, body.n or 1)}
 
 
 def _delta(
-    place: int,
+    index: int,
     delta: dict[str, str],
     logprobs: dict[str, Any] | None,
     finish_reason: str | None,
 ) -> dict[str, Any]:
-    return {"index": place, "delta": delta, "logprobs": logprobs, "finish_reason": finish_reason}
+    return {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": finish_reason}

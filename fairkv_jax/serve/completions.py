@@ -28,7 +28,7 @@ router = APIRouter(route_class=StrictRoute)
 
 @router.post("/v1/completions")
 async def create_completion(body: CompletionBody, request: Request) -> Response:
-    """Continue one prompt or several."""
+    """Generates continuations of one or more prompts."""
     service = service_of(request)
     service.check_model(body.model)
     engine = service.engine.engine
@@ -47,8 +47,8 @@ async def create_completion(body: CompletionBody, request: Request) -> Response:
         return EventStream(_chunks(head, body, outputs, engine.tokenizer), outputs)
     finished = await collect(request, outputs)
     choices = [
-        _Choice(place, body, engine.tokenizer).advance(output)
-        for place, output in enumerate(finished)
+        _Choice(index, body, engine.tokenizer).advance(output)
+        for index, output in enumerate(finished)
     ]
     return JSONResponse({**head, "choices": choices, "usage": usage(finished, body.n or 1)})
 
@@ -58,19 +58,19 @@ async def _chunks(
 ) -> AsyncGenerator[dict[str, Any], None]:
     choices: dict[int, _Choice] = {}
     latest: dict[int, RequestOutput] = {}
-    async for place, output in outputs:
-        latest[place] = output
-        choice = choices.setdefault(place, _Choice(place, body, tokenizer))
+    async for index, output in outputs:
+        latest[index] = output
+        choice = choices.setdefault(index, _Choice(index, body, tokenizer))
         if choice.has_news(output):
             usage_so_far = chunk_usage(body.stream_options, output)
             yield {**head, "choices": [choice.advance(output)], **usage_so_far}
     if body.include_usage:
-        finished = [latest[place] for place in sorted(latest)]
+        finished = [latest[index] for index in sorted(latest)]
         yield {**head, "choices": [], "usage": usage(finished, body.n or 1)}
 
 
 class _Choice:
-    """How much of one output has been sent; with echo, its prompt is the beginning of it."""
+    """Tracks how much of a choice has been sent. With `echo`, it begins with the prompt."""
 
     def __init__(self, index: int, body: CompletionBody, tokenizer: Tokenizer):
         self._index = index
@@ -81,19 +81,22 @@ class _Choice:
         self._chars = self._tokens = self._text_offset = 0
 
     def has_news(self, output: RequestOutput) -> bool:
-        """Text may be held back while tokens advance; nothing is sent then, unless asked for."""
+        """Returns whether there is something to send.
+
+        The detokenizer may hold text back while tokens advance; then only log-probabilities are.
+        """
         more_tokens = self._num_top is not None and len(self._token_ids(output)) > self._tokens
         return output.finished or len(self._text(output)) > self._chars or more_tokens
 
     def advance(self, output: RequestOutput) -> dict[str, Any]:
-        """The part of the output that has not been sent, as a choice."""
+        """Returns the part of the output that has not been sent, as a choice."""
         done = output.outputs[0]
         text, token_ids = self._text(output), self._token_ids(output)
         logprobs = None
         if self._num_top is not None:
             logprobs = completion_logprobs(
                 token_ids[self._tokens :],
-                self._places(output)[self._tokens :],
+                self._token_logprobs(output)[self._tokens :],
                 self._num_top,
                 self._text_offset,
                 self._token_text,
@@ -119,6 +122,6 @@ class _Choice:
         prompt = output.prompt_token_ids if self._echo else []
         return prompt + output.outputs[0].token_ids
 
-    def _places(self, output: RequestOutput) -> list[dict[int, Logprob] | None]:
+    def _token_logprobs(self, output: RequestOutput) -> list[dict[int, Logprob] | None]:
         prompt = (output.prompt_logprobs or []) if self._echo else []
         return [*prompt, *(output.outputs[0].logprobs or [])]

@@ -1,4 +1,4 @@
-"""Every failure as one JSON body, in the shape that OpenAI's and vLLM's clients read."""
+"""Turns every failure into a JSON body in the format of OpenAI and vLLM."""
 
 import logging
 from http import HTTPStatus
@@ -18,7 +18,7 @@ log = logging.getLogger(__name__)
 
 RETRY_AFTER_S = "1"
 CLIENT_CLOSED_REQUEST = 499
-"""nginx's status for the log; nobody is there to receive it."""
+"""nginx's status for requests whose client has disconnected; it appears only in the log."""
 
 _TYPES = {
     400: "BadRequestError",
@@ -33,33 +33,33 @@ class ErrorDetail(BaseModel):
     message: str
     type: str
     param: str | None
-    """The field that is wrong, where one is."""
+    """The invalid field of the request; None if no single field is invalid."""
     code: int
-    """The HTTP status once more."""
+    """The HTTP status."""
 
 
 class ErrorBody(BaseModel):
-    """What every answer but 200 has."""
+    """The body of every response whose status is not 200."""
 
     error: ErrorDetail
 
 
 DOCUMENTED: dict[int | str, dict[str, Any]] = {
-    "4XX": {"model": ErrorBody, "description": "What is wrong with the request."},
+    "4XX": {"model": ErrorBody, "description": "The request is invalid."},
     "5XX": {
         "model": ErrorBody,
-        "description": "Not ready, overloaded (with Retry-After) or failed.",
+        "description": "The server is not ready, overloaded (with Retry-After) or has failed.",
     },
 }
-"""For the OpenAPI description."""
+"""The error responses of the OpenAPI schema."""
 
 
 class ClientGone(Exception):
-    """The client hung up before its answer was complete."""
+    """The client disconnected before its response was complete."""
 
 
 class ApiError(Exception):
-    """An answer other than 200, with the field that caused it where there is one."""
+    """An error response, with the name of the request's invalid field if there is one."""
 
     def __init__(self, status: int, message: str, param: str | None = None):
         super().__init__(message)
@@ -78,7 +78,7 @@ def error_response(status: int, message: str, param: str | None = None) -> JSONR
 
 
 def status_of(error: Exception) -> int:
-    """The HTTP status that says whose fault it was."""
+    """Returns the HTTP status for an exception."""
     match error:
         case ApiError():
             return error.status
@@ -95,11 +95,14 @@ def status_of(error: Exception) -> int:
 
 
 def message_of(error: Exception) -> str:
-    """What the client is told; the unforeseen is only logged, as it may quote anything."""
+    """Returns the message for the client.
+
+    Unexpected exceptions are only logged, because their messages may contain other users' data.
+    """
     if isinstance(error, HTTPException):
         return str(error.detail)
     if status_of(error) == HTTPStatus.INTERNAL_SERVER_ERROR:
-        return "the server failed on this request: see its log"
+        return "internal server error: see the server's log"
     return str(error)
 
 
@@ -108,7 +111,7 @@ def add_error_handlers(app: FastAPI) -> None:
         response = error_response(
             status_of(error), message_of(error), getattr(error, "param", None)
         )
-        # Starlette's own, such as the methods that would be allowed.
+        # Starlette adds headers such as `Allow`.
         response.headers.update(getattr(error, "headers", None) or {})
         return response
 
@@ -125,7 +128,10 @@ def add_error_handlers(app: FastAPI) -> None:
 
 
 def _describe(problems: Any) -> tuple[str, str | None]:
-    """One sentence for the first wrong field, without the value: it may be a prompt."""
+    """Returns a sentence about the first invalid field, and the field's name.
+
+    The sentence does not contain the value, which may be a prompt.
+    """
     first = problems[0]
     cause = first.get("ctx", {}).get("error")
     if isinstance(cause, NotServed):

@@ -1,4 +1,4 @@
-"""The server's command line; the names are vLLM's where vLLM has the option."""
+"""The server's command line. Options that vLLM also has carry vLLM's names."""
 
 import os
 import textwrap
@@ -21,7 +21,7 @@ SERVER_DEFAULTS: dict[str, tuple[Any, str]] = {
     "kv_budget": (None, f"{DEFAULT_BUDGET}, unless kv_ratio is given"),
     "tensor_parallel_size": (None, f"all GPUs, or {DEFAULT_CPU_DEVICES} devices on the CPU"),
 }
-"""Defaults of engine options that are the server's own, and their descriptions."""
+"""Engine options whose default differs in the server: the default and its description."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Options:
 
     @property
     def cpu_devices(self) -> int:
-        """How many devices JAX makes of the CPU if there is no accelerator."""
+        """Number of virtual devices that JAX makes of the CPU if there is no accelerator."""
         return self.engine.get("tensor_parallel_size", DEFAULT_CPU_DEVICES)
 
 
@@ -63,14 +63,14 @@ def parse(argv: Sequence[str], environ: Mapping[str, str] = os.environ) -> Optio
             print(_help())
             raise SystemExit(0)
         if rest:
-            raise ValueError(f"{rest[0]!r} is not understood: options begin with --")
+            raise ValueError(f"unexpected argument {rest[0]!r}: options begin with --")
         return Options(_engine_options(given), _server_options(given, environ))
     except (flags.Error, ValueError) as error:
         raise SystemExit(f"{PROGRAM}: {error}. --help lists the options.") from error
 
 
 def _define() -> flags.FlagValues:
-    """Defines the flags in a registry of their own: absl's global one lists every library's."""
+    """Defines the flags in a separate registry: absl's global one contains every library's."""
     values = flags.FlagValues()
     for option in FLAGS:
         define_flag(option, flag_values=values)
@@ -103,9 +103,9 @@ def _server_options(given: dict[str, Any], environ: Mapping[str, str]) -> Server
     values["compilation_cache_dir"] = os.path.expanduser(values["compilation_cache_dir"])
     options = ServerOptions(**values)
     if (options.ssl_keyfile is None) != (options.ssl_certfile is None):
-        raise ValueError("--ssl-keyfile and --ssl-certfile go together: give both")
+        raise ValueError("--ssl-keyfile and --ssl-certfile must be given together")
     if not 0 <= options.port <= 65535:
-        raise ValueError(f"--port must lie between 0 and 65535, got {options.port}")
+        raise ValueError(f"--port must be between 0 and 65535, got {options.port}")
     for name, low in (
         ("max_num_queued_reqs", 0),
         ("max_request_bytes", 1),

@@ -1,4 +1,4 @@
-"""The last minutes of the server, a sample a second: what the live page draws."""
+"""Samples of the server's metrics over the last five minutes, which the live page draws."""
 
 import asyncio
 import time
@@ -9,15 +9,15 @@ from fairkv_jax.serve.metrics import Metrics, Totals
 
 INTERVAL_S = 1.0
 LENGTH = 300
-"""Samples that are kept: five minutes."""
+"""Number of samples that are kept."""
 
 
 @dataclass(frozen=True)
 class Sample:
-    """The server at one moment; rates and means are those since the sample before."""
+    """The server's metrics at one time; rates and means are since the previous sample."""
 
     number: int
-    """From 1 on, without gaps."""
+    """Consecutive numbers that start at 1."""
     time: float
     """Unix time, in seconds."""
     running: int
@@ -25,17 +25,17 @@ class Sample:
     prompt_tokens_per_s: float
     generation_tokens_per_s: float
     first_token_ms: float | None
-    """Mean time from a request's arrival to its first token; None: there was no first token."""
+    """Mean time to first token; None: no request generated its first token."""
     interval_ms: float | None
-    """Mean time between the tokens of a request."""
+    """Mean inter-token latency; None: no token was generated."""
     used_pages: tuple[int, ...]
-    """Of each device; empty until the engine is ready."""
+    """Used KV pages per device; empty until the engine is ready."""
     kv_tokens: tuple[int, ...]
-    """Cached tokens of each device, over layers and heads."""
+    """Cached tokens per device, summed over layers and heads; empty until the engine is ready."""
 
 
 class History:
-    """Takes samples of the metrics and keeps the last ones."""
+    """Samples the metrics and keeps the last `LENGTH` samples."""
 
     def __init__(self, metrics: Metrics):
         self._metrics = metrics
@@ -45,13 +45,13 @@ class History:
         self._clock = time.monotonic()
 
     async def record(self) -> None:
-        """Sample until cancelled."""
+        """Takes a sample per second until the task is cancelled."""
         while True:
             self.take(time.monotonic())
             await asyncio.sleep(INTERVAL_S)
 
     def take(self, clock: float) -> None:
-        """One sample; `clock` gives seconds."""
+        """Takes one sample. `clock` is the current monotonic time in seconds."""
         metrics, before = self._metrics, self._before
         now = replace(metrics.totals)
         seconds = max(clock - self._clock, 1e-9)
@@ -79,7 +79,7 @@ class History:
         self._samples.append(sample)
 
     def since(self, number: int) -> list[dict]:
-        """The samples that came after that number, oldest first."""
+        """Returns the samples whose number is larger, oldest first."""
         return [asdict(sample) for sample in self._samples if sample.number > number]
 
 

@@ -1,4 +1,4 @@
-"""From what a client sent to what the engine takes: text to token ids, one request per choice."""
+"""Converts HTTP requests to engine requests: tokenizes prompts and makes a request per choice."""
 
 import asyncio
 from collections.abc import Sequence
@@ -19,7 +19,7 @@ class Prompt:
 async def encode_prompts(
     engine: Engine, prompts: Sequence[str | list[int]], *, with_text: bool
 ) -> list[Prompt]:
-    """The prompts of a completion, as token ids; `with_text`: their texts as well."""
+    """Tokenizes the prompts of a completion; `with_text` also decodes prompts of token ids."""
     encoded = []
     for prompt in prompts:
         if isinstance(prompt, str):
@@ -31,17 +31,20 @@ async def encode_prompts(
 
 
 async def _decode(engine: Engine, token_ids: list[int]) -> str | None:
-    """The text of a prompt, special tokens included; None if the engine will refuse its ids."""
+    """Decodes a prompt, including special tokens. Returns None if a token id is out of range.
+
+    The engine rejects such a prompt later.
+    """
     if not all(0 <= token_id < engine.model_config.vocab_size for token_id in token_ids):
         return None
     return await asyncio.to_thread(engine.tokenizer.decode, token_ids, False)
 
 
 async def encode(engine: Engine, text: str, *, add_special_tokens: bool = True) -> Prompt:
-    """In another thread: a megabyte of text takes a while, and others are being served.
+    """Tokenizes a text in another thread, because long texts would block the event loop.
 
     Raises:
-        ApiError: the text is not Unicode.
+        ApiError: the text is not valid Unicode.
     """
     encode = engine.tokenizer.encode
     try:
@@ -53,10 +56,12 @@ async def encode(engine: Engine, text: str, *, add_special_tokens: bool = True) 
 async def render_chat(
     engine: Engine, messages: Sequence[Message], add_generation_prompt: bool | None
 ) -> Prompt:
-    """A conversation through the checkpoint's own template, which writes special tokens itself.
+    """Renders a conversation with the model's chat template and tokenizes it.
+
+    The template writes the special tokens, so the tokenizer does not add any.
 
     Raises:
-        ApiError: the model has no template, or it refuses the conversation.
+        ApiError: the model has no template, or the template rejects the conversation.
     """
     turns = [message.as_dict() for message in messages]
     render = engine.tokenizer.apply_chat_template
@@ -68,10 +73,10 @@ async def render_chat(
 
 
 async def compile_grammar(engine: Engine, body: GenerationBody) -> None:
-    """Compiles what the output must match, in another thread: that may take a second.
+    """Compiles the request's grammar in another thread, because that may take a second.
 
     Raises:
-        ApiError: it has a fault.
+        ApiError: the grammar is invalid.
     """
     constraint = body.structured_outputs_params()
     if constraint is None:
@@ -84,21 +89,21 @@ async def compile_grammar(engine: Engine, body: GenerationBody) -> None:
 
 
 def fan_out(answer_id: str, prompts: Sequence[Prompt], body: GenerationBody) -> list[Request]:
-    """One request per prompt and choice, choices of one prompt side by side.
+    """Makes one engine request per prompt and choice; the choices of a prompt are adjacent.
 
-    Given a seed, the choices of a prompt have consecutive ones, so that they differ and all of
-    them can be had again.
+    If the request has a seed, the choices of a prompt have consecutive seeds, so that they differ
+    and are reproducible.
     """
     params = body.sampling_params()
     requests = []
-    for place, prompt in enumerate(prompts):
+    for prompt_index, prompt in enumerate(prompts):
         for choice in range(body.n or 1):
             seeded = params
             if params.seed is not None and choice:
                 seeded = replace(params, seed=(params.seed + choice) % 2**64)
             requests.append(
                 Request(
-                    f"{answer_id}-{place}-{choice}",
+                    f"{answer_id}-{prompt_index}-{choice}",
                     prompt.token_ids,
                     seeded,
                     prompt.text,

@@ -1,6 +1,6 @@
-"""What a monitor reads at /metrics: vLLM's names, so that its dashboards work, and a few of ours.
+"""The Prometheus metrics at /metrics, with vLLM's names where vLLM has the metric.
 
-All is counted from what the engine thread hands over after a step; nothing here asks it.
+All values are computed from the outputs and statistics that the engine thread posts after a step.
 """
 
 import time
@@ -17,7 +17,7 @@ from fairkv_jax.plan import Plan
 
 _LABELS = ("model_name", "engine")
 _ENGINE = "0"
-"""vLLM numbers the engines of a server; here there is one."""
+"""vLLM labels every engine of a server with its index; this server has only one."""
 _SECONDS = (0.001, 0.005, 0.01, 0.02, 0.04, 0.08, 0.15, 0.3, 0.5, 0.75, 1, 2.5, 5, 10, 20, 40, 80)
 _LONG_SECONDS = (0.1, 0.3, 0.5, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 60, 120, 240, 480, 960)
 _TOKENS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10000, 20000, 50000, 100000)
@@ -26,7 +26,7 @@ _TENTHS = tuple(tenth / 10 for tenth in range(1, 11))
 
 @dataclass
 class _Progress:
-    """One request that runs or waits."""
+    """The progress of one running or waiting request."""
 
     arrived: float
     first_token: float | None = None
@@ -36,25 +36,26 @@ class _Progress:
 
 @dataclass
 class Totals:
-    """Sums since the start, for who wants rates and means without Prometheus."""
+    """Sums since the start, from which the live page computes rates and means."""
 
     finished: int = 0
     prompts: int = 0
     prompt_tokens: int = 0
     generation_tokens: int = 0
     first_token_seconds: float = 0.0
-    """Over all prompts."""
+    """Times to first token, summed over all requests."""
     intervals: int = 0
-    """Between the tokens of a request."""
+    """Number of intervals between consecutive tokens of a request."""
     interval_seconds: float = 0.0
     kept_tokens: np.ndarray | float = 0.0
-    """Of all prompts, by layer and KV head, [L, K]."""
+    """Kept prompt tokens per layer and KV head, summed over all prompts, [L, K]."""
 
 
 class Metrics:
-    """Counters, gauges and histograms of one server, in a registry of its own.
+    """The counters, gauges and histograms of one server, in a separate registry.
 
-    The event loop tells it what happens; `clock` gives seconds, those of the requests' metrics.
+    All methods are called in the event loop. `clock` returns seconds and must be the clock that the
+    engine uses for `RequestMetrics`.
     """
 
     def __init__(self, clock=time.monotonic):
@@ -63,7 +64,7 @@ class Metrics:
         self._requests: dict[str, _Progress] = {}
         self.totals = Totals()
         self.stats: EngineStats | None = None
-        """The engine after its last step; None until it is ready."""
+        """The engine's statistics after its last step; None until the engine is ready."""
         self._compiled_at_ready = 0
         self.registry = CollectorRegistry()
         ProcessCollector(registry=self.registry)
@@ -75,23 +76,40 @@ class Metrics:
         def gauge(name: str, text: str, *labels: str) -> Gauge:
             return Gauge(name, text, [*_LABELS, *labels], registry=self.registry)
 
-        self._running = gauge("vllm:num_requests_running", "that have a row")
-        self._waiting = gauge("vllm:num_requests_waiting", "that wait for one")
-        self._usage = gauge("vllm:kv_cache_usage_perc", "of the fullest device's pages; 1 is full")
-        self._kv_tokens = gauge("fairkv:kv_tokens", "over all layers and heads", "device")
-        self._imbalance = gauge("fairkv:kv_load_max_over_mean", "cached tokens of the devices")
-        self._utilization = gauge("fairkv:plan_utilization", "mean over fullest device, as planned")
-        self._copies = gauge("fairkv:plan_copies", "head copies over all layers")
+        self._running = gauge("vllm:num_requests_running", "Requests running.")
+        self._waiting = gauge("vllm:num_requests_waiting", "Requests waiting to be scheduled.")
+        self._usage = gauge(
+            "vllm:kv_cache_usage_perc",
+            "Fraction of KV pages in use on the fullest device; 1 means full.",
+        )
+        self._kv_tokens = gauge(
+            "fairkv:kv_tokens", "Cached tokens per device, summed over layers and heads.", "device"
+        )
+        self._imbalance = gauge(
+            "fairkv:kv_load_max_over_mean",
+            "Cached tokens on the fullest device, divided by the mean over devices.",
+        )
+        self._utilization = gauge(
+            "fairkv:plan_utilization", "Utilization of the devices in attention that is planned."
+        )
+        self._replicas = gauge(
+            "fairkv:plan_copies", "Extra head replicas of the plan, summed over layers."
+        )
 
     def _define_counters(self) -> None:
         def counter(name: str, text: str, *labels: str) -> Counter:
             return Counter(name, text, [*_LABELS, *labels], registry=self.registry)
 
-        self._prompt_tokens = counter("vllm:prompt_tokens", "of started requests")
-        self._generation_tokens = counter("vllm:generation_tokens", "generated")
-        self._success = counter("vllm:request_success", "finished requests", "finished_reason")
-        self._preemptions = counter("vllm:num_preemptions", "requests put back for want of pages")
-        self._compilations = counter("fairkv:compilations_after_ready", "there should be none")
+        self._prompt_tokens = counter("vllm:prompt_tokens", "Prefilled prompt tokens.")
+        self._generation_tokens = counter("vllm:generation_tokens", "Generated tokens.")
+        self._success = counter("vllm:request_success", "Finished requests.", "finished_reason")
+        self._preemptions = counter(
+            "vllm:num_preemptions", "Preemptions of requests because the KV cache was full."
+        )
+        self._compilations = counter(
+            "fairkv:compilations_after_ready",
+            "Programs compiled after the server was ready; 0 is expected.",
+        )
 
     def _define_histograms(self) -> None:
         def histogram(name: str, text: str, buckets: Sequence[float]) -> Histogram:
@@ -100,24 +118,40 @@ class Metrics:
         def seconds(name: str, text: str, buckets: Sequence[float] = _LONG_SECONDS) -> Histogram:
             return histogram(f"vllm:{name}_seconds", text, buckets)
 
-        self._first_token = seconds("time_to_first_token", "from arrival on", _SECONDS)
-        self._between = seconds("inter_token_latency", "between a request's tokens", _SECONDS)
-        self._per_token = seconds("request_time_per_output_token", "mean of a request", _SECONDS)
-        self._whole = seconds("e2e_request_latency", "from arrival to the end")
-        self._queue = seconds("request_queue_time", "from arrival until its prefill begins")
-        self._prefill = seconds("request_prefill_time", "from then to the first token")
-        self._decode = seconds("request_decode_time", "from the first token to the last")
-        self._inference = seconds("request_inference_time", "prefill and decode")
-        self._prompt_length = histogram("vllm:request_prompt_tokens", "of a request", _TOKENS)
-        self._output_length = histogram("vllm:request_generation_tokens", "of a request", _TOKENS)
-        self._per_step = histogram("vllm:iteration_tokens_total", "read or made in a step", _TOKENS)
-        self._kept = histogram("fairkv:kept_fraction", "kept part of a prompt", _TENTHS)
+        self._first_token = seconds(
+            "time_to_first_token", "Time from arrival to the first token.", _SECONDS
+        )
+        self._between = seconds(
+            "inter_token_latency", "Time between consecutive tokens of a request.", _SECONDS
+        )
+        self._per_token = seconds(
+            "request_time_per_output_token", "Mean time per output token of a request.", _SECONDS
+        )
+        self._whole = seconds("e2e_request_latency", "Time from arrival to the end of a request.")
+        self._queue = seconds("request_queue_time", "Time from arrival to the start of prefill.")
+        self._prefill = seconds(
+            "request_prefill_time", "Time from the start of prefill to the first token."
+        )
+        self._decode = seconds("request_decode_time", "Time from the first token to the last.")
+        self._inference = seconds("request_inference_time", "Time in prefill and decode.")
+        self._prompt_length = histogram(
+            "vllm:request_prompt_tokens", "Prompt tokens per request.", _TOKENS
+        )
+        self._output_length = histogram(
+            "vllm:request_generation_tokens", "Generated tokens per request.", _TOKENS
+        )
+        self._per_step = histogram(
+            "vllm:iteration_tokens_total", "Prefilled and generated tokens per step.", _TOKENS
+        )
+        self._kept = histogram(
+            "fairkv:kept_fraction", "Fraction of a prompt's tokens kept per head.", _TENTHS
+        )
 
     def describe(self, model_name: str, plan: Plan) -> None:
-        """Say what is served; before that, nothing is counted."""
+        """Sets the model's name and the plan's gauges; must precede all other calls."""
         self._labels["model_name"] = model_name
         self._utilization.labels(**self._labels).set(plan.utilization)
-        self._copies.labels(**self._labels).set(plan.num_extra_replicas)
+        self._replicas.labels(**self._labels).set(plan.num_extra_replicas)
 
     @property
     def num_running(self) -> int:
@@ -125,7 +159,7 @@ class Metrics:
 
     @property
     def num_waiting(self) -> int:
-        """Those that the engine has not heard of yet among them."""
+        """Waiting requests, including those that have not reached the engine thread yet."""
         return len(self._requests) - self.num_running
 
     @property
@@ -138,21 +172,21 @@ class Metrics:
         self._set_queue_gauges()
 
     def stepped(self, outputs: Sequence[RequestOutput], stats: EngineStats) -> None:
-        """Count what a step brought; outputs are cumulative."""
+        """Records the outputs of a step, which are cumulative, and the engine's statistics."""
         now = self._clock()
         if tokens := sum(self._advance(output, now) for output in outputs):
             self._per_step.labels(**self._labels).observe(tokens)
         self._take(stats)
 
     def dropped(self, request_ids: Iterable[str]) -> None:
-        """Requests that nobody waits for any more, or that failed."""
+        """Records requests that were aborted or failed."""
         for request_id in request_ids:
             if self._requests.pop(request_id, None) is not None:
                 self._success.labels(**self._labels, finished_reason="abort").inc()
         self._set_queue_gauges()
 
     def exposition(self) -> bytes:
-        """All of it in Prometheus' text format."""
+        """Returns all metrics in Prometheus' text format."""
         return generate_latest(self.registry)
 
     def _take(self, stats: EngineStats) -> None:
@@ -169,7 +203,10 @@ class Metrics:
         self._set_queue_gauges()
 
     def _advance(self, output: RequestOutput, now: float) -> int:
-        """Count one request's new tokens and return them, its prompt included when it starts."""
+        """Records a request's new tokens and returns their number.
+
+        The number includes the prompt's tokens when the request generates its first token.
+        """
         progress = self._requests.get(output.request_id)
         if progress is None:
             return 0
@@ -203,7 +240,7 @@ class Metrics:
         return length
 
     def _observe_intervals(self, new: int, seconds: float) -> None:
-        """Tokens that come together share the time since the last one."""
+        """Records intervals; tokens that arrive together share the time since the last token."""
         for _ in range(new):
             self._between.labels(**self._labels).observe(seconds / new)
         self.totals.intervals += new
@@ -224,7 +261,7 @@ class Metrics:
         self._observe_phases(output, progress)
 
     def _observe_phases(self, output: RequestOutput, progress: _Progress) -> None:
-        """By the engine's own account; the queue is counted from the client's arrival on."""
+        """Records the engine's times; time in the queue counts from the HTTP request's arrival."""
         times = output.metrics
         if times is None or times.first_scheduled_time is None:
             return
@@ -242,6 +279,6 @@ class Metrics:
 
 
 def max_over_mean(loads: Sequence[int]) -> float:
-    """The fullest device's load over the mean; 1 where all are empty."""
+    """Returns the largest load divided by the mean load, or 1 if all loads are 0."""
     total = sum(loads)
     return max(loads) * len(loads) / total if total else 1.0

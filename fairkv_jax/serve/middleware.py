@@ -1,6 +1,7 @@
-"""What is checked before a body is read: its length, the key, and whether there is room.
+"""Middleware that checks requests before their bodies are read: size, API key and queue.
 
-Plain ASGI, as Starlette's BaseHTTPMiddleware hides from handlers that a client hung up.
+The middleware is plain ASGI, because Starlette's BaseHTTPMiddleware hides from the handlers that a
+client has disconnected.
 """
 
 import secrets
@@ -19,9 +20,9 @@ GENERATING = ("/v1/completions", "/v1/chat/completions")
 
 
 class Room:
-    """Answers 503 at once where not one request more could be queued.
+    """Responds with 503 if the queue is full or the engine does not accept requests.
 
-    A server in that state is asked most often: it should not read, parse and tokenise in vain.
+    An overloaded server thus does not spend time on reading and tokenizing requests in vain.
     """
 
     def __init__(self, app: ASGIApp, engine: AsyncEngine):
@@ -39,7 +40,7 @@ class Room:
 
 
 class BodyLimit:
-    """Answers 413 to a body that is, or turns out to be, longer than the limit."""
+    """Responds with 413 if the body is longer than the limit, declared or actually received."""
 
     def __init__(self, app: ASGIApp, max_bytes: int):
         self.app = app
@@ -49,7 +50,9 @@ class BodyLimit:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        message = f"the body exceeds {self.max_bytes} bytes, the limit of --max-request-bytes"
+        message = (
+            f"the body exceeds {self.max_bytes} bytes: send less, or raise --max-request-bytes"
+        )
         declared = Headers(scope=scope).get("content-length", "0")
         if declared.isdecimal() and int(declared) > self.max_bytes:
             await error_response(413, message)(scope, receive, send)
@@ -68,7 +71,7 @@ class BodyLimit:
 
 
 class ApiKeys:
-    """Answers 401 where a key is needed and `Authorization: Bearer KEY` has none of them."""
+    """Responds with 401 if a guarded path is requested without one of the API keys."""
 
     def __init__(self, app: ASGIApp, keys: Sequence[str]):
         self.app = app
@@ -78,14 +81,16 @@ class ApiKeys:
         if scope["type"] == "http" and scope["path"].startswith(GUARDED_PREFIXES):
             scheme, _, key = Headers(scope=scope).get("authorization", "").partition(" ")
             if scheme.lower() != "bearer" or not self._known(key.strip()):
-                refusal = error_response(401, "send a valid key: 'Authorization: Bearer KEY'")
+                refusal = error_response(
+                    401, "the API key is missing or invalid: send 'Authorization: Bearer KEY'"
+                )
                 refusal.headers["WWW-Authenticate"] = "Bearer"
                 await refusal(scope, receive, send)
                 return
         await self.app(scope, receive, send)
 
     def _known(self, given: str) -> bool:
-        """Compares with every key, and every byte: the time taken tells nothing, nor the length."""
+        """Compares with every key in constant time, so that timing reveals nothing of the keys."""
         digest = _digest(given)
         return sum(secrets.compare_digest(digest, known) for known in self.digests) > 0
 

@@ -1,6 +1,6 @@
 """Request bodies, which are validated strictly; optional fields have OpenAI's defaults.
 
-Unknown fields are ignored. Known but unsupported fields that would change the answer are refused.
+Unknown fields are ignored. Known but unsupported fields that would change the output are rejected.
 """
 
 from abc import abstractmethod
@@ -171,7 +171,7 @@ class GenerationBody(Body):
         if len(stops) > MAX_STOPS or any(len(each) > MAX_STOP_CHARACTERS for each in stops):
             raise ValueError(
                 f"at most {MAX_STOPS} stop strings of {MAX_STOP_CHARACTERS} characters are "
-                "taken: send fewer or shorter ones"
+                "accepted: send fewer or shorter ones"
             )
         return stop
 
@@ -180,9 +180,9 @@ class GenerationBody(Body):
     def _token_ids_as_keys(cls, logit_bias: dict[str, float] | None) -> dict[str, float] | None:
         for key in logit_bias or ():
             if not (key.isascii() and key.isdecimal() and len(key) < 10):
-                raise ValueError('its keys must be token ids, as {"50256": -100}')
+                raise ValueError('its keys must be token ids, for example {"50256": -100}')
         if logit_bias and len(logit_bias) > MAX_LOGIT_BIAS:
-            raise ValueError(f"at most {MAX_LOGIT_BIAS} tokens are taken, got {len(logit_bias)}")
+            raise ValueError(f"at most {MAX_LOGIT_BIAS} tokens are accepted, got {len(logit_bias)}")
         return logit_bias
 
     @field_validator("prompt_logprobs")
@@ -200,7 +200,7 @@ class GenerationBody(Body):
 
     @model_validator(mode="after")
     def _check_ranges(self) -> "GenerationBody":
-        self.sampling_params()  # its limits are the engine's own
+        self.sampling_params()  # SamplingParams checks the ranges of its fields.
         return self
 
     @property
@@ -234,7 +234,10 @@ class GenerationBody(Body):
         if not fields:
             return None
         if len(fields) > 1:
-            raise ValueError(f"only one constraint can be met at a time, got {', '.join(fields)}")
+            raise ValueError(
+                f"only one field may constrain the output, got {', '.join(fields)}: leave out "
+                "the others"
+            )
         value = getattr(self, fields[0])
         if fields[0] in _GUIDED_FIELDS:
             return StructuredOutputsParams(**{_GUIDED_FIELDS[fields[0]]: value})
@@ -298,7 +301,7 @@ class CompletionBody(GenerationBody):
     @model_validator(mode="after")
     def _something_to_answer(self) -> "CompletionBody":
         if self.max_tokens == 0 and not self.echo:
-            raise ValueError("max_tokens must be at least 1, got 0: only with echo it may be 0")
+            raise ValueError("max_tokens must be at least 1, got 0: it may be 0 only with echo")
         return self
 
     @field_validator("prompt")
@@ -310,7 +313,7 @@ class CompletionBody(GenerationBody):
 
     @property
     def prompts(self) -> list[str | list[int]]:
-        """All prompts, as text or token ids, from any of the four accepted forms."""
+        """The prompts, each a text or a list of token ids, from any of the four accepted forms."""
         if isinstance(self.prompt, str):
             return [self.prompt]
         token_ids = [item for item in self.prompt if isinstance(item, int)]
@@ -339,7 +342,7 @@ class Message(Body):
     name: str | None = None
 
     def as_dict(self) -> dict[str, str]:
-        """Returns the form that chat templates take, with parts joined by line breaks."""
+        """Returns the message as chat templates expect it, with parts joined by line breaks."""
         content = self.content or ""
         if not isinstance(content, str):
             content = "\n".join(part.text for part in content)
@@ -375,26 +378,3 @@ class ChatBody(GenerationBody):
     @property
     def num_logprobs(self) -> int | None:
         return (self.top_logprobs or 0) if self.logprobs else None
-
-
-class TokenizeBody(Body):
-    """POST /tokenize: either a text or a conversation."""
-
-    model: str | None = None
-    prompt: str | None = None
-    messages: list[Message] | None = Field(None, min_length=1)
-    add_generation_prompt: bool | None = None
-    return_token_strs: bool | None = None
-
-    @model_validator(mode="after")
-    def _one_of_both(self) -> "TokenizeBody":
-        if (self.prompt is None) == (self.messages is None):
-            raise ValueError("give either prompt or messages")
-        return self
-
-
-class DetokenizeBody(Body):
-    """POST /detokenize."""
-
-    model: str | None = None
-    tokens: list[int]

@@ -1,4 +1,4 @@
-"""The process: listen, load, serve, drain, exit."""
+"""Runs the server process: listens, loads the engine, serves, drains and exits."""
 
 import asyncio
 import logging
@@ -28,15 +28,16 @@ BACKLOG = 2048
 FAILED = 1
 ABORTED = 130
 FAILURE_GRACE_S = 2.0
-"""After a failed step the clients get their errors, and probes their 503, before the exit."""
+"""Time between a failed step and the exit, in which clients and probes receive their errors."""
 THREAD_GRACE_S = 5.0
-"""A step takes less; loading may take longer, and is not waited for."""
+"""Maximum time to wait for the engine thread at the exit: longer than a step, not than loading."""
 
 
 def serve(load: Callable[[], Engine], options: ServerOptions) -> int:
-    """Serve until a signal or a failure; returns the exit status.
+    """Serves until a signal arrives or the engine fails, and returns the exit status.
 
-    SIGTERM and SIGINT let running requests finish within the time-out; a second one aborts.
+    After SIGTERM or SIGINT, running requests may finish until the timeout. A second signal aborts
+    them.
     """
     _check_certificate(options)
     listener = _listen(options.host, options.port)
@@ -51,7 +52,7 @@ def serve(load: Callable[[], Engine], options: ServerOptions) -> int:
         log.info("ready: serving on %s", address)
 
     def on_failure(error: BaseException, was_ready: bool) -> None:
-        # What loading refuses is said in a sentence; a traceback would only hide it.
+        # Expected errors, such as invalid options, explain themselves without a traceback.
         foreseen = not was_ready and isinstance(error, _FORESEEN)
         what = "the engine failed" if was_ready else "the engine could not be loaded"
         log.error("%s: %s", what, error, exc_info=None if foreseen else error)
@@ -66,22 +67,22 @@ def serve(load: Callable[[], Engine], options: ServerOptions) -> int:
         on_failure=on_failure,
     )
     service = Service(engine, options, metrics)
-    log.info("listening on %s, loading: /ready answers 503 until it is", address)
+    log.info("listening on %s, loading the model; /ready returns 503 until it is loaded", address)
     server = _Server(service)
     server.run(sockets=[listener])
     status = FAILED if engine.failure is not None else 0
     if not engine.join(THREAD_GRACE_S):
-        log.warning("the engine is in the middle of a step, or loading: it is left behind")
+        log.warning("exiting although the engine thread is still running a step or loading")
         _exit_now(status)
     log.info("shut down")
     return status
 
 
 class _Server(uvicorn.Server):
-    """uvicorn, which drains before it stops to listen, and with an exit status of our own.
+    """A uvicorn server that finishes running requests before it stops to listen.
 
-    Left to itself it would refuse connections at the first signal, those of probes too, and end by
-    that signal.
+    uvicorn itself closes its sockets at the first signal, so that probes fail while requests are
+    finished, and re-raises the signal at the end.
     """
 
     def __init__(self, service: Service):
@@ -90,7 +91,7 @@ class _Server(uvicorn.Server):
             create_app(service),
             log_config=None,
             log_level=options.log_level,
-            access_log=False,  # there is one of our own
+            access_log=False,  # `AccessLog` replaces it.
             lifespan="on",
             ssl_keyfile=options.ssl_keyfile,
             ssl_certfile=options.ssl_certfile,
@@ -99,24 +100,27 @@ class _Server(uvicorn.Server):
         self._engine = service.engine
         self._shutdown_timeout = options.shutdown_timeout
         self._deadline: float | None = None
-        """On the monotonic clock; None while it serves."""
+        """End of the shutdown timeout on the monotonic clock; None before the first signal."""
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         name = signal.Signals(sig).name
         if self._deadline is not None:
-            log.warning("%s again: aborting", name)
+            log.warning("received %s again: aborting the running requests", name)
             _exit_now(ABORTED)
-        log.info("%s: finishing the running requests; once more aborts them", name)
+        log.info("received %s: finishing the running requests; a second signal aborts them", name)
         self._deadline = time.monotonic() + self._shutdown_timeout
         self._engine.drain()
 
     async def on_tick(self, counter: int) -> bool:
-        """Every tenth of a second: whether to stop, which then waits until answers are read."""
+        """Returns whether to stop; uvicorn calls it every 0.1 seconds.
+
+        After it returns True, uvicorn waits until open responses have been sent.
+        """
         if self._deadline is not None:
             left = self._deadline - time.monotonic()
             self.config.timeout_graceful_shutdown = max(1, round(left))
             if left <= 0:
-                self._engine.stop()  # which tells who still waits
+                self._engine.stop()  # Sends an error to the remaining clients.
             self.should_exit = left <= 0 or not self._engine.num_requests
         return await super().on_tick(counter)
 
@@ -126,10 +130,10 @@ class _Server(uvicorn.Server):
 
 
 def _check_certificate(options: ServerOptions) -> None:
-    """Before anything is loaded.
+    """Checks the key and the certificate, so that errors appear before the model is loaded.
 
     Raises:
-        SystemExit: the key and the certificate are no pair of PEM files, or one is missing.
+        SystemExit: a file cannot be read, or the key does not belong to the certificate.
     """
     if options.ssl_certfile is None:
         return
@@ -139,16 +143,16 @@ def _check_certificate(options: ServerOptions) -> None:
     except OSError as error:  # ssl.SSLError is one
         raise SystemExit(
             f"cannot read the certificate {options.ssl_certfile} with the key "
-            f"{options.ssl_keyfile} ({error}): give a pair of PEM files by --ssl-certfile and "
-            "--ssl-keyfile"
+            f"{options.ssl_keyfile} ({error}): set --ssl-certfile and --ssl-keyfile to a matching "
+            "pair of PEM files"
         ) from error
 
 
 def _listen(host: str, port: int) -> socket.socket:
-    """A socket that takes connections from now on; they wait until they are served.
+    """Opens a socket that accepts connections at once; they wait until the server has started.
 
     Raises:
-        SystemExit: the address is taken or is none of this machine's.
+        SystemExit: the address is in use or does not belong to this machine.
     """
     listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -159,13 +163,13 @@ def _listen(host: str, port: int) -> socket.socket:
         listener.close()
         reason = os.strerror(error.errno) if error.errno else error
         raise SystemExit(
-            f"cannot listen on {host}:{port} ({reason}): choose others by --host and --port"
+            f"cannot listen on {host}:{port} ({reason}): set another --host or --port"
         ) from error
     return listener
 
 
 def _exit_now(status: int) -> None:
-    """Without waiting for the engine's thread, which cannot be interrupted inside of XLA."""
+    """Exits without waiting for the engine thread, which cannot be interrupted inside XLA."""
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)

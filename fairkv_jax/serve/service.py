@@ -1,4 +1,4 @@
-"""What every route is given, and how it reads a body."""
+"""The objects that all routes share, and the route class that parses JSON bodies strictly."""
 
 import json
 from collections.abc import Callable, Coroutine, Sequence
@@ -18,7 +18,7 @@ from fairkv_jax.serve.options import ServerOptions
 
 @dataclass(frozen=True)
 class Service:
-    """The running server, as its routes see it."""
+    """The engine, the options and the metrics of the running server."""
 
     engine: AsyncEngine
     options: ServerOptions
@@ -26,7 +26,7 @@ class Service:
 
     @property
     def model_name(self) -> str:
-        """The name in answers."""
+        """The model name in responses."""
         return self.model_names[0]
 
     @property
@@ -34,22 +34,25 @@ class Service:
         return self.options.served_model_names or (self.engine.engine.model_name,)
 
     def check_model(self, name: str | None) -> None:
-        """A request without a name means the model that there is.
+        """Checks the model name of a request; None selects the served model.
 
         Raises:
-            ApiError: 404, another model is asked for; EngineUnavailable: not ready yet.
+            ApiError: the server does not serve a model of that name (404).
+            EngineUnavailable: the engine is not ready yet.
         """
         names = self.model_names
         if name is not None and name not in names:
             known = ", ".join(names)
             raise ApiError(
-                404, f"The model `{name}` does not exist: this server has {known}", "model"
+                404, f"The model `{name}` does not exist: this server serves {known}", "model"
             )
 
     def submit(
         self, http: Request, requests: Sequence[engine_request.Request], choices: int
     ) -> OutputStream:
-        """Hand requests to the engine, `choices` for every prompt, and leave word for the log.
+        """Submits requests to the engine and records them for the access log.
+
+        There are `choices` adjacent requests per prompt.
 
         Raises:
             EngineUnavailable, RequestRefused, QueueFull: see `AsyncEngine.submit`.
@@ -64,7 +67,7 @@ def service_of(request: Request) -> Service:
 
 
 class _StrictRequest(Request):
-    """A request whose JSON is JSON: Python's reader takes NaN and Infinity, which are none."""
+    """A request that rejects NaN and Infinity, which Python's JSON parser accepts."""
 
     async def json(self) -> Any:
         if not hasattr(self, "_parsed"):
@@ -88,7 +91,7 @@ def _refuse_constant(name: str) -> NoReturn:
 
 
 class StrictRoute(APIRoute):
-    """A route that takes JSON, says so where the header does not, and reads it strictly."""
+    """A route that requires the content type application/json and parses the body strictly."""
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
         handle = super().get_route_handler()
@@ -98,10 +101,10 @@ class StrictRoute(APIRoute):
             if content_type.split(";")[0].strip().lower() != "application/json":
                 raise ApiError(
                     415,
-                    f"the body's type is {content_type}: send 'Content-Type: application/json'",
+                    f"the content type is {content_type}: send 'Content-Type: application/json'",
                 )
             request = _StrictRequest(request.scope, request.receive)
-            await request.json()  # here, as FastAPI would replace the error by one of its own
+            await request.json()  # FastAPI would replace an error in parsing with a generic one.
             return await handle(request)
 
         return strict

@@ -1,21 +1,45 @@
-"""POST /tokenize and /detokenize: the model's own tokenizer, for clients that count tokens."""
+"""POST /tokenize and POST /detokenize: the model's tokenizer over HTTP."""
 
 import asyncio
 from typing import Any
 
 from fastapi import APIRouter, Request
+from pydantic import Field, model_validator
 
 from fairkv_jax.serve.errors import ApiError
 from fairkv_jax.serve.inputs import encode, render_chat
-from fairkv_jax.serve.protocol import DetokenizeBody, TokenizeBody
+from fairkv_jax.serve.protocol import Body, Message
 from fairkv_jax.serve.service import StrictRoute, service_of
 
 router = APIRouter(route_class=StrictRoute)
 
 
+class TokenizeBody(Body):
+    """The body of POST /tokenize: either a text or a conversation."""
+
+    model: str | None = None
+    prompt: str | None = None
+    messages: list[Message] | None = Field(None, min_length=1)
+    add_generation_prompt: bool | None = None
+    return_token_strs: bool | None = None
+
+    @model_validator(mode="after")
+    def _prompt_or_messages(self) -> "TokenizeBody":
+        if (self.prompt is None) == (self.messages is None):
+            raise ValueError("give either prompt or messages")
+        return self
+
+
+class DetokenizeBody(Body):
+    """The body of POST /detokenize."""
+
+    model: str | None = None
+    tokens: list[int]
+
+
 @router.post("/tokenize")
 async def tokenize(body: TokenizeBody, request: Request) -> dict[str, Any]:
-    """The token ids of a text, or of a conversation as the chat template writes it."""
+    """Tokenizes a text, or a conversation that is rendered with the chat template."""
     service = service_of(request)
     service.check_model(body.model)
     engine = service.engine.engine
@@ -36,11 +60,11 @@ async def tokenize(body: TokenizeBody, request: Request) -> dict[str, Any]:
 
 @router.post("/detokenize")
 async def detokenize(body: DetokenizeBody, request: Request) -> dict[str, str]:
-    """The text of some token ids."""
+    """Converts token ids to text."""
     service = service_of(request)
     service.check_model(body.model)
     engine = service.engine.engine
     vocab_size = engine.model_config.vocab_size
     if any(not 0 <= token_id < vocab_size for token_id in body.tokens):
-        raise ApiError(400, f"a token id lies outside of 0..{vocab_size - 1}", "tokens")
+        raise ApiError(400, f"token ids must be between 0 and {vocab_size - 1}", "tokens")
     return {"prompt": await asyncio.to_thread(engine.tokenizer.decode, body.tokens)}

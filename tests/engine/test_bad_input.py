@@ -38,7 +38,7 @@ BAD_PROMPTS = [
     ([5.0], "a prompt must be a text or a list of token ids, got"),
     ([True], "a prompt must be a text or a list of token ids, got"),
     ([None], "a prompt must be a text or a list of token ids, got"),
-    ("\ud83d", "half a surrogate pair"),
+    ("\ud83d", "an unpaired surrogate"),
 ]
 
 
@@ -57,7 +57,7 @@ def test_prompts_of_a_wrong_type(llm: LLM, engine: LLMEngine, prompts: Any):
 
 @pytest.mark.parametrize("params", [[greedy(1)], [greedy(1)] * 3, []])
 def test_as_many_params_as_prompts(llm: LLM, engine: LLMEngine, params: list[SamplingParams]):
-    with pytest.raises(ValueError, match=f"{len(params)} sampling_params for 2 prompts"):
+    with pytest.raises(ValueError, match=f"got {len(params)} for 2 prompts"):
         llm.generate(["a", "b"], params)
 
 
@@ -157,7 +157,7 @@ def test_a_plan_for_other_devices_or_another_model(tiny_checkpoint: Path, tmp_pa
     record = json.loads(plan.to_json())
     record["layers"][0][0]["share"] = 0.25
     file.write_text(json.dumps(record))
-    with pytest.raises(ValueError, match="shares of its copies add to"):
+    with pytest.raises(ValueError, match="shares of its replicas must sum to"):
         LLM(head_plan=str(file), tensor_parallel_size=2, **options)
 
 

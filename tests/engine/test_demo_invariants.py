@@ -100,7 +100,7 @@ def test_a_budget_no_smaller_than_the_prompt_is_dense_attention(
 
 
 def logprobs(output: RequestOutput) -> list[float]:
-    """Of the generated tokens."""
+    """Log-probabilities of the generated tokens."""
     completion = output.outputs[0]
     assert completion.logprobs is not None
     pairs = zip(completion.token_ids, completion.logprobs, strict=True)

@@ -94,9 +94,9 @@ def test_calibration_finds_the_costs_that_made_the_steps():
     ("steps", "message"),
     [
         ([], "at least 3 steps"),
-        ([Step(30, 1e4, 1.0)] * 4, "cannot tell"),
-        ([Step(30, 1e4, 1.0), Step(30, 2e4, 1.5), Step(30, 3e4, 2.0)], "cannot tell"),
-        ([Step(30, 1e4, 3.0), Step(30, 2e4, 2.0), Step(60, 3e4, 1.0)], "take no longer"),
+        ([Step(30, 1e4, 1.0)] * 4, "do not determine"),
+        ([Step(30, 1e4, 1.0), Step(30, 2e4, 1.5), Step(30, 3e4, 2.0)], "do not determine"),
+        ([Step(30, 1e4, 3.0), Step(30, 2e4, 2.0), Step(60, 3e4, 1.0)], "do not increase with"),
     ],
 )
 def test_steps_that_tell_nothing_are_refused(steps, message):

@@ -31,7 +31,7 @@ def test_writes_plan_and_page(profile_file, tmp_path, capsys, dash):
     plan = Plan.from_json(output.read_text(encoding="utf-8"))
     assert (plan.row_split, plan.num_devices, plan.num_layers) == ("proportional", 2, 30)
     text = capsys.readouterr().out
-    for part in ("static", "best_effort", "fair_copying, proportional", "12 requests replayed"):
+    for part in ("static", "best_effort", "fair_copying, proportional", "12 simulated requests"):
         assert part in text
     html = page.read_text(encoding="utf-8")
     assert "&lt;SmolLM2-135M&gt;" in html
@@ -69,7 +69,7 @@ def test_the_deprecated_flag_still_works(profile_file, tmp_path, capsys):
         (["--profile=x", "--devises=2"], "devises"),
         (["--profile=x", "--strategy=best"], "best"),
         (["--profile=x", "extra"], "extra"),
-        (["--profile={file}", "--max-slots=1"], "the least is 2"),
+        (["--profile={file}", "--max-slots=1"], "raise it to at least 2"),
     ],
 )
 def test_errors_are_one_line(profile_file, capsys, arguments, message):

@@ -18,7 +18,7 @@ PROFILE = Profile("smollm2-135m", "ada_snapkv", 200, TOKENS.tolist())
         ({"row_split": "fair"}, "row_split must be one of equal, proportional"),
         ({"max_extra_replicas": -1}, "max_extra_replicas must be an integer of at least 0, got -1"),
         ({"max_extra_replicas": 1.5}, "max_extra_replicas must be an integer"),
-        ({"max_slots": 1}, "max_slots 1 cannot hold 3 heads on 2 devices: the least is 2"),
+        ({"max_slots": 1}, "max_slots 1 cannot hold 3 heads on 2 devices: raise it to at least 2"),
         ({"effort": True}, "effort must be an integer"),
         ({"objective": "speed"}, "objective must be one of latency, throughput"),
         ({"objective": "throughput"}, "needs device_bytes"),

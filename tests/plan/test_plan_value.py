@@ -55,17 +55,17 @@ def test_a_file_with_the_agreed_fields_alone_is_enough():
     [
         ({"layers": []}, "no layers"),
         ({"layers": [3]}, "layer 0 of the plan must be a list"),
-        ({"layers": [[{"head": 0, "device": 0}]]}, "an object with head, device and share"),
-        ({"layers": [[{"head": 0, "device": 9, "share": 1.0}]]}, "on device 9"),
-        ({"layers": [[{"head": 0, "device": 0, "share": 0.5}]]}, "add to 0.5, not 1"),
-        ({"layers": [[{"head": 0, "device": 0, "share": -1}]]}, "share must lie in"),
+        ({"layers": [[{"head": 0, "device": 0}]]}, "must have head, device and share"),
+        ({"layers": [[{"head": 0, "device": 9, "share": 1.0}]]}, "to device 9"),
+        ({"layers": [[{"head": 0, "device": 0, "share": 0.5}]]}, "must sum to 1, got 0.5"),
+        ({"layers": [[{"head": 0, "device": 0, "share": -1}]]}, "share must be in"),
         ({"num_devices": "two"}, "num_devices must be of type int, got 'two'"),
         ({"num_heads": "five"}, "num_heads must be of type int"),
         ({"step_seconds": None}, "step_seconds must be of type int or float"),
         ({"cost": {}}, "cost lacks a_seconds"),
         (
             {"layers": [[{"head": 0, "device": 0, "share": 0.5}] * 2], "num_heads": 1},
-            "places a head twice",
+            "assigns a head twice",
         ),
     ],
 )
@@ -76,7 +76,7 @@ def test_bad_files_are_named(change, message):
 
 @pytest.mark.parametrize("text", ["{", "[]", "3"])
 def test_what_is_no_plan_is_refused(text):
-    with pytest.raises(ValueError, match="plan is"):
+    with pytest.raises(ValueError, match=r"plan (is not JSON|must be a JSON object)"):
         Plan.from_json(text)
 
 

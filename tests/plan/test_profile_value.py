@@ -48,7 +48,7 @@ def test_correlation_is_the_mean_over_pairs_of_prompts():
         ({"tokens": []}, "must be a table of numbers"),
         ({"tokens": [["1"]]}, "must be a table of numbers"),
         ({"tokens": 4}, "must be a table of numbers"),
-        ({"spread": [[1.0]]}, "spread is 1 x 1, its tokens 2 x 2"),
+        ({"spread": [[1.0]]}, "spread must have the size of its tokens, 2 x 2, got 1 x 1"),
         ({"model": 3}, "model must be a string"),
         ({"budget": "x"}, "budget must be"),
         ({"budget": 0}, "budget must be"),
@@ -64,7 +64,7 @@ def test_bad_profiles_are_named(change, message):
 
 @pytest.mark.parametrize("text", ["", "[1]", '{"model": "m"}'])
 def test_what_is_no_profile_is_refused(text):
-    with pytest.raises(ValueError, match="a profile is a JSON object"):
+    with pytest.raises(ValueError, match="a profile must be a JSON object"):
         Profile.from_json(text)
 
 

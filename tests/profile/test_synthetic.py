@@ -29,9 +29,9 @@ def test_seeds_decide():
     ("options", "message"),
     [
         ({"budget": 32}, "budget 32 must be larger than the window 32"),
-        ({"budget": 64, "imbalance": -1}, "imbalance be positive"),
-        ({"budget": 64, "imbalance": float("nan")}, "imbalance be positive"),
-        ({"budget": 64, "alpha": 2}, "alpha must lie in"),
+        ({"budget": 64, "imbalance": -1}, "imbalance must be at least 0"),
+        ({"budget": 64, "imbalance": float("nan")}, "imbalance must be at least 0"),
+        ({"budget": 64, "alpha": 2}, "alpha must be in"),
     ],
 )
 def test_bad_options_are_named(options, message):

@@ -77,9 +77,9 @@ def test_prompts_are_logged_only_on_request():
         ("--port=99999", "between 0 and 65535, got 99999"),
         ("--tensor-parallel-size=0", "at least 1, got 0"),
         ("--max-num-queued-reqs=-1", "at least 0, got -1"),
-        ("--ssl-keyfile=key.pem", "--ssl-certfile go together"),
+        ("--ssl-keyfile=key.pem", "--ssl-certfile must be given together"),
         ("--allowed-origins=[1]", "a list of strings, got [1]"),
-        ("model.gguf", "'model.gguf' is not understood"),
+        ("model.gguf", "unexpected argument 'model.gguf'"),
     ],
 )
 def test_wrong_arguments_end_with_a_sentence(argument: str, sentence: str):

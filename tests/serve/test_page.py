@@ -1,5 +1,6 @@
 """The live page: what feeds it, and what a browser makes of it."""
 
+import re
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 from fairkv_jax.engine.request import Request
 from fairkv_jax.serve.history import LENGTH, History
 from fairkv_jax.serve.metrics import Metrics
+from fairkv_jax.serve.page import FOLDER
 from tests.serve.chromium import Browser, browsing, find_chromium
 from tests.serve.live import PATIENCE_S, Server, eventually, running
 from tests.serve.scripted import CRASH, ScriptedEngine
@@ -49,13 +51,22 @@ def test_old_samples_are_forgotten():
     assert [len(history.since(0)), history.since(0)[0]["number"]] == [LENGTH, 6]
 
 
-def test_the_plan_and_what_prompts_leave_in_its_heads(server: Server, scripted: ScriptedEngine):
+def test_the_page_reads_only_fields_that_the_server_sends(server: Server):
+    script = (FOLDER / "page.js").read_text(encoding="utf-8")
+    for name in ("plan", "stats"):
+        sent = server.client.get(f"/{name}").json()
+        read = set(re.findall(rf"\b{name}\??\.(\w+)", script)) - {"css"}
+        assert read
+        assert read <= set(sent)
+
+
+def test_plan_and_tokens_kept_per_head(server: Server, scripted: ScriptedEngine):
     client = server.client
     client.post(COMPLETIONS, json={"prompt": [5] * 100, "max_tokens": 1})
     plan = client.get("/plan").json()
     assert plan["layers"][0] == [
-        {"head": copy.head, "device": copy.device, "share": copy.share}
-        for copy in scripted.plan.layers[0]
+        {"head": replica.head, "device": replica.device, "share": replica.share}
+        for replica in scripted.plan.layers[0]
     ]
     assert np.shape(plan["kept_tokens"]) == (scripted.model_config.num_layers, 3)
     assert 0 < np.max(plan["kept_tokens"]) <= 64

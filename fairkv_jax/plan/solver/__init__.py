@@ -1,1 +1,1 @@
-"""Places the heads of every layer on devices: heuristics, bounds and exact programs."""
+"""Assigns the heads of every layer to devices: heuristics, bounds and exact programs."""

@@ -14,7 +14,7 @@ MANY_HEADS = 16
 MAX_CHOICES = 13_000
 CHUNK = 20_000
 SEARCHED = 4
-"""How many choices per layer and number of extra replicas local search refines: the best packed."""
+"""Number of choices per layer and replica count that local search refines: the best packed."""
 
 
 def longest_first(pieces: np.ndarray, replicas: np.ndarray, devices: int, slots: int) -> np.ndarray:

@@ -82,7 +82,7 @@ def _move(
     level: np.ndarray,
     slots: int,
 ) -> np.ndarray:
-    """In each active layer moves what lowers the fullest device most; says where it could."""
+    """Makes the best move in each active layer, and returns the layers in which one was found."""
     rows = np.arange(len(active))
     current = shares[active]
     full = load.argmax(1)

@@ -27,13 +27,13 @@ from fairkv_jax.plan.solver.packing import (
 from fairkv_jax.plan.solver.proportional import proportional_splits
 
 CLOSED = 1e-6
-"""A relative gap below which a layer counts as solved."""
+"""Relative gap below which a layer counts as solved."""
 WORK = 300
 LARGEST = 120
-"""Per unit of effort: variables handed to HiGHS per number of limit, in all and for one layer.
-A program of 100 takes about 0.3 s, one of 400 some seconds."""
+"""Limits on the variables of HiGHS programs per unit of effort and limit on replicas: in total, and
+for one layer. A program with 100 variables takes about 0.3 s, one with 400 several seconds."""
 BETTER = 1 - 1e-9
-"""More limit, or more slots, are used only for a gain that is not rounding."""
+"""More replicas or slots are used only if the gain exceeds rounding errors."""
 STALE = 2
 """The search ends after this many consecutive slot counts without a gain."""
 MAX_PASSES = 20
@@ -64,7 +64,7 @@ class Search:
     weights: np.ndarray
     """[U, K] the distinct layers, each in descending order."""
     distinct: np.ndarray
-    """int [L], which row of `weights` each layer is."""
+    """int [L], the row of `weights` that holds each layer."""
     devices: int
     max_extra_replicas: int
     row_split: str
@@ -77,12 +77,12 @@ class Search:
 
     @property
     def layer_counts(self) -> np.ndarray:
-        """int [U], how many layers each row of `weights` stands for."""
+        """int [U], the number of layers that each row of `weights` represents."""
         return np.bincount(self.distinct, minlength=len(self.weights))
 
     @property
     def least_slots(self) -> int:
-        """Fewer slots cannot hold every head once."""
+        """Minimum number of slots per device that hold every head once."""
         return -(-self.weights.shape[1] // self.devices)
 
     def extra_replicas(self, slots: int) -> int:
@@ -201,7 +201,7 @@ class Candidate:
     """[L, K, P], heads in descending weight."""
     slots: int
     fullest_tokens: float
-    """What the device that holds most, over all layers, holds of one row."""
+    """Cached tokens of one row, over all layers, on the device that holds the most."""
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""The live page at / and what feeds it: /stats every second, /plan when prompts have come."""
+"""The live page at / and its data: the page polls /stats every second and /plan less often."""
 
 from pathlib import Path
 from typing import Any
@@ -20,11 +20,11 @@ FILES = {
     "favicon.svg": "image/svg+xml",
 }
 HEADERS = {"Content-Security-Policy": "default-src 'self'", "Cache-Control": "no-cache"}
-"""Whatever a model is called, nothing of it can run, and nothing is fetched from elsewhere."""
+"""Headers that keep the page from running inline scripts and from loading external resources."""
 
 
 def page_routes(service: Service, history: History) -> APIRouter:
-    """The page, its files, and two endpoints of JSON."""
+    """Returns the routes of the page, of its static files and of its two JSON endpoints."""
     router = APIRouter()
 
     @router.get("/", include_in_schema=False)
@@ -36,7 +36,7 @@ def page_routes(service: Service, history: History) -> APIRouter:
 
     @router.get("/stats")
     async def stats(since: int = 0) -> dict[str, Any]:
-        """The state of the server, and samples of the last minutes after the number `since`."""
+        """Returns the server's state and the samples whose number is larger than `since`."""
         metrics = service.metrics
         return {
             "state": service.engine.state.value,
@@ -51,7 +51,7 @@ def page_routes(service: Service, history: History) -> APIRouter:
 
     @router.get("/plan")
     async def plan() -> dict[str, Any]:
-        """What is served, where the heads are, and what prompts have left in them on average."""
+        """Returns the model, the head plan and the mean number of tokens kept per head."""
         engine, totals = service.engine.engine, service.metrics.totals
         plan, config = engine.plan, engine.engine_config
         kept = totals.kept_tokens
@@ -67,7 +67,10 @@ def page_routes(service: Service, history: History) -> APIRouter:
             "num_devices": plan.num_devices,
             "num_heads": plan.num_heads,
             "layers": [
-                [{"head": c.head, "device": c.device, "share": c.share} for c in layer]
+                [
+                    {"head": replica.head, "device": replica.device, "share": replica.share}
+                    for replica in layer
+                ]
                 for layer in plan.layers
             ],
             "kept_tokens": (

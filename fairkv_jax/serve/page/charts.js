@@ -1,5 +1,5 @@
 "use strict";
-// Charts as SVG, redrawn whole: a few hundred points are nothing.
+// Draws charts as SVG. Charts are redrawn completely, because they have only a few hundred points.
 
 const number = new Intl.NumberFormat("en", { maximumFractionDigits: 0 });
 const percent = new Intl.NumberFormat("en", { style: "percent", maximumFractionDigits: 0 });
@@ -14,34 +14,34 @@ function make(name, attributes, ...children) {
 const sum = values => values.reduce((total, value) => total + value, 0);
 const mean = values => sum(values) / values.length;
 
-/** The least of 1, 2, 4, 6, 10, 20 ... that is no smaller. */
+/** Rounds up to the next of 1, 2, 4, 6, 10, 20, and so on. */
 function roundUp(value) {
   const power = 10 ** Math.floor(Math.log10(value));
   return [1, 2, 4, 6, 10].map(step => step * power).find(step => step >= value * 0.999999);
 }
 
-/** From values to shades: the least is light, the greatest dark, and all are alike if they are. */
+/** Returns a function from values to shades: the smallest value is light and the largest dark. */
 function shader(values) {
   const least = Math.min(...values), most = Math.max(...values);
   return value => (most > least ? 0.12 + 0.88 * (value - least) / (most - least) : 0.4);
 }
 
-/** Each value with the mean of those up to `count` before it, as rates jump from second to second. */
+/** Moving averages over the last `count` values, because rates vary from second to second. */
 function smooth(values, count) {
   return values.map((_, i) => mean(values.slice(Math.max(0, i - count + 1), i + 1)));
 }
 
 /**
- * Lines over the last `seconds`; a null is a gap.
- * series: [{name: class, area: bool, values: [number | null]}], one value for each of `times`.
- * least: the scale reaches at least to it; fixed: and no further.
+ * Draws lines over the last `seconds`; null values are gaps.
+ * series: [{name: class, area: bool, values: [number | null]}], with a value for each of `times`.
+ * least: the minimum of the scale's upper end; fixed: whether it is also the maximum.
  */
 function lineChart(svg, times, series, { seconds, least = 1, fixed = false, format = number.format }) {
   const width = svg.clientWidth, height = svg.clientHeight;
   if (!width) return;
   const left = 40, right = 6, top = 8, bottom = 18;
-  const peak = Math.max(least, ...series.flatMap(line => line.values.filter(v => v !== null)));
-  const most = fixed ? least : roundUp(peak);
+  const largest = Math.max(least, ...series.flatMap(line => line.values.filter(v => v !== null)));
+  const most = fixed ? least : roundUp(largest);
   const now = times.at(-1) ?? Date.now() / 1000;
   const x = time => left + (width - left - right) * (1 - (now - time) / seconds);
   const y = value => top + (height - top - bottom) * (1 - Math.min(value / most, 1));
@@ -81,7 +81,7 @@ function lineChart(svg, times, series, { seconds, least = 1, fixed = false, form
   svg.closest("figure").querySelector("output").textContent = figures;
 }
 
-/** Stretches without a null, as [time, value]. */
+/** Runs of values without null, as [time, value] pairs. */
 function runs(times, values) {
   const found = [[]];
   values.forEach((value, i) => {
@@ -91,14 +91,14 @@ function runs(times, values) {
   return found.filter(run => run.length);
 }
 
-/** The sample under the pointer, or the last one. */
+/** The index of the sample under the pointer, or of the last one. */
 function pointed(svg, times, x) {
   if (svg.dataset.x === undefined) return times.length - 1;
   const distances = times.map(time => Math.abs(x(time) - svg.dataset.x));
   return distances.indexOf(Math.min(...distances));
 }
 
-/** Calls `redraw` when the pointer moves over a chart; the chart then reads where it is. */
+/** Calls `redraw` when the pointer moves over a chart; its position is stored in the dataset. */
 function followPointer(svg, redraw) {
   svg.addEventListener("pointermove", event => {
     svg.dataset.x = event.clientX - svg.getBoundingClientRect().left;
@@ -111,8 +111,8 @@ function followPointer(svg, redraw) {
 }
 
 /**
- * A row for each layer; cells: [[{shade: 0 to 1, hint, text, framed}]].
- * axis: what the columns are.
+ * Draws a row of cells per layer; cells: [[{shade: 0 to 1, hint, text, framed}]].
+ * axis: the name of the columns.
  */
 function heatMap(svg, cells, axis) {
   const columns = cells[0].length, margin = 34, header = 18, cellHeight = 15;
@@ -138,8 +138,8 @@ function heatMap(svg, cells, axis) {
       group.append(make("rect", { class: "heat", opacity: cell.shade.toFixed(3), ...box }));
       if (cell.framed) group.append(make("rect", { class: "mark", ...box }));
       const tone = cell.shade > 0.45 ? "light" : "dark";
-      const place = { class: tone, x: x + (width - 1.5) / 2, y: y + 11, "text-anchor": "middle" };
-      if (cell.text) group.append(make("text", place, cell.text));
+      const attributes = { class: tone, x: x + (width - 1.5) / 2, y: y + 11, "text-anchor": "middle" };
+      if (cell.text) group.append(make("text", attributes, cell.text));
       parts.push(group);
     });
   });

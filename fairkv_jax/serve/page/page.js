@@ -1,9 +1,12 @@
 "use strict";
-// Asks /stats every second for what is new, and /plan when prompts have come.
+// Polls /stats for new samples every second, and /plan after new prompts.
 
 const SECONDS = 300, MEAN_OVER = 5, PLAN_EVERY = 5;
 const $ = id => document.getElementById(id);
-const ABOUT = { loading: "The model is being loaded and compiled.", failed: "The engine has failed; the log says why." };
+const ABOUT = {
+  loading: "The model is being loaded and compiled.",
+  failed: "The engine has failed. See the server's log.",
+};
 const samples = [];
 let stats = null, plan = null, planPrompts = -1, ticks = 0;
 
@@ -20,8 +23,8 @@ async function tick() {
     if (stats.samples.length && stats.samples[0].number > since + 1) samples.length = 0;
     samples.push(...stats.samples);
     samples.splice(0, samples.length - SECONDS);
-    const works = stats.state === "ready" || stats.state === "draining";
-    if (works && (plan === null || (ticks % PLAN_EVERY === 0 && stats.prompts !== planPrompts))) {
+    const hasEngine = stats.state === "ready" || stats.state === "draining";
+    if (hasEngine && (plan === null || (ticks % PLAN_EVERY === 0 && stats.prompts !== planPrompts))) {
       planPrompts = stats.prompts;
       plan = await get("plan");
       drawPlan();
@@ -30,7 +33,7 @@ async function tick() {
     draw();
   } catch (error) {
     console.error(error);
-    // A server that was started anew counts from 1 again.
+    // The sample numbers of a restarted server start at 1 again.
     samples.length = 0;
     plan = null;
     showState("unreachable");
@@ -44,7 +47,7 @@ function showState(state) {
   $("state").textContent = state;
 }
 
-/** The mean of a field over the last seconds, without the seconds in which there was none. */
+/** The mean of a field over the last seconds; null values are left out. */
 function recent(field, seconds = MEAN_OVER) {
   const values = samples.slice(-seconds).map(sample => sample[field]).filter(value => value !== null);
   return values.length ? mean(values) : null;
@@ -70,7 +73,7 @@ function draw() {
   drawCharts();
   const parts = [`${number.format(stats.finished)} requests finished`];
   parts.push(`${number.format(stats.preemptions ?? 0)} preemptions`);
-  parts.push(`${number.format(stats.compilations_after_ready)} compilations since ready`);
+  parts.push(`${number.format(stats.compilations_after_ready)} compilations after ready`);
   $("footer").textContent = `${parts.join(" · ")} · fairkv_jax ${stats.version}`;
 }
 
@@ -97,14 +100,14 @@ function drawPages(last) {
     track.children[1].style.left = `${100 * mean(used) / total}%`;
     value.innerHTML = `${number.format(pages)}<span class="wide"> of ${number.format(total)}</span> · ${percent.format(pages / total)}`;
   });
-  const load = utilisation(last);
+  const load = balance(last);
   $("pages-note").textContent = load === null
-    ? "Empty. Dashed: the mean."
-    : `The mean device holds ${percent.format(load)} of the fullest one's tokens. Dashed: the mean.`;
+    ? "No tokens are cached. The dashed line is the mean."
+    : `The mean load is ${percent.format(load)} of the fullest device's cached tokens. The dashed line is the mean.`;
 }
 
-/** Mean load of the devices over the fullest one's; null where nothing is cached. */
-function utilisation(sample) {
+/** The mean load of the devices divided by the fullest one's; null if nothing is cached. */
+function balance(sample) {
   const most = Math.max(0, ...sample.kv_tokens);
   return most ? mean(sample.kv_tokens) / most : null;
 }
@@ -121,7 +124,7 @@ function drawCharts() {
     { name: "b", values: pick(s => s.waiting) },
   ], { seconds: SECONDS, least: 4 });
   lineChart($("balance-chart"), times, [
-    { name: "a", area: true, values: pick(utilisation) },
+    { name: "a", area: true, values: pick(balance) },
   ], { seconds: SECONDS, least: 1, fixed: true, format: percent.format });
   const share = f => pick(s => (s.used_pages.length ? f(s.used_pages) / total : null));
   lineChart($("pages-chart"), times, [
@@ -133,10 +136,11 @@ function drawCharts() {
 function drawPlan() {
   $("model").textContent = document.title = plan.model;
   $("about").textContent = `${plan.compression}; context of ${number.format(plan.max_model_len)} tokens; `
-    + `the cache holds ${number.format(plan.kv_capacity_tokens)}`;
-  $("plan-note").textContent = `${plan.strategy}: ${plan.n_heads} KV heads in each of ${plan.layers.length} layers, `
-    + `on ${plan.n_devices} devices, with ${plan.n_copies} copies in all; planned utilisation ${percent.format(plan.utilization)}.`;
-  const tokens = plan.kept_tokens ?? plan.layers.map(() => Array(plan.n_heads).fill(1));
+    + `KV cache of ${number.format(plan.kv_capacity_tokens)} tokens in all layers and heads`;
+  $("plan-note").textContent = `Strategy ${plan.strategy}: ${plan.layers.length} layers with ${plan.num_heads} KV heads each `
+    + `on ${plan.num_devices} devices, with ${plan.num_extra_replicas} extra replicas in total. `
+    + `The planned utilization is ${percent.format(plan.utilization)}.`;
+  const tokens = plan.kept_tokens ?? plan.layers.map(() => Array(plan.num_heads).fill(1));
   const known = plan.kept_tokens !== null;
   drawHeads(tokens, known);
   drawDevices(tokens, known);
@@ -145,38 +149,39 @@ function drawPlan() {
 function drawHeads(tokens, known) {
   const shade = shader(tokens.flat());
   const [least, most] = [Math.min, Math.max].map(f => number.format(f(...tokens.flat())));
-  const cells = plan.layers.map((copies, layer) => tokens[layer].map((kept, head) => {
-    const places = copies.filter(copy => copy.head === head);
-    const where = places.map(copy => `device ${copy.device} (${percent.format(copy.share)})`).join(", ");
-    const copied = places.length > 1;
+  const cells = plan.layers.map((layerReplicas, layer) => tokens[layer].map((kept, head) => {
+    const replicas = layerReplicas.filter(replica => replica.head === head);
+    const devices = replicas.map(replica => `device ${replica.device} (${percent.format(replica.share)})`).join(", ");
+    const framed = replicas.length > 1;
     const amount = known ? `${number.format(kept)} tokens, ` : "";
-    return { shade: shade(kept), hint: amount + where, framed: copied, text: copied ? `${places.length}` : "" };
+    return { shade: shade(kept), hint: amount + devices, framed, text: framed ? `${replicas.length}` : "" };
   }));
   heatMap($("heads-map"), cells, "head");
   $("heads-note").textContent = (known
-    ? `What prompts leave in a head, on average: from ${least} tokens, faint, to ${most}, strong. `
-    : "Once prompts have come, the shades say what they leave in a head. ")
-    + "Framed: copied; the number says on how many devices.";
+    ? `Prompt tokens kept per head on average, from ${least} (light) to ${most} (dark). `
+    : "After the first prompt, the shades show the tokens kept per head. ")
+    + "Framed heads are replicated; the number is the number of replicas.";
 }
 
 function drawDevices(tokens, known) {
-  const loads = plan.layers.map((copies, layer) => {
-    const load = Array(plan.n_devices).fill(0);
-    for (const copy of copies) load[copy.device] += copy.share * tokens[layer][copy.head];
+  const loads = plan.layers.map((replicas, layer) => {
+    const load = Array(plan.num_devices).fill(0);
+    for (const { head, device, share } of replicas) load[device] += share * tokens[layer][head];
     return load.map(value => value / mean(load));
   });
   const shade = shader([...loads.flat(), 1, 2 - Math.max(...loads.flat())]);
-  const cells = plan.layers.map((copies, layer) => loads[layer].map((load, device) => {
-    const here = copies.filter(copy => copy.device === device);
-    const text = here.map(copy => `${copy.head}${copy.share < 1 ? "*" : ""}`).join(" ");
-    const heads = here.map(copy => `${copy.head} (${percent.format(copy.share)})`).join(", ");
+  const cells = plan.layers.map((layerReplicas, layer) => loads[layer].map((load, device) => {
+    const replicas = layerReplicas.filter(replica => replica.device === device);
+    const text = replicas.map(replica => `${replica.head}${replica.share < 1 ? "*" : ""}`).join(" ");
+    const heads = replicas.map(replica => `${replica.head} (${percent.format(replica.share)})`).join(", ");
     return { shade: shade(load), hint: `${load.toFixed(2)} times the layer's mean; heads ${heads || "none"}`, text };
   }));
   heatMap($("devices-map"), cells, "device");
   const waste = mean(loads.map(load => Math.max(...load)));
-  $("devices-note").textContent = "Each layer waits for its fullest device: an even row is a fast one. "
-    + `In the mean layer it holds ${waste.toFixed(2)} times the mean${known ? "" : ", were all heads alike"}. `
-    + "Written: the heads; * serves a part of the rows.";
+  $("devices-note").textContent = "Each layer takes as long as its fullest device, so even rows are fast. "
+    + `On average, the fullest device of a layer holds ${waste.toFixed(2)} times the layer's mean`
+    + `${known ? "" : ", assuming that all heads keep the same number of tokens"}. `
+    + "The cells list the heads; * marks replicas that serve only part of the rows.";
 }
 
 for (const svg of document.querySelectorAll(".charts svg")) followPointer(svg, drawCharts);
