@@ -5,6 +5,7 @@ arguments of `LLM` and README's table derive. Standard library only, so that the
 tools can read configurations without importing JAX.
 """
 
+import os
 from dataclasses import dataclass
 from numbers import Integral, Real
 from typing import Any
@@ -22,6 +23,7 @@ QUANTIZATIONS = ("int8",)
 _MODEL = "Model"
 _DEVICES = "Devices and memory"
 _COMPRESSION = "Compression of the KV cache"
+_DEBUGGING = "Debugging"
 
 
 @dataclass(frozen=True)
@@ -184,8 +186,7 @@ class KVConfig:
         _check_int("kv_kernel", self.kernel, 1)
         if self.kernel % 2 == 0:
             raise ValueError(f"kv_kernel must be odd, got {self.kernel}: use {self.kernel + 1}")
-        if not isinstance(self.pool_first, bool):
-            raise ValueError(f"kv_pool_first must be True or False, got {self.pool_first!r}")
+        _check_bool("kv_pool_first", self.pool_first)
         _check_choice("kv_pooling", self.pooling, POOLINGS)
         _check_choice("kv_safeguard", self.safeguard, SAFEGUARDS)
         _check_fraction("kv_alpha_safeguard", self.alpha_safeguard, closed=True)
@@ -319,16 +320,43 @@ class BuildOptions:
         "Fraction of GPU memory for the weights and the KV cache, in (0, 1].",
         group=_DEVICES,
     )
+    schedule_log: Any = option(
+        None,
+        "Path of a file, to which everything that the engine executes is logged as JSON lines. "
+        "`python -m fairkv_jax.replay FILE` replays it. An existing file is overwritten.",
+        group=_DEBUGGING,
+        type=str,
+    )
+    """A path."""
+    schedule_log_prompts: bool = option(
+        False,
+        "Include prompts and generated tokens in schedule_log. A replay then compares the tokens. "
+        "Without them, it runs the same shapes with made-up tokens.",
+        group=_DEBUGGING,
+    )
 
     def __post_init__(self) -> None:
         value = self.gpu_memory_utilization
         if not isinstance(value, Real) or isinstance(value, bool) or not 0 < value <= 1:
             raise ValueError(f"gpu_memory_utilization must lie in (0, 1], got {value!r}")
+        _check_bool("schedule_log_prompts", self.schedule_log_prompts)
+        if not isinstance(self.schedule_log, str | os.PathLike | None):
+            raise ValueError(f"schedule_log must be the path of a file, got {self.schedule_log!r}")
+        if self.schedule_log_prompts and self.schedule_log is None:
+            raise ValueError(
+                "schedule_log_prompts needs schedule_log: give the path of the log, or leave out "
+                "schedule_log_prompts"
+            )
 
 
 ENGINE_CLASSES = (BuildOptions, EngineConfig, KVConfig)
 ENGINE_OPTIONS = options_of(*ENGINE_CLASSES)
 """Everything that `LLM` and `python -m fairkv_jax.serve` accept for the engine."""
+
+
+def _check_bool(name: str, value: object) -> None:
+    if not isinstance(value, bool):
+        raise ValueError(f"{name} must be True or False, got {value!r}")
 
 
 def _check_int(name: str, value: object, low: int) -> None:

@@ -1,8 +1,8 @@
-"""Replays a log of scheduler outputs: `python -m fairkv_jax.replay FILE`.
+"""Replays a schedule log: `python -m fairkv_jax.replay FILE [--model MODEL]`.
 
-Executes what a server or an `LLM` executed, in the same order, and compares the tokens. Ends with 1
-at the first token that differs. A log without prompts runs the same shapes with made-up tokens, and
-nothing is compared.
+It executes what a server or an `LLM` executed with `schedule_log`, in the same order, and compares
+the tokens. The exit status is 1 if a token differs or the log cannot be replayed. For a log without
+prompts, it executes the same shapes with made-up tokens, and compares nothing.
 """
 
 import os
@@ -11,25 +11,40 @@ from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+import numpy as np
 from absl import app, flags
 
+from fairkv_jax.checkpoint import Checkpoint, open_checkpoint
 from fairkv_jax.command_line import with_underscores
-from fairkv_jax.engine.schedule_log import Header, LoggedTokens, read_log
+from fairkv_jax.engine.schedule_log import (
+    Header,
+    LogEntry,
+    LoggedTokens,
+    Reset,
+    fingerprint,
+    read_log,
+    tokens_of,
+)
 from fairkv_jax.engine.scheduler_output import SchedulerOutput
 
+if TYPE_CHECKING:
+    from fairkv_jax.engine.model_runner import ModelRunner
+
 _MODEL = flags.DEFINE_string(
-    "model", None, "Checkpoint to run; default: the model that the log names."
+    "model", None, "Checkpoint to run. Default: the one that the log names."
 )
+_CPU_DEVICES_FLAG = "--xla_force_host_platform_device_count"
 
 
 @dataclass
 class Counts:
-    """What has been replayed."""
+    """How much has been replayed."""
 
-    outputs: int = 0
-    tokens: int = 0
-    """Tokens that were compared."""
+    num_outputs: int = 0
+    num_tokens: int = 0
+    """Tokens that were compared, and were equal."""
 
 
 class TokensDiffer(Exception):
@@ -37,101 +52,158 @@ class TokensDiffer(Exception):
 
 
 def main(argv: list[str]) -> None:
+    """Replays the log that the command line names, and prints what was compared."""
     if len(argv) != 2:
         raise app.UsageError("give one schedule log: python -m fairkv_jax.replay FILE")
     try:
-        lines = read_log(argv[1])
-        header = next(lines)
-        assert isinstance(header, Header)
-        devices = header.engine_config.tensor_parallel_size
-        flag = f"--xla_force_host_platform_device_count={devices}"
-        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flag}".strip()
-        counts = replay(header, lines, _MODEL.value or header.model)
-    except StopIteration:
-        sys.exit(f"{argv[1]} is empty")
+        header, entries = open_log(argv[1])
+        _make_cpu_devices(header.engine_config.tensor_parallel_size)
+        counts = replay(header, entries, _MODEL.value)
     except ValueError as error:
-        sys.exit(f"cannot replay: {error}")
+        sys.exit(f"cannot replay {argv[1]}: {error}")
     except TokensDiffer as error:
-        sys.exit(f"tokens differ: {error}")
-    said = f"{counts.tokens} tokens equal" if header.has_prompts else "nothing to compare"
-    print(f"replayed {counts.outputs} outputs: {said}")
+        sys.exit(f"{argv[1]}: tokens differ: {error}")
+    except RuntimeError as error:
+        from fairkv_jax.engine.device_errors import DeviceError
+
+        if not isinstance(error, DeviceError):
+            raise
+        sys.exit(f"cannot replay {argv[1]}: {error}")
+    compared = f"{counts.num_tokens} tokens, all equal" if header.has_prompts else "no tokens"
+    print(f"replayed {counts.num_outputs} outputs and compared {compared}")
 
 
-def replay(
-    header: Header,
-    lines: Iterator[Header | SchedulerOutput | LoggedTokens],
-    model: str | Path,
-) -> Counts:
-    """Executes the outputs of a log and compares their tokens.
+def open_log(path: str | Path) -> tuple[Header, Iterator[LogEntry]]:
+    """Returns the header of a log, and an iterator over the entries that follow it.
 
     Raises:
-        ValueError: the model is not the log's, or the devices do not suffice.
-        TokensDiffer: at the first difference.
+        ValueError: the file cannot be read, is empty, or does not begin with a header.
     """
-    import numpy as np
+    entries = read_log(path)
+    header = next(entries, None)
+    if not isinstance(header, Header):
+        raise ValueError("the file is empty")
+    return header, entries
 
-    from fairkv_jax.checkpoint import open_checkpoint
-    from fairkv_jax.engine.model_runner import ModelRunner
-    from fairkv_jax.engine.schedule_log import fingerprint, tokens_of
 
-    checkpoint = open_checkpoint(model)
+def replay(header: Header, entries: Iterator[LogEntry], model: str | Path | None = None) -> Counts:
+    """Executes the outputs of a log and compares their tokens.
+
+    Args:
+        entries: what follows the header.
+        model: the checkpoint; None: the one that the header names.
+
+    Raises:
+        ValueError: the model is not the log's, there are too few devices, or the entries of the log
+            contradict each other.
+        TokensDiffer: at the first token that differs.
+        DeviceError: the devices failed, or have too little memory.
+    """
+    checkpoint = _open_model(header, model)
+    runner = _make_runner(header, checkpoint)
+    if not header.has_prompts:
+        print("the log holds no prompts: executing the same shapes with made-up tokens")
+    rng, counts = np.random.default_rng(0), Counts()
+    computed: deque[LoggedTokens] = deque()
+    for entry in entries:
+        if isinstance(entry, SchedulerOutput):
+            output = entry
+            if not header.has_prompts:
+                output = _with_made_up_prompt(entry, rng, checkpoint.config.vocab_size)
+            computed.append(_execute(runner, output))
+            counts.num_outputs += 1
+        elif isinstance(entry, LoggedTokens):
+            counts.num_tokens += _compare(entry, computed)
+        elif isinstance(entry, Reset):
+            computed.clear()
+            runner.reset()
+        if not header.has_prompts:
+            computed.clear()
+    return counts
+
+
+def _make_cpu_devices(num_devices: int) -> None:
+    """Makes JAX split the CPU into devices, unless the user has set how many there are."""
+    xla_flags = os.environ.get("XLA_FLAGS", "")
+    if _CPU_DEVICES_FLAG not in xla_flags:
+        os.environ["XLA_FLAGS"] = f"{xla_flags} {_CPU_DEVICES_FLAG}={num_devices}".strip()
+
+
+def _open_model(header: Header, model: str | Path | None) -> Checkpoint:
+    """Opens the checkpoint and checks that it is the one that the log was written with."""
+    checkpoint = open_checkpoint(header.model if model is None else model)
     found = fingerprint(checkpoint)
     if found != header.fingerprint:
         raise ValueError(
-            f"the log was written with a checkpoint {header.model} of fingerprint "
-            f"{header.fingerprint[:12]}, {model} has {found[:12]}: name the right one by --model"
+            f"the log was written with a checkpoint of fingerprint {header.fingerprint[:12]}, at "
+            f"{header.model}, but {model or header.model} has {found[:12]}: give the right one by "
+            "--model"
         )
-    runner = ModelRunner(
+    return checkpoint
+
+
+def _make_runner(header: Header, checkpoint: Checkpoint) -> "ModelRunner":
+    """Makes a runner like the one whose outputs were logged."""
+    import jax
+
+    from fairkv_jax.engine.model_runner import ModelRunner
+
+    platform = jax.default_backend()
+    if platform != header.platform:
+        print(
+            f"the log was written on {header.platform} and is replayed on {platform}: tokens may "
+            "differ because of rounding"
+        )
+    return ModelRunner(
         checkpoint,
         header.plan,
         header.engine_config,
         header.kv_config,
         eos_token_ids=checkpoint.tokenizer().eos_token_ids,
     )
-    if not header.has_prompts:
-        print("the log holds no prompts: running the same shapes with made-up tokens")
-    rng, counts = np.random.default_rng(0), Counts()
-    computed: deque[LoggedTokens] = deque()
-    for line in lines:
-        if isinstance(line, SchedulerOutput):
-            output = line if header.has_prompts else _make_up(line, rng, checkpoint)
-            result = runner.execute(output).result()
-            if header.has_prompts:
-                computed.append(tokens_of(output, result))
-            counts.outputs += 1
-        elif isinstance(line, LoggedTokens):
-            while computed[0].index < line.index:
-                computed.popleft()  # the log ends before its result, or a step failed
-            counts.tokens += _compare(line, computed.popleft())
-    return counts
 
 
-def _compare(logged: LoggedTokens, computed: LoggedTokens) -> int:
-    """How many tokens are equal; raises TokensDiffer unless all are."""
-    if logged.index != computed.index:
-        raise ValueError(f"the result of output {logged.index} follows {computed.index}")
-    if logged.first_token != computed.first_token:
+def _execute(runner: "ModelRunner", output: SchedulerOutput) -> LoggedTokens:
+    """Executes an output and waits for its tokens."""
+    from fairkv_jax.engine.device_errors import STEP_DOES_NOT_FIT, translate_xla_errors
+
+    with translate_xla_errors(f"executing output {output.index}", STEP_DOES_NOT_FIT):
+        return tokens_of(output, runner.execute(output).result())
+
+
+def _compare(logged: LoggedTokens, computed: deque[LoggedTokens]) -> int:
+    """Returns how many tokens are equal, after dropping what was computed up to this result."""
+    while computed and computed[0].index < logged.index:
+        computed.popleft()  # its result is not in the log
+    if not computed or computed[0].index != logged.index:
+        raise ValueError(f"the log has a result of output {logged.index}, but not the output")
+    mine = computed.popleft()
+    if [len(step) for step in logged.tokens] != [len(step) for step in mine.tokens]:
+        raise ValueError(f"the result of output {logged.index} does not have the output's rows")
+    if logged.first_token != mine.first_token:
         raise TokensDiffer(
-            f"output {logged.index}, the first token after a prompt: "
-            f"{computed.first_token}, the log has {logged.first_token}"
+            f"the token after the prompt in output {logged.index} is {mine.first_token}, but "
+            f"{logged.first_token} in the log"
         )
-    for step, (want, got) in enumerate(zip(logged.tokens, computed.tokens, strict=True)):
-        for at, (one, two) in enumerate(zip(want, got, strict=True)):
-            if one != two:
+    for step, tokens in enumerate(logged.tokens):
+        for place, token in enumerate(tokens):
+            if token != mine.tokens[step][place]:
                 raise TokensDiffer(
-                    f"output {logged.index}, step {step}, row {at + 1} of the batch: {two}, "
-                    f"the log has {one}"
+                    f"in output {logged.index}, step {step}, the token of the decoded row number "
+                    f"{place} is {mine.tokens[step][place]}, but {token} in the log"
                 )
     return sum(map(len, logged.tokens)) + (logged.first_token is not None)
 
 
-def _make_up(output: SchedulerOutput, rng, checkpoint) -> SchedulerOutput:
-    """The same work with random prompts."""
+def _with_made_up_prompt(
+    output: SchedulerOutput, rng: np.random.Generator, vocab_size: int
+) -> SchedulerOutput:
+    """Returns the same work with random tokens in the prompt that it begins, if it begins one."""
     prefill = output.prefill
     if prefill is None or prefill.new_request is None:
         return output
-    size = len(prefill.new_request.prompt_token_ids)
-    tokens = rng.integers(0, checkpoint.config.vocab_size, size).tolist()
+    num_tokens = len(prefill.new_request.prompt_token_ids)
+    tokens = rng.integers(0, vocab_size, num_tokens).tolist()
     new = replace(prefill.new_request, prompt_token_ids=tokens)
     return replace(output, prefill=replace(prefill, new_request=new))
 

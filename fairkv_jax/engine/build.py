@@ -26,6 +26,7 @@ from fairkv_jax.config import (
 )
 from fairkv_jax.engine.head_plan import choose_plan
 from fairkv_jax.engine.llm_engine import LLMEngine
+from fairkv_jax.engine.schedule_log import Header, ScheduleLog
 from fairkv_jax.models.params import device_bytes
 from fairkv_jax.options import split_options, with_new_names
 from fairkv_jax.pallas.ragged_decode import check_backend
@@ -55,7 +56,8 @@ def build_engine(
 
     Raises:
         TypeError: an option is unknown.
-        ValueError: an option is out of its limits, or the checkpoint cannot be read.
+        ValueError: an option is out of its limits, the checkpoint cannot be read, or the schedule
+            log cannot be written.
     """
     options = with_new_names(options, ENGINE_OPTIONS, stacklevel=2)
     for_build, for_engine, for_kv = split_options({"model": model, **options}, *ENGINE_CLASSES)
@@ -68,7 +70,21 @@ def build_engine(
     plan, engine_config = _plan_and_size(
         checkpoint, build_options, engine_config, kv_config, fixed=for_engine.keys()
     )
-    return LLMEngine(checkpoint, plan, engine_config, kv_config, progress=progress)
+    log = None
+    if build_options.schedule_log is not None:
+        header = Header.of(
+            build_options.model or DEMO_MODEL,
+            checkpoint,
+            plan,
+            engine_config,
+            kv_config,
+            has_prompts=build_options.schedule_log_prompts,
+            platform=jax.default_backend(),
+        )
+        log = ScheduleLog(build_options.schedule_log, header)
+    return LLMEngine(
+        checkpoint, plan, engine_config, kv_config, progress=progress, schedule_log=log
+    )
 
 
 def default_max_num_seqs(

@@ -20,6 +20,7 @@ from fairkv_jax.engine.output_processor import OutputProcessor
 from fairkv_jax.engine.pacing import StepTimer
 from fairkv_jax.engine.prefill_shape import PrefillShape
 from fairkv_jax.engine.request import Request, RequestOutput, ValidatedRequest
+from fairkv_jax.engine.schedule_log import ScheduleLog
 from fairkv_jax.engine.scheduler import ScheduledRequest, Scheduler
 from fairkv_jax.engine.scheduler_output import NewRequest
 from fairkv_jax.engine.stats import EngineStats
@@ -40,7 +41,8 @@ class LLMEngine:
 
     A step schedules executions, gives them to the devices, and processes the result of the oldest
     one. Up to two executions are in flight, so that the devices do not wait for the host. What is
-    scheduled, and why, is said in `Scheduler`.
+    scheduled, and why, is said in `Scheduler`. A schedule log, if given, receives everything that
+    is executed.
     """
 
     def __init__(
@@ -51,6 +53,7 @@ class LLMEngine:
         kv_config: KVConfig,
         *,
         progress: bool = True,
+        schedule_log: ScheduleLog | None = None,
     ):
         self.model_name = checkpoint.name
         self.model_config = checkpoint.config
@@ -74,6 +77,7 @@ class LLMEngine:
         self._compilations = Compilations()
         self._seeds = np.random.default_rng(engine_config.seed)
         self._timer = StepTimer()
+        self._schedule_log = schedule_log
         self._in_flight: deque[tuple[Execution, float]] = deque()
         """With the time when each was given to the devices."""
 
@@ -190,6 +194,11 @@ class LLMEngine:
         self.output_processor.abort(request_id)
         self._rest_if_idle()
 
+    def close(self) -> None:
+        """Closes the schedule log, if there is one; later steps are not logged."""
+        if self._schedule_log is not None:
+            self._schedule_log.close()
+
     def step(self) -> list[RequestOutput]:
         """Runs one iteration and returns the outputs that have changed.
 
@@ -212,6 +221,8 @@ class LLMEngine:
             return []
         execution, start = self._in_flight.popleft()
         result, now = execution.result(), time.monotonic()
+        if self._schedule_log is not None:
+            self._schedule_log.write_result(execution.output, result)
         self._timer.record(execution.output, None if execution.has_compiled else start, now)
         new_tokens = self.scheduler.update(execution.output, result)
         outputs = self.output_processor.process(new_tokens, now)
@@ -226,6 +237,8 @@ class LLMEngine:
         output, start = self.scheduler.schedule(self._timer.timings), time.monotonic()
         if output is None:
             return False
+        if self._schedule_log is not None:
+            self._schedule_log.write_output(output)
         self._in_flight.append((self.runner.execute(output), start))
         if output.prefill is not None and output.prefill.start == 0:
             self.output_processor.started(output.prefill.request_id, start)
@@ -237,6 +250,8 @@ class LLMEngine:
         What the step had taken, or had not handed out, is lost: only tokens that clients have seen
         count.
         """
+        if self._schedule_log is not None:
+            self._schedule_log.write_reset()
         self._in_flight.clear()
         self.scheduler.reset(self.output_processor.token_ids)
 

@@ -1,16 +1,21 @@
-"""A log of everything that an engine executed, as JSON lines, which can be replayed.
+"""A log of everything that an engine executes, which can be replayed: one JSON object per line.
 
-    {"header": {...}}                    versions, the model's fingerprint, plan, configurations
-    {"output": {"index": 0, ...}}        a `SchedulerOutput`, when it is given to the devices
-    {"result": {"index": 0, ...}}        the tokens that came of it, when they are read
+    {"header": {...}}                the engine: versions, model, plan, configurations
+    {"output": {"index": 0, ...}}    a `SchedulerOutput`, when it is given to the devices
+    {"result": {"index": 0, ...}}    the tokens that it produced, when they are read
+    {"reset": {}}                    a step failed, and the runner starts over with an empty cache
 
-Replaying the outputs gives the same tokens: a bug report carries such a log. Prompts, and with them
-the tokens, are in it only where that is asked for; sampling options always are.
+Replaying the outputs gives the same tokens, so that a bug report can carry such a log. Prompts and
+tokens are in it only if they are asked for. Without them, the log also leaves out everything that
+repeats or reveals a client's texts: stop strings, grammars and their bitmasks. Other sampling
+options are always in it.
 """
 
 import base64
 import hashlib
 import json
+import logging
+import weakref
 from collections.abc import Iterator
 from dataclasses import MISSING, asdict, dataclass, fields, is_dataclass, replace
 from importlib.metadata import version
@@ -35,6 +40,7 @@ from fairkv_jax.plan import Plan
 from fairkv_jax.sampling_params import SamplingParams, StructuredOutputsParams
 
 FORMAT = 1
+"""The version of the file format."""
 _CLASSES = {
     cls.__name__: cls
     for cls in (
@@ -49,70 +55,134 @@ _CLASSES = {
         StructuredOutputsParams,
     )
 }
+_HASHED_WEIGHTS = ("q", "k", "v", "gate")
+"""Weights of each layer whose first rows are hashed: few bytes, which most fine-tuning changes."""
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Header:
-    """What the engine was, so that another one can be made like it."""
+    """Describes an engine, so that a replay can make the same one."""
 
     model: str
+    """The path or name that opens the checkpoint."""
     fingerprint: str
+    """See `fingerprint`."""
     plan: Plan
     engine_config: EngineConfig
     kv_config: KVConfig
     has_prompts: bool
-    version: str = version("fairkv-jax")
+    """Whether the log holds prompts and tokens."""
+    platform: str
+    """JAX's name of the devices: "cpu" or "gpu"."""
+    version: str
+    """The version of this package."""
+
+    @classmethod
+    def of(
+        cls,
+        model: str | Path,
+        checkpoint: Checkpoint,
+        plan: Plan,
+        engine_config: EngineConfig,
+        kv_config: KVConfig,
+        *,
+        has_prompts: bool,
+        platform: str,
+    ) -> "Header":
+        """Describes an engine whose checkpoint is opened by `model`; a path becomes absolute."""
+        return cls(
+            str(Path(model).resolve() if Path(model).exists() else model),
+            fingerprint(checkpoint),
+            plan,
+            engine_config,
+            kv_config,
+            has_prompts,
+            platform,
+            version("fairkv-jax"),
+        )
 
 
 @dataclass(frozen=True)
 class LoggedTokens:
-    """The tokens of one output."""
+    """The tokens that one output produced."""
 
     index: int
+    """The index of the output."""
     first_token: int | None
     """The token that followed the prompt, where one was sampled."""
     tokens: list[list[int]]
-    """For each decode step the tokens of the decoded rows, in the order of `Decode.rows`."""
+    """For each decode step, the tokens of the decoded rows in the order of `Decode.rows`."""
+
+
+@dataclass(frozen=True)
+class Reset:
+    """The runner started over with an empty cache, because a step had failed."""
+
+
+LogEntry = Header | SchedulerOutput | LoggedTokens | Reset
 
 
 class ScheduleLog:
-    """Writes a log as it happens; every line is flushed.
+    """Writes a log while the engine runs; every line is flushed.
+
+    If a line cannot be written later on, for example because the disk is full, an error is logged
+    and the log ends; the engine continues. The file is closed when the object is collected, unless
+    `close` has been called before.
 
     Raises:
-        ValueError: the file cannot be written.
+        ValueError: the file cannot be opened.
     """
 
     def __init__(self, path: str | Path, header: Header):
-        self._has_prompts = header.has_prompts
+        self._path, self._has_prompts = path, header.has_prompts
         try:
             self._file: IO[str] = Path(path).open("w", encoding="utf-8")  # noqa: SIM115
         except OSError as error:
-            raise ValueError(f"the schedule log {path} cannot be written: {error}") from error
+            reason = error.strerror or error
+            raise ValueError(
+                f"the schedule log {path} cannot be written ({reason}): give the path of a file in "
+                "a folder that exists and is writable"
+            ) from error
+        self._close = weakref.finalize(self, _close, self._file)
         record = asdict(header) | {"format": FORMAT, "plan": json.loads(header.plan.to_json())}
         self._write("header", record)
 
     def write_output(self, output: SchedulerOutput) -> None:
-        """Notes an output, without the prompts where these are not asked for."""
+        """Writes an output that the devices are about to execute."""
         if not self._has_prompts:
             output = _without_tokens(output)
         self._write("output", _encode(output))
 
     def write_result(self, output: SchedulerOutput, result: ExecutionResult) -> None:
-        """Notes the tokens of an output."""
+        """Writes the tokens that an output produced, if the log holds tokens."""
         if self._has_prompts:
             self._write("result", asdict(tokens_of(output, result)))
 
+    def write_reset(self) -> None:
+        """Writes that a step failed and that the runner starts over with an empty cache."""
+        self._write("reset", {})
+
     def close(self) -> None:
-        """Closes the file."""
-        self._file.close()
+        """Closes the file; nothing is written afterwards."""
+        self._close()
 
     def _write(self, kind: str, record: Any) -> None:
-        self._file.write(json.dumps({kind: record}, separators=(",", ":")) + "\n")
-        self._file.flush()
+        if self._file.closed:
+            return
+        try:
+            self._file.write(json.dumps({kind: record}, separators=(",", ":")) + "\n")
+            self._file.flush()
+        except OSError as error:
+            logger.error(
+                "the schedule log %s ends here, it cannot be written: %s", self._path, error
+            )
+            self.close()
 
 
 def tokens_of(output: SchedulerOutput, result: ExecutionResult) -> LoggedTokens:
-    """The tokens of a result that count."""
+    """Returns the tokens of a result that belong to requests."""
     first = result.prefill.first_token if result.prefill is not None else None
     tokens: list[list[int]] = []
     if output.decode is not None and result.sampled is not None:
@@ -121,81 +191,123 @@ def tokens_of(output: SchedulerOutput, result: ExecutionResult) -> LoggedTokens:
     return LoggedTokens(output.index, None if first is None else int(first.tokens[0, 0]), tokens)
 
 
-def read_log(path: str | Path) -> Iterator[Header | SchedulerOutput | LoggedTokens]:
-    """Reads a log: its header first, then outputs and results in their order.
+def read_log(path: str | Path) -> Iterator[LogEntry]:
+    """Reads a log: its header first, then the other entries in their order.
+
+    A last line that is incomplete, because the writer was killed, is left out with a warning.
 
     Raises:
-        ValueError: the file is missing, is no such log, or is of another format; the message names
-            the line.
+        ValueError: the file is missing, is not a schedule log, or has another format; the message
+            names the line.
     """
     try:
-        with Path(path).open(encoding="utf-8") as lines:
+        with Path(path).open("rb") as lines:
             for number, line in enumerate(lines, 1):
-                try:
-                    yield _read_line(line, is_first=number == 1)
-                except (KeyError, TypeError, ValueError) as error:
-                    raise ValueError(f"{path}, line {number}: {error}") from error
+                if number > 1 and not line.endswith(b"\n"):
+                    logger.warning("%s, line %d: incomplete, it is left out", path, number)
+                    return
+                yield _read_line(line, f"{path}, line {number}", is_first=number == 1)
     except OSError as error:
-        raise ValueError(f"the schedule log {path} cannot be read: {error}") from error
+        reason = error.strerror or error
+        raise ValueError(f"the schedule log {path} cannot be read: {reason}") from error
 
 
 def fingerprint(checkpoint: Checkpoint) -> str:
-    """Tells checkpoints apart: a hash of the configuration, the tensors' sizes, and the norms."""
+    """Returns a hash that tells checkpoints apart, without reading all of their weights.
+
+    It covers the configuration, how every tensor is stored, all norms, and the first rows of some
+    matrices in every layer.
+    """
     digest = hashlib.sha256(repr(checkpoint.config).encode())
     for name in checkpoint.names():
-        digest.update(f"{name} {checkpoint.stored(name)}".encode())
+        digest.update(f"{name} {tuple(checkpoint.stored(name))}".encode())
         if name.endswith("norm"):
             digest.update(checkpoint.tensor(name).tobytes())
+        elif name.rpartition(".")[2] in _HASHED_WEIGHTS:
+            digest.update(np.ascontiguousarray(checkpoint.lazy(name).read(0, 1)).tobytes())
     return digest.hexdigest()
 
 
-def _read_line(line: str, *, is_first: bool) -> Header | SchedulerOutput | LoggedTokens:
-    record = json.loads(line)
-    if not isinstance(record, dict) or len(record) != 1:
-        raise ValueError("a line must be an object with one key")
-    ((kind, value),) = record.items()
+def _close(file: IO[str]) -> None:
+    """Closes a file whose last line may be impossible to write."""
+    try:
+        file.close()
+    except OSError as error:
+        logger.error("the schedule log cannot be closed: %s", error)
+
+
+def _read_line(line: bytes, place: str, *, is_first: bool) -> LogEntry:
+    """Decodes a line; `place` names it in errors."""
+    try:
+        ((kind, value),) = json.loads(line).items()
+    except (AttributeError, RecursionError, ValueError) as error:
+        raise ValueError(
+            f"{place} is not an object with one key in JSON: this is not a schedule log, or it is "
+            "damaged"
+        ) from error
     if is_first != (kind == "header"):
-        raise ValueError(f"a log begins with its header, and has one; found {kind!r}")
-    if kind == "header":
-        return _read_header(value)
-    if kind == "result":
-        return LoggedTokens(**value)
-    if kind == "output":
-        return _decode(value)
-    raise ValueError(f"unknown kind {kind!r}: the log is of a newer version")
+        raise ValueError(f"{place}: a log has one header, in its first line; found {kind!r}")
+    if kind not in _READERS:
+        raise ValueError(f"{place}: unknown entry {kind!r}, it must be {', '.join(_READERS)}")
+    if kind == "header" and isinstance(value, dict) and value.get("format") != FORMAT:
+        raise ValueError(
+            f"{place}: the log has format {value.get('format')!r}, this version reads {FORMAT}: "
+            f"replay it with fairkv-jax {value.get('version')}, which wrote it"
+        )
+    try:
+        return _READERS[kind](value)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{place}: the {kind} is damaged: {error!r}") from error
 
 
 def _read_header(record: dict[str, Any]) -> Header:
-    if record.pop("format", None) != FORMAT:
-        raise ValueError(
-            f"the log's format is not {FORMAT}: replay it with the version that wrote it"
-        )
-    budgets = record["kv_config"].get("head_budgets")
-    if budgets is not None:
-        record["kv_config"]["head_budgets"] = tuple(map(tuple, budgets))
-    return Header(
-        **record
-        | {
-            "plan": Plan.from_json(json.dumps(record["plan"])),
-            "engine_config": EngineConfig(**record["engine_config"]),
-            "kv_config": KVConfig(**record["kv_config"]),
-        }
-    )
+    fields = {name: value for name, value in record.items() if name != "format"}
+    kv_config = dict(fields["kv_config"])
+    if kv_config.get("head_budgets") is not None:
+        kv_config["head_budgets"] = tuple(map(tuple, kv_config["head_budgets"]))
+    fields["plan"] = Plan.from_json(json.dumps(fields["plan"]))
+    fields["engine_config"] = EngineConfig(**fields["engine_config"])
+    fields["kv_config"] = KVConfig(**kv_config)
+    return Header(**fields)
+
+
+def _read_output(record: Any) -> SchedulerOutput:
+    output = _decode(record)
+    if not isinstance(output, SchedulerOutput):
+        raise ValueError(f"it is a {type(output).__name__}")
+    return output
+
+
+_READERS = {
+    "header": _read_header,
+    "output": _read_output,
+    "result": lambda record: LoggedTokens(**record),
+    "reset": lambda record: Reset(**record),
+}
 
 
 def _without_tokens(output: SchedulerOutput) -> SchedulerOutput:
-    """The same work with zeros in place of all tokens."""
-    prefill, insertion = output.prefill, output.insertion
-    if prefill is not None and prefill.new_request is not None:
-        zeros = [0] * len(prefill.new_request.prompt_token_ids)
-        prefill = replace(prefill, new_request=replace(prefill.new_request, prompt_token_ids=zeros))
+    """Returns the same work with zeros in place of tokens, and without texts and grammars.
+
+    Bitmasks follow an output: where a grammar allows a single token, they reveal it.
+    """
+    prefill, insertion, decode = output.prefill, output.insertion, output.decode
+    if prefill is not None:
+        new = prefill.new_request
+        if new is not None:
+            params = replace(new.sampling_params, stop=None, structured_outputs=None)
+            zeros = [0] * len(new.prompt_token_ids)
+            new = replace(new, prompt_token_ids=zeros, sampling_params=params)
+        prefill = replace(prefill, new_request=new, grammar_bitmask=None)
     if insertion is not None:
         insertion = replace(insertion, output_token_ids=[0] * len(insertion.output_token_ids))
-    return replace(output, prefill=prefill, insertion=insertion)
+    if decode is not None:
+        decode = replace(decode, grammar_bitmasks={})
+    return replace(output, prefill=prefill, insertion=insertion, decode=decode)
 
 
 def _encode(value: Any) -> Any:
-    """Plain JSON; objects carry their class, and leave out fields that have their defaults."""
+    """Returns plain JSON. Objects carry their class, and omit fields that have their defaults."""
     if is_dataclass(value):
         record = {"class": type(value).__name__}
         for field in fields(value):
@@ -214,7 +326,7 @@ def _encode(value: Any) -> Any:
 
 
 def _decode(value: Any) -> Any:
-    """The inverse of `_encode`; sequences in fields of tuples become tuples."""
+    """Inverts `_encode`. Lists become tuples, also inside of them, in fields that take tuples."""
     if isinstance(value, list):
         return [_decode(part) for part in value]
     if not isinstance(value, dict):

@@ -10,6 +10,7 @@ import asyncio
 import logging
 import threading
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from enum import Enum
 from queue import Empty, SimpleQueue
@@ -47,6 +48,7 @@ class Engine(Protocol):
     def has_unfinished_requests(self) -> bool: ...
     def step(self) -> list[RequestOutput]: ...
     def stats(self) -> EngineStats: ...
+    def close(self) -> None: ...
 
 
 class Observer(Protocol):
@@ -324,7 +326,8 @@ class AsyncEngine:
         try:
             engine = self._load()
             self._post(self._loaded, engine, engine.stats())
-            self._serve(engine)
+            with closing(engine):
+                self._serve(engine)
         except BaseException as error:  # Every kind of failure must be reported to the clients.
             self._post(self._fail, error)
         else:

@@ -52,6 +52,7 @@ class ScriptedEngine:
         self.grammars = GrammarCompiler(self.tokenizer, self.model_config.vocab_size)
         self.aborted: list[str] = []
         self.num_validated = 0
+        self.is_closed = False
         self.requests: dict[str, Request] = {}
         self.generated: dict[str, list[int]] = {}
         self.times: dict[str, RequestMetrics] = {}
@@ -69,10 +70,10 @@ class ScriptedEngine:
         self._kept(request)
         return ValidatedRequest(request, limit - length)
 
-    def add_request(self, request: ValidatedRequest) -> None:
-        self._add(request.request)
-
-    def _add(self, request: Request) -> None:
+    def add_request(self, request: Request | ValidatedRequest) -> None:
+        if isinstance(request, Request):
+            request = self.validate(request)
+        request = request.request
         self.requests[request.request_id] = request
         self.generated[request.request_id] = []
         self.times[request.request_id] = RequestMetrics(time.monotonic())
@@ -83,6 +84,9 @@ class ScriptedEngine:
 
     def has_unfinished_requests(self) -> bool:
         return bool(self.requests)
+
+    def close(self) -> None:
+        self.is_closed = True
 
     def stats(self) -> EngineStats:
         """A running request takes two pages on the first device and one on the second."""

@@ -119,6 +119,7 @@ def test_a_failing_step_reaches_every_client(slow: ScriptedEngine, slow_server: 
         assert "fire" not in error["error"]["message"]
     assert slow_server.client.get("/health").status_code == 503
     assert slow_server.client.post(COMPLETIONS, json=LONG).status_code == 503
+    assert slow.is_closed
 
 
 def test_a_stopping_server_tells_who_still_waits(slow: ScriptedEngine):
@@ -130,6 +131,7 @@ def test_a_stopping_server_tells_who_still_waits(slow: ScriptedEngine):
             rest = [line for line in lines if line]
         assert "shutting down" in rest[-2]
         assert server.client.get("/health").status_code == 503
+        eventually(lambda: slow.is_closed)
 
 
 def test_slow_readers_are_given_what_has_come_together(checkpoint: Path):
