@@ -12,7 +12,7 @@ import pytest
 from fairkv_jax import LLM, SamplingParams
 from fairkv_jax.engine.llm_engine import LLMEngine
 from fairkv_jax.engine.pacing import StepTimer, Timings
-from fairkv_jax.engine.request import CompletionOutput, Request
+from fairkv_jax.engine.request import CompletionOutput, Request, ValidatedRequest
 from tests.engine.drive import (
     check_idle,
     check_owners,
@@ -405,6 +405,25 @@ def tight(tiny_checkpoint: Path) -> LLMEngine:
         progress=False,
     )
     return llm.engine
+
+
+def test_a_validated_request_is_not_validated_again(
+    engine: LLMEngine, monkeypatch: pytest.MonkeyPatch
+):
+    checked = []
+    original = LLMEngine.validate
+
+    def validate(self: LLMEngine, request: Request) -> ValidatedRequest:
+        checked.append(request.request_id)
+        return original(self, request)
+
+    monkeypatch.setattr(LLMEngine, "validate", validate)
+    engine.add_request(engine.validate(request("validated", PROMPT, greedy(2))))
+    assert checked == ["validated"]
+    engine.add_request(request("plain", PROMPT, greedy(2)))
+    assert checked == ["validated", "plain"]
+    outputs = run(engine)
+    assert outputs["validated"].outputs[0].token_ids == outputs["plain"].outputs[0].token_ids
 
 
 def test_a_request_that_does_not_fit_waits(tight: LLMEngine):

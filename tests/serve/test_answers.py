@@ -6,6 +6,8 @@ from typing import Any
 import httpx
 import pytest
 
+from tests.serve.scripted import ScriptedEngine
+
 COMPLETIONS = "/v1/completions"
 CHAT = "/v1/chat/completions"
 TURN = [{"role": "user", "content": "hello"}]
@@ -86,6 +88,16 @@ def test_the_four_forms_of_a_prompt(client: httpx.Client):
     assert [choice["index"] for choice in several] == [0, 1, 2]
     assert several[0]["text"] == several[2]["text"] == text
     assert several[1]["text"] != text
+
+
+def test_every_prompt_is_validated_once(client: httpx.Client, scripted: ScriptedEngine):
+    """The thread of the engine does not repeat what the event loop has checked."""
+    before = scripted.num_validated
+    body = {"prompt": [[5, 6, 7], [8] * 100], "n": 2, "max_tokens": 2}
+    assert client.post(COMPLETIONS, json=body).status_code == 200
+    assert scripted.num_validated == before + 4
+    assert client.post(CHAT, json={"messages": TURN, "max_tokens": 2}).status_code == 200
+    assert scripted.num_validated == before + 5
 
 
 def test_usage_counts_each_prompt_once(client: httpx.Client):
