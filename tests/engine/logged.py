@@ -3,10 +3,12 @@
 from pathlib import Path
 from typing import Any
 
+from fairkv_jax.config import EngineConfig, KVConfig
 from fairkv_jax.engine.build import build_engine
 from fairkv_jax.engine.llm_engine import LLMEngine
 from fairkv_jax.engine.pacing import StepTimer, Timings
 from fairkv_jax.engine.request import Request
+from fairkv_jax.engine.schedule_log import Header
 from fairkv_jax.plan import Plan, Profile, make_plan
 from fairkv_jax.sampling_params import SamplingParams, StructuredOutputsParams
 from tests.engine.drive import greedy, random_prompt, request, tiny_cache_bytes
@@ -31,6 +33,18 @@ def plan_with_replicas(num_devices: int) -> Plan:
     """Two layers of three heads; the heaviest head of each layer has a replica."""
     profile = Profile("", "ada_snapkv", 40, ((80.0, 10.0, 20.0), (20.0, 10.0, 90.0)))
     return make_plan(profile, num_devices, max_extra_replicas=1)
+
+
+HEADER = Header(
+    model="/models/tiny.gguf",
+    fingerprint="abc",
+    plan=plan_with_replicas(2),
+    engine_config=EngineConfig(max_num_seqs=3, quantization="int8"),
+    kv_config=KVConfig("head_budgets", head_budgets=((1, 2, 3), (4, 5, 6))),
+    has_prompts=True,
+    platform="cpu",
+    version="1.2",
+)
 
 
 def logged_engine(
