@@ -22,7 +22,6 @@ from fairkv_jax.engine.schedule_log import (
     Header,
     LogEntry,
     LoggedTokens,
-    Reset,
     fingerprint,
     read_log,
     tokens_of,
@@ -114,9 +113,6 @@ def replay(header: Header, entries: Iterator[LogEntry], model: str | Path | None
             counts.num_outputs += 1
         elif isinstance(entry, LoggedTokens):
             counts.num_tokens += _compare(entry, computed)
-        elif isinstance(entry, Reset):
-            computed.clear()
-            runner.reset()
         if not header.has_prompts:
             computed.clear()
     return counts

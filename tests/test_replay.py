@@ -20,7 +20,7 @@ from fairkv_jax.cache import KVCache
 from fairkv_jax.engine.device_errors import DeviceError
 from fairkv_jax.engine.llm_engine import LLMEngine
 from fairkv_jax.engine.model_runner import ModelRunner
-from fairkv_jax.engine.schedule_log import LoggedTokens, Reset, read_log
+from fairkv_jax.engine.schedule_log import LoggedTokens, read_log
 from fairkv_jax.engine.scheduler_output import Insertion, SchedulerOutput
 from fairkv_jax.replay import Counts, TokensDiffer, open_log, replay
 from fairkv_jax.sampling_params import num_bitmask_words
@@ -113,7 +113,8 @@ def test_a_replay_follows_a_step_that_failed(
     monkeypatch.setattr(ModelRunner, "_decode", original)
     run(engine)
     engine.close()
-    assert sum(isinstance(entry, Reset) for entry in read_log(log)) == 1
+    outputs = [entry for entry in read_log(log) if isinstance(entry, SchedulerOutput)]
+    assert sum(entry.resets_cache for entry in outputs) == 1
     assert replay(*open_log(log)).num_tokens == num_logged_tokens(log)
 
 

@@ -250,8 +250,6 @@ class LLMEngine:
         What the step had taken, or had not handed out, is lost: only tokens that clients have seen
         count.
         """
-        if self._schedule_log is not None:
-            self._schedule_log.write_reset()
         self._in_flight.clear()
         self.scheduler.reset(self.output_processor.token_ids)
 

@@ -3,7 +3,6 @@
     {"header": {...}}                the engine: versions, model, plan, configurations
     {"output": {"index": 0, ...}}    a `SchedulerOutput`, when it is given to the devices
     {"result": {"index": 0, ...}}    the tokens that it produced, when they are read
-    {"reset": {}}                    a step failed, and the runner starts over with an empty cache
 
 Replaying the outputs gives the same tokens, so that a bug report can carry such a log. Prompts and
 tokens are in it only if they are asked for. Without them, the log also leaves out everything that
@@ -116,12 +115,7 @@ class LoggedTokens:
     """For each decode step, the tokens of the decoded rows in the order of `Decode.rows`."""
 
 
-@dataclass(frozen=True)
-class Reset:
-    """The runner started over with an empty cache, because a step had failed."""
-
-
-LogEntry = Header | SchedulerOutput | LoggedTokens | Reset
+LogEntry = Header | SchedulerOutput | LoggedTokens
 
 
 class ScheduleLog:
@@ -159,10 +153,6 @@ class ScheduleLog:
         """Writes the tokens that an output produced, if the log holds tokens."""
         if self._has_prompts:
             self._write("result", asdict(tokens_of(output, result)))
-
-    def write_reset(self) -> None:
-        """Writes that a step failed and that the runner starts over with an empty cache."""
-        self._write("reset", {})
 
     def close(self) -> None:
         """Closes the file; nothing is written afterwards."""
@@ -282,7 +272,6 @@ _READERS = {
     "header": _read_header,
     "output": _read_output,
     "result": lambda record: LoggedTokens(**record),
-    "reset": lambda record: Reset(**record),
 }
 
 

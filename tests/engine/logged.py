@@ -3,12 +3,16 @@
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from fairkv_jax.config import EngineConfig, KVConfig
 from fairkv_jax.engine.build import build_engine
 from fairkv_jax.engine.llm_engine import LLMEngine
 from fairkv_jax.engine.pacing import StepTimer, Timings
+from fairkv_jax.engine.page_tables import PageTableUpdate
 from fairkv_jax.engine.request import Request
 from fairkv_jax.engine.schedule_log import Header
+from fairkv_jax.engine.scheduler_output import SchedulerOutput
 from fairkv_jax.plan import Plan, Profile, make_plan
 from fairkv_jax.sampling_params import SamplingParams, StructuredOutputsParams
 from tests.engine.drive import greedy, random_prompt, request, tiny_cache_bytes
@@ -44,6 +48,18 @@ HEADER = Header(
     has_prompts=True,
     platform="cpu",
     version="1.2",
+)
+
+EMPTY = SchedulerOutput(
+    resets_cache=False,
+    index=4,
+    preempted_request_ids=(),
+    finished_request_ids=(),
+    released_rows=(),
+    page_table_update=PageTableUpdate(*[np.zeros(0, np.int64)] * 4),
+    insertion=None,
+    prefill=None,
+    decode=None,
 )
 
 

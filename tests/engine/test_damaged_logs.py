@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from fairkv_jax.engine.schedule_log import ScheduleLog, read_log
-from tests.engine.logged import HEADER
+from tests.engine.logged import EMPTY, HEADER
 
 
 def header_record(tmp_path: Path) -> dict[str, Any]:
@@ -28,13 +28,12 @@ def header_record(tmp_path: Path) -> dict[str, Any]:
         ({}, "{}", "line 2 is not an object"),
         ({}, '"output"', "line 2 is not an object"),
         ({}, '{"header":{}}', "line 2: a log has one header, in its first line"),
-        ({}, '{"news":{}}', "line 2: unknown entry 'news', it must be header, output, result, res"),
+        ({}, '{"news":{}}', "line 2: unknown entry 'news', it must be header, output, result"),
         ({}, '{"output":{"index":3}}', "line 2: the output is damaged: KeyError.*class"),
         ({}, '{"output":{"class":"Popen"}}', "line 2: the output is damaged: .*'Popen'"),
         ({}, '{"output":{"class":"DecodeRow"}}', "line 2: the output is damaged: .*position"),
         ({}, '{"output":[]}', "line 2: the output is damaged: .*list"),
         ({}, '{"result":[]}', "line 2: the result is damaged"),
-        ({}, '{"reset":{"x":1}}', "line 2: the reset is damaged"),
     ],
 )
 def test_damaged_logs_are_refused_with_a_sentence(
@@ -52,8 +51,8 @@ def test_files_that_are_no_logs_are_refused(tmp_path: Path):
     (tmp_path / "binary").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(ValueError, match="binary, line 1 is not an object with one key"):
         list(read_log(tmp_path / "binary"))
-    (tmp_path / "headless").write_text('{"reset":{}}\n')
-    with pytest.raises(ValueError, match="a log has one header, in its first line; found 'reset'"):
+    (tmp_path / "headless").write_text('{"result":{}}\n')
+    with pytest.raises(ValueError, match="a log has one header, in its first line; found 'result'"):
         list(read_log(tmp_path / "headless"))
     with pytest.raises(ValueError, match="missing cannot be read: No such file"):
         list(read_log(tmp_path / "missing"))
@@ -61,7 +60,7 @@ def test_files_that_are_no_logs_are_refused(tmp_path: Path):
 
 def test_an_incomplete_last_line_is_left_out(tmp_path: Path, caplog: pytest.LogCaptureFixture):
     log = ScheduleLog(tmp_path / "log", HEADER)
-    log.write_reset()
+    log.write_output(EMPTY)
     log.close()
     caplog.set_level(logging.WARNING)
     with (tmp_path / "log").open("a") as file:

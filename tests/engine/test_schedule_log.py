@@ -18,7 +18,6 @@ from fairkv_jax.engine.page_tables import PageTableUpdate
 from fairkv_jax.engine.schedule_log import (
     Header,
     LoggedTokens,
-    Reset,
     ScheduleLog,
     fingerprint,
     read_log,
@@ -35,6 +34,7 @@ from fairkv_jax.engine.scheduler_output import (
 )
 from fairkv_jax.sampling_params import SamplingParams, StructuredOutputsParams
 from tests.engine.logged import (
+    EMPTY,
     HEADER,
     logged_engine,
     mixed_requests,
@@ -42,19 +42,7 @@ from tests.engine.logged import (
 )
 from tests.oracle.tiny import write_tiny_checkpoint
 
-EMPTY = SchedulerOutput(
-    resets_cache=False,
-    index=4,
-    preempted_request_ids=(),
-    finished_request_ids=(),
-    released_rows=(),
-    page_table_update=PageTableUpdate(*[np.zeros(0, np.int64)] * 4),
-    insertion=None,
-    prefill=None,
-    decode=None,
-)
-
-ids = st.lists(st.integers(0, 2**31), max_size=4)
+ids = st.lists(st.integers(0, 2**31 - 1), max_size=4)
 words = st.lists(st.integers(0, 2**32 - 1), min_size=1, max_size=3).map(
     lambda each: np.array(each, np.uint32)
 )
@@ -166,17 +154,15 @@ def test_outputs_are_read_back_unchanged(
     assert_same(read, output)
 
 
-def test_header_results_and_resets_are_read_back_unchanged(tmp_path: Path):
+def test_headers_and_results_are_read_back_unchanged(tmp_path: Path):
     log = ScheduleLog(tmp_path / "log", HEADER)
     rows = (DecodeRow(0, "a", 1, 1), DecodeRow(2, "b", 1, 1))
     output = replace(EMPTY, decode=Decode(rows, 2, {}))
     log.write_result(output, result_of(output, [[5, 6, 7], [8, 9, 10], [0, 0, 0]]))
-    log.write_reset()
     log.close()
-    header, result, reset = read_log(tmp_path / "log")
+    header, result = read_log(tmp_path / "log")
     assert_same(header, HEADER)
     assert result == LoggedTokens(4, None, [[5, 7], [8, 10]])
-    assert reset == Reset()
 
 
 def test_every_part_of_an_output_can_be_written():
@@ -335,5 +321,5 @@ def test_wrong_options(tiny_checkpoint: Path, options: dict[str, Any], sentence:
 def test_a_full_disk_ends_the_log_but_not_the_engine(caplog: pytest.LogCaptureFixture):
     log = ScheduleLog("/dev/full", HEADER)
     assert "the schedule log /dev/full ends here" in caplog.text
-    log.write_reset()
+    log.write_output(EMPTY)
     assert caplog.text.count("ends here") == 1
