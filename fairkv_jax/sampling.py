@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -71,21 +72,23 @@ class SamplingState:
                 ends = sorted({*eos_token_ids, *(each.stop_token_ids or ())})
                 end_tokens[row, : len(ends)] = ends
         repetition = [min(max(p.repetition_penalty, 1 / _HOT), _HOT) for p in params]
+        # NumPy arrays: making them on a device would compile something for every batch size.
+        array: Any = np.asarray
         return cls(
-            jnp.asarray(seeds, jnp.uint32),
-            jnp.asarray([min(p.temperature, _HOT) for p in params], jnp.float32),
-            jnp.asarray(top_k, jnp.int32),
-            jnp.asarray([p.top_p for p in params], jnp.float32),
-            jnp.asarray([p.min_p for p in params], jnp.float32),
-            jnp.asarray([p.presence_penalty for p in params], jnp.float32),
-            jnp.asarray([p.frequency_penalty for p in params], jnp.float32),
-            jnp.asarray(repetition, jnp.float32),
-            jnp.asarray(bias_tokens),
-            jnp.asarray(bias),
-            jnp.asarray([p.min_tokens for p in params], jnp.int32),
-            jnp.asarray(end_tokens),
-            jnp.asarray([p.structured_outputs is not None for p in params], jnp.bool_),
-            jnp.asarray([p.logprobs is not None for p in params], jnp.bool_),
+            array(seeds, np.uint32),
+            array([min(p.temperature, _HOT) for p in params], np.float32),
+            array(top_k, np.int32),
+            array([p.top_p for p in params], np.float32),
+            array([p.min_p for p in params], np.float32),
+            array([p.presence_penalty for p in params], np.float32),
+            array([p.frequency_penalty for p in params], np.float32),
+            array(repetition, np.float32),
+            array(bias_tokens),
+            array(bias),
+            array([p.min_tokens for p in params], np.int32),
+            array(end_tokens),
+            array([p.structured_outputs is not None for p in params], np.bool_),
+            array([p.logprobs is not None for p in params], np.bool_),
         )
 
 
