@@ -69,7 +69,7 @@ class DecodeRow:
     row: int
     request_id: str
     position: int
-    """Of the row's last token, whose key and value the step appends."""
+    """Position of the row's last token, whose key and value the step appends."""
     output_index: int
     """How many tokens the output has when the first token of this execution comes."""
 
