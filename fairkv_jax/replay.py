@@ -31,9 +31,6 @@ from fairkv_jax.engine.scheduler_output import SchedulerOutput
 if TYPE_CHECKING:
     from fairkv_jax.engine.model_runner import ModelRunner
 
-_MODEL = flags.DEFINE_string(
-    "model", None, "Checkpoint to run. Default: the one that the log names."
-)
 _CPU_DEVICES_FLAG = "--xla_force_host_platform_device_count"
 
 
@@ -50,14 +47,14 @@ class TokensDiffer(Exception):
     """A replayed token is not the logged one."""
 
 
-def main(argv: list[str]) -> None:
+def main(argv: list[str], model: str | None) -> None:
     """Replays the log that the command line names, and prints what was compared."""
     if len(argv) != 2:
         raise app.UsageError("give one schedule log: python -m fairkv_jax.replay FILE")
     try:
         header, entries = open_log(argv[1])
         _make_cpu_devices(header.engine_config.tensor_parallel_size)
-        counts = replay(header, entries, _MODEL.value)
+        counts = replay(header, entries, model)
     except ValueError as error:
         sys.exit(f"cannot replay {argv[1]}: {error}")
     except TokensDiffer as error:
@@ -205,4 +202,11 @@ def _with_made_up_prompt(
 
 
 if __name__ == "__main__":
-    app.run(main, [with_underscores(argument) for argument in sys.argv])
+    # Defined only here: flags are global, and other programs have a flag of this name.
+    flag = flags.DEFINE_string(
+        "model", None, "Checkpoint to run. Default: the one that the log names."
+    )
+    app.run(
+        lambda argv: main(argv, flag.value),
+        argv=[with_underscores(argument) for argument in sys.argv],
+    )
