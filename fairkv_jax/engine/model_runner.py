@@ -16,6 +16,7 @@ from fairkv_jax.checkpoint import Checkpoint
 from fairkv_jax.compress.budgets import budgets_per_head, request_kv_config
 from fairkv_jax.compress.registry import make_method, offered_methods
 from fairkv_jax.config import EngineConfig, KVConfig
+from fairkv_jax.engine.cache_size import size_cache
 from fairkv_jax.engine.device_errors import (
     POOL_DOES_NOT_FIT,
     WEIGHTS_DO_NOT_FIT,
@@ -42,7 +43,6 @@ from fairkv_jax.engine.scheduler_output import (
     PrefillChunks,
     SchedulerOutput,
 )
-from fairkv_jax.kv_cache_spec import KVCacheSpec
 from fairkv_jax.plan import Plan
 from fairkv_jax.prefill import split_at_layers
 from fairkv_jax.prefill_carry import CompressedPrefix
@@ -75,7 +75,7 @@ class ModelRunner:
         self.plan, self.config, self.kv_config = plan, config, kv_config
         self.layout = SlotLayout.from_plan(plan)
         self.mesh = make_mesh(config.tensor_parallel_size)
-        self.cache_spec = self._make_cache_spec()
+        self.cache_spec = size_cache(config, self.model_config, self.layout)
         self.methods = offered_methods(kv_config)
         int8 = config.quantization == "int8"
         with translate_xla_errors("loading the weights", WEIGHTS_DO_NOT_FIT):
@@ -372,30 +372,3 @@ class ModelRunner:
         padded = np.zeros(self.config.max_model_len, np.int32)
         padded[: len(token_ids)] = token_ids
         return padded
-
-    def _make_cache_spec(self) -> KVCacheSpec:
-        """Sizes the cache: all that the configuration grants, but no more than rows can fill."""
-        config, model = self.config, self.model_config
-        slots = int(self.layout.replicas.sum((0, 1)).max())
-        one_row = slots * -(-config.max_model_len // config.page_size)
-        spec = KVCacheSpec.fit(
-            config.kv_cache_bytes,
-            one_row * config.max_num_seqs,
-            num_layers=model.num_layers,
-            num_rows=config.max_num_seqs,
-            num_devices=config.tensor_parallel_size,
-            slots_per_device=self.layout.slots_per_device,
-            head_dim=model.head_dim,
-            page_size=config.page_size,
-            max_tokens=config.max_model_len,
-            dtype=config.dtype,
-        )
-        if spec.pages_per_device < one_row:
-            need = replace(spec, pages_per_device=one_row).bytes_per_device
-            raise ValueError(
-                f"a pool of {config.kv_cache_bytes / 2**20:.0f} MiB cannot hold one request of "
-                f"max_model_len {config.max_model_len}, which may need "
-                f"{need * spec.num_devices / 2**20:.0f} MiB: "
-                "raise kv_cache_memory_bytes or lower max_model_len"
-            )
-        return spec

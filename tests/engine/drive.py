@@ -57,6 +57,15 @@ def run(
     return finished
 
 
+def alone(engine: LLMEngine, requests: list[Request]) -> dict[str, tuple[list[int], str]]:
+    """Runs the requests one after the other; their token ids and texts."""
+    outputs = {}
+    for each in requests:
+        (output,) = run(engine, [each]).values()
+        outputs[each.request_id] = output.outputs[0].token_ids, output.outputs[0].text
+    return outputs
+
+
 def check_owners(engine: LLMEngine) -> None:
     """Every (layer, head, row) has one owner with the right length, on the devices too.
 

@@ -14,16 +14,16 @@ from fairkv_jax.engine.llm_engine import LLMEngine
 from fairkv_jax.engine.pacing import StepTimer, Timings
 from fairkv_jax.engine.request import CompletionOutput, Request, ValidatedRequest
 from tests.engine.drive import (
+    alone,
     check_idle,
     check_owners,
     greedy,
     random_prompt,
     request,
     run,
-    tiny_cache_bytes,
 )
 
-BOS, EOS = 1, 2
+EOS = 2
 PROMPT = random_prompt(30, seed=4)
 OPTIONS: dict[str, Any] = {
     "tensor_parallel_size": 2,
@@ -74,14 +74,6 @@ def mixed_requests() -> list[Request]:
     return [
         request(str(i), random_prompt(length), params) for i, (length, params) in enumerate(cases)
     ]
-
-
-def alone(engine: LLMEngine, requests: list[Request]) -> dict[str, tuple[list[int], str]]:
-    outputs = {}
-    for each in requests:
-        (output,) = run(engine, [each]).values()
-        outputs[each.request_id] = output.outputs[0].token_ids, output.outputs[0].text
-    return outputs
 
 
 @pytest.mark.parametrize("pause", [0, 1, 4])
@@ -338,75 +330,6 @@ def test_no_logprobs_unless_asked_for(free_run: CompletionOutput):
     assert free_run.logprobs is None
 
 
-def test_prompts_as_text_as_ids_and_mixed(llm: LLM, engine: LLMEngine):
-    text = "the wall and the inn"
-    ids = llm.get_tokenizer().encode(text)
-    params = greedy(6)
-    one, two = llm.generate([text, ids], params)
-    assert one.outputs[0].text == two.outputs[0].text
-    assert one.prompt_token_ids == two.prompt_token_ids == ids
-    assert (one.prompt, two.prompt) == (text, None)
-    assert llm.generate(text, params)[0].outputs[0].text == one.outputs[0].text
-    as_array: Any = np.array(ids)
-    assert llm.generate(as_array, params)[0].outputs[0].text == one.outputs[0].text
-    assert llm.generate([], params) == []
-
-
-def test_outputs_come_in_the_order_of_the_prompts(llm: LLM, engine: LLMEngine):
-    prompts = [random_prompt(5 + i, seed=i) for i in range(8)]
-    params = [greedy(8 - i) for i in range(8)]
-    outputs = llm.generate(prompts, params)
-    assert [output.prompt_token_ids for output in outputs] == prompts
-    assert [len(output.outputs[0].token_ids) for output in outputs] == list(range(8, 0, -1))
-
-
-def test_chat(llm: LLM, engine: LLMEngine):
-    messages = [{"role": "user", "content": "and then?"}]
-    rendered = "<|im_start|>user\nand then?<|im_end|>\n<|im_start|>assistant\n"
-    (one,) = llm.chat(messages, greedy(5))
-    assert one.prompt == rendered
-    assert one.prompt_token_ids == llm.get_tokenizer().encode(rendered)
-    assert one.outputs[0].text == llm.generate(rendered, greedy(5))[0].outputs[0].text
-    several = llm.chat([messages, messages], greedy(5))
-    assert [output.outputs[0].text for output in several] == [one.outputs[0].text] * 2
-
-
-def test_a_chat_gets_no_second_bos(tiny_checkpoint: Path, tmp_path: Path):
-    """A model that wants one in front of texts: in chats the template has written it."""
-    content = bytearray(tiny_checkpoint.read_bytes())
-    key = b"tokenizer.ggml.add_bos_token"
-    content[content.index(key) + len(key) + 4] = True  # behind the value's type
-    (tmp_path / "bos.gguf").write_bytes(content)
-    llm = LLM(model=tmp_path / "bos.gguf", **OPTIONS)
-    (text,) = llm.generate("and then?", greedy(1))
-    assert text.prompt_token_ids[:2] == [BOS, *llm.get_tokenizer().encode("and", False)[:1]]
-    (chat,) = llm.chat([{"role": "user", "content": "and then?"}], greedy(1))
-    assert chat.prompt_token_ids[0] == BOS
-    assert chat.prompt_token_ids[1] != BOS
-
-
-def test_special_tokens_show_only_where_asked_for(llm: LLM, engine: LLMEngine):
-    hot = {"temperature": 8.0, "max_tokens": 90, "ignore_eos": True, "seed": 3}
-    tokenizer = llm.get_tokenizer()
-    for skip in (True, False):
-        params = SamplingParams(skip_special_tokens=skip, **hot)
-        output = llm.generate(PROMPT, params)[0].outputs[0]
-        assert output.text == tokenizer.decode(output.token_ids, skip_special_tokens=skip)
-
-
-@pytest.fixture(scope="module")
-def tight(tiny_checkpoint: Path) -> LLMEngine:
-    """Two rows, but pages for one request of full length only: 6 heads of 8 pages."""
-    llm = LLM(
-        model=tiny_checkpoint,
-        max_model_len=128,
-        max_num_seqs=2,
-        kv_cache_memory_bytes=tiny_cache_bytes(6 * 8, 2, 128),
-        progress=False,
-    )
-    return llm.engine
-
-
 def test_a_validated_request_is_not_validated_again(
     engine: LLMEngine, monkeypatch: pytest.MonkeyPatch
 ):
@@ -424,39 +347,3 @@ def test_a_validated_request_is_not_validated_again(
     assert checked == ["validated", "plain"]
     outputs = run(engine)
     assert outputs["validated"].outputs[0].token_ids == outputs["plain"].outputs[0].token_ids
-
-
-def test_a_request_that_does_not_fit_waits(tight: LLMEngine):
-    """There is a row for it, but no pages until the first one ends; it then runs as if alone."""
-    first = request("first", random_prompt(64), greedy(20))
-    second = request("second", random_prompt(60), greedy(10))
-    expected = alone(tight, [first, second])
-    finished = []
-    waited = 0
-    for each in (first, second):
-        tight.add_request(each)
-    outputs = {}
-    while tight.has_unfinished_requests():
-        for output in tight.step():
-            if output.finished:
-                finished.append(output.request_id)
-                outputs[output.request_id] = output.outputs[0]
-        check_owners(tight)
-        assert len(tight.scheduler.running) <= 1
-        waited += tight.scheduler.row_of("second") is None and tight.scheduler.has_free_row
-    assert finished == ["first", "second"]
-    assert waited > 2
-    for name, (token_ids, _) in expected.items():
-        assert outputs[name].token_ids == token_ids
-    check_idle(tight)
-
-
-def test_abort_while_it_waits_for_pages(tight: LLMEngine):
-    tight.add_request(request("first", random_prompt(64), greedy(20)))
-    tight.add_request(request("second", random_prompt(60), greedy(10)))
-    for _ in range(4):
-        tight.step()
-    assert tight.scheduler.row_of("second") is None
-    tight.abort_request("second")
-    assert set(run(tight)) == {"first"}
-    check_idle(tight)
