@@ -24,13 +24,13 @@ class PageTableUpdate:
     """Entries of the page tables to be overwritten; every index occurs once."""
 
     entry_index: np.ndarray
-    """[n] places in the lists of all devices, one behind the other: device * E + place."""
+    """[n] indices into the devices' lists, concatenated: device * E + index."""
     entry_value: np.ndarray
     """[n] page numbers within the device."""
     start_index: np.ndarray
-    """[m] places in the flattened [L, B, P*C]."""
+    """[m] indices into the flattened [L, B, P*C]."""
     start_value: np.ndarray
-    """[m] places in the device's list."""
+    """[m] indices into the device's list."""
 
     @property
     def num_entries(self) -> int:
@@ -81,8 +81,8 @@ class PageTables:
         if is_full.any():
             self._move(pairs[is_full], (old + counts)[is_full])
         devices = np.repeat(self._device(pairs), counts)
-        places = _ranges(self.starts.flat[pairs] + old, counts)
-        self._write(devices, places, pages)
+        indices = _ranges(self.starts.flat[pairs] + old, counts)
+        self._write(devices, indices, pages)
         self.counts.flat[pairs] = old + counts
 
     def clear(self, pairs: np.ndarray) -> None:
@@ -118,7 +118,7 @@ class PageTables:
                 self._compact(device)
                 starts = self._take_from_end(device, capacity)
             self._free_segments(mine)
-            self._place(device, mine, starts, capacity)
+            self._move_to(device, mine, starts, capacity)
 
     def _find_segments(self, device: int, capacity: np.ndarray) -> np.ndarray | None:
         """Free segments of these capacities; None where the list is too short."""
@@ -158,10 +158,10 @@ class PageTables:
         capacity = _capacity_for(self.counts.flat[pairs])
         self._end[device] = 0
         self._free[device] = {}
-        self._place(device, pairs, self._take_from_end(device, capacity), capacity)
         self._compacted.add(device)
+        self._move_to(device, pairs, self._take_from_end(device, capacity), capacity)
 
-    def _place(
+    def _move_to(
         self, device: int, pairs: np.ndarray, starts: np.ndarray, capacity: np.ndarray
     ) -> None:
         """Copies the pages of pairs into other segments."""
@@ -172,9 +172,12 @@ class PageTables:
         self._write(np.full(len(pages), device), _ranges(starts, counts), pages)
         self._changed_starts.append(pairs)
 
-    def _write(self, devices: np.ndarray, places: np.ndarray, pages: np.ndarray) -> None:
-        self.entries[devices, places] = pages
-        self._changed_entries.append(devices.astype(np.int64) * self._spec.table_entries + places)
+    def _write(self, devices: np.ndarray, indices: np.ndarray, pages: np.ndarray) -> None:
+        self.entries[devices, indices] = pages
+        index = devices.astype(np.int64) * self._spec.table_entries + indices
+        if self._compacted:  # their lists are sent as a whole
+            index = index[~np.isin(devices, list(self._compacted))]
+        self._changed_entries.append(index)
 
 
 _NONE = np.zeros(0, np.int64)

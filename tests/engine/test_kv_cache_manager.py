@@ -79,6 +79,43 @@ def test_segments_move_and_lose_nothing(seed: int):
     assert compactions > 3
 
 
+def test_segments_are_used_again():
+    """The same row comes and goes more often than its segments fit into the list."""
+    spec = make_spec(pages_per_device=60)
+    tables, pairs = PageTables(spec), np.arange(SLOTS)
+    ends = set()
+    for _ in range(spec.table_entries):
+        tables.append(pairs, np.array([9, 20]), np.arange(29))
+        assert tables.take_update().num_entries == 29
+        ends.add(int(tables._end[0]))
+        tables.clear(pairs)
+    assert len(ends) == 1
+
+
+def test_segments_that_grow_move_seldom():
+    tables, moved = PageTables(make_spec()), 0
+    pair, one = np.array([0]), np.array([1])
+    for _ in range(160):
+        tables.append(pair, one, one)
+        moved += len(tables.take_update().start_index)
+    assert moved <= 14  # by a quarter each time
+
+
+def test_a_compacted_list_is_sent_as_a_whole():
+    tables = PageTables(spec := make_spec(pages_per_device=400))
+    tables.append(np.array([1]), np.array([3]), np.array([7, 8, 9]))
+    for page in range(397):
+        tables.take_update()
+        tables.append(np.array([0]), np.array([1]), np.array([page]))
+        if tables._compacted:
+            break
+    assert tables._compacted == {0}
+    update = tables.take_update()
+    assert update.entry_index.tolist() == list(range(int(tables._end[0])))
+    start = int(update.start_value[update.start_index == 1][0])
+    assert update.entry_value[start : start + 3].tolist() == [7, 8, 9]
+
+
 def test_an_update_holds_only_what_has_changed():
     manager = make_manager()
     manager.reserve_prompt(0, np.full((LAYERS, 3), 20))
