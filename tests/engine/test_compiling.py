@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import threading
 from functools import partial
 from pathlib import Path
 
@@ -39,6 +40,12 @@ def test_the_bar_says_how_many_and_which(capsys: pytest.CaptureFixture[str]):
     shown = capsys.readouterr().err
     assert "2/2" in shown
     assert " rows; 0 from the cache" in shown
+
+
+def test_programs_compile_side_by_side(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(os, "cpu_count", lambda: 2)
+    both = threading.Barrier(2)
+    compile_all([("a", lambda: both.wait(20)), ("b", lambda: both.wait(20))], show=False)
 
 
 def test_a_program_that_does_not_compile_ends_the_rest():
