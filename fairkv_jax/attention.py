@@ -87,7 +87,7 @@ def _add_prefix(softmax: Softmax, queries: Float[Array, "C q H"], prefix: PagedP
             pages = prefix.page_table.entries(first_entry, page_at)
             keys, values = (x[pages].reshape(size, head_dim) for x in (k_pages, v_pages))
             is_token = i * size + jnp.arange(size) < length
-            values = jnp.where(is_token[:, None], values, 0)  # those behind the length may be NaN
+            values = jnp.where(is_token[:, None], values, 0)  # those past the length may be NaN
             return _add_keys(softmax, queries, keys, values, is_token)
 
         return jax.lax.fori_loop(0, -(-length // size), add, softmax)

@@ -28,6 +28,8 @@ from fairkv_jax.kv_cache_spec import KVCacheSpec
 from fairkv_jax.pallas.ragged_decode import PageTable
 from fairkv_jax.shapes import TENSOR_AXIS
 
+LAYERS_BY_DEVICE: Any = PartitionSpec(None, TENSOR_AXIS)
+"""Arrays with a leading layer axis whose second axis is split by device."""
 _BY_DEVICE: Any = PartitionSpec(TENSOR_AXIS)
 _BY_SLOT: Any = PartitionSpec(None, None, TENSOR_AXIS)
 _WHOLE: Any = PartitionSpec()
@@ -99,7 +101,7 @@ class CachedPrefix:
     @classmethod
     def partition(cls) -> "CachedPrefix":
         """Returns how each array is split over the mesh."""
-        return cls.of(KVCache.partition(), _WHOLE, PartitionSpec(None, TENSOR_AXIS))
+        return cls.of(KVCache.partition(), _WHOLE, LAYERS_BY_DEVICE)
 
     def of_layer(self, layer: Int[Array, ""]) -> tuple[PageTable, Int[Array, "C"]]:
         """Returns where this device's slots have their pages in one layer, and their lengths."""
@@ -119,7 +121,7 @@ class TableWrites:
     entry_index: Int[Array, "P n"]
     entry_value: Int[Array, "P n"]
     start_index: Int[Array, "P n"]
-    """Places in the flattened [L, B, C]."""
+    """Indices into the flattened [L, B, C]."""
     start_value: Int[Array, "P n"]
 
     @classmethod
@@ -152,12 +154,12 @@ def write_tables(page_table: PageTable, writes: TableWrites, *, mesh: Mesh) -> P
 
 @partial(jax.jit, donate_argnums=0)
 def release_rows(lengths: Int[Array, "L B PC"], keeps: Int[Array, "B"]) -> Int[Array, "L B PC"]:
-    """Takes away all tokens of the rows where `keeps` is 0."""
+    """Sets the lengths of the rows where `keeps` is 0 to 0."""
     return lengths * keeps[:, None]
 
 
 def grow(cache: KVCache, num_rows: int) -> KVCache:
-    """Counts a token more in each owned slot of the first rows, inside `shard_map`."""
+    """Adds one to the length of each owned slot of the first rows, inside `shard_map`."""
     lengths = cache.lengths[:, :num_rows]
     # Not by `.at[:, :num_rows].add`: over all rows its scatter has no index, and XLA's partitioner
     # (jaxlib 0.11.2, for GPUs) crashes on it.

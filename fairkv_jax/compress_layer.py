@@ -1,5 +1,6 @@
 """Compresses a layer whose chunks have all run: selects tokens per head, and packs them."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 
@@ -9,15 +10,15 @@ from jax.sharding import Mesh, PartitionSpec
 from jax.stages import Lowered
 from jaxtyping import Array, Bool, Int
 
+from fairkv_jax.cache import LAYERS_BY_DEVICE
 from fairkv_jax.compress.contract import (
     Method,
     Scores,
     distinct_scorers,
+    scorer_index,
 )
 from fairkv_jax.prefill_carry import CompressedPrefix, PrefillCarry, PrefillShapes
 from fairkv_jax.shapes import TENSOR_AXIS
-
-_BY_DEVICE = PartitionSpec(None, TENSOR_AXIS)
 
 Packed = tuple[Array, Array, Array, Array, Array]
 """Keys, values, positions, lengths by slot and lengths by head; see `CompressedPrefix`."""
@@ -61,7 +62,7 @@ def compress_layer(
     run = jax.shard_map(
         local,
         mesh=mesh,
-        in_specs=(PrefillCarry.partition(), _BY_DEVICE, *(PartitionSpec(),) * 5),
+        in_specs=(PrefillCarry.partition(), LAYERS_BY_DEVICE, *(PartitionSpec(),) * 5),
         out_specs=PrefillCarry.partition(),
         check_vma=False,
     )
@@ -85,15 +86,21 @@ def _compress_layer_local(
     of_heads = jnp.minimum(budgets[layer], length)
     of_slots = of_heads[jnp.maximum(heads, 0)]
 
-    def score(index: int) -> Scores:
-        args = carry.stats[index], carry.k, carry.v, length, of_slots
-        scores = scorers[index].score(*args)
-        # All branches of the switch must return the same arrays.
-        is_single = scores.secondary is None
-        return replace(scores, secondary=scores.primary) if is_single else scores
+    branches = [
+        partial(scorer.score, stats, carry.k, carry.v, length, of_slots)
+        for scorer, stats in zip(scorers, carry.stats, strict=True)
+    ]
+    has_secondary = any(jax.eval_shape(each).secondary is not None for each in branches)
 
-    chosen = jnp.array([scorers.index(each.scorer) for each in methods])[method]
-    scores = jax.lax.switch(chosen, [partial(score, index) for index in range(len(scorers))])
+    def score(branch: Callable[[], Scores]) -> Scores:
+        scores = branch()
+        # All branches of the switch must return the same arrays.
+        if has_secondary and scores.secondary is None:
+            return replace(scores, secondary=scores.primary)
+        return scores
+
+    chosen = scorer_index(methods, method)
+    scores = jax.lax.switch(chosen, [partial(score, branch) for branch in branches])
     gathered = jax.lax.all_gather(scores, TENSOR_AXIS, tiled=True)
     by_head = jax.tree.map(lambda x: x[first_slot[layer]], gathered)
     selections = [partial(each.select, by_head, of_heads, length) for each in methods]

@@ -105,7 +105,7 @@ class KVConfig:
     )
     ratio: float | None = option(
         None,
-        "Fraction of each prompt that is removed, in [0, 1); replaces kv_budget.",
+        "Fraction of each prompt that is removed, in [0, 1); use it instead of kv_budget.",
         name="kv_ratio",
         group=_COMPRESSION,
     )
@@ -238,7 +238,7 @@ class EngineConfig:
     )
     kv_cache_bytes: int = option(
         1 << 30,
-        "Bytes of the KV cache, added over all devices; replaces gpu_memory_utilization.",
+        "Size of the KV cache in bytes, summed over all devices; overrides gpu_memory_utilization.",
         name="kv_cache_memory_bytes",
         group=_DEVICES,
         user_default=None,
@@ -303,7 +303,7 @@ class BuildOptions:
         "fair_copying",
         "Assignment of KV heads to devices. static: contiguous blocks, as in plain tensor "
         "parallelism. best_effort: balanced by load, without replicas. fair_copying: balanced, "
-        "with replicas of heavy heads. Or the path of a plan in JSON.",
+        "with replicas of heavy heads. Otherwise, the path of a plan in JSON.",
         group=_DEVICES,
         type=str,
     )
@@ -322,7 +322,7 @@ class BuildOptions:
     )
     schedule_log: Any = option(
         None,
-        "Path of a file, to which everything that the engine executes is logged as JSON lines. "
+        "Path of a file in which every execution of the engine is logged as JSON lines. "
         "`python -m fairkv_jax.replay FILE` replays it. An existing file is overwritten.",
         group=_DEBUGGING,
         type=str,

@@ -17,10 +17,12 @@ from fairkv_jax.models.model import Model
 from fairkv_jax.pallas.ragged_decode import AUTO, PageTable, device_of
 from fairkv_jax.sampling import Sampled, SamplingState, TokenHistory, sample
 from fairkv_jax.sampling_params import SamplingParams, num_bitmask_words
-from fairkv_jax.shapes import MAX_DECODE_STEPS
+from fairkv_jax.shapes import MAX_DECODE_STEPS, next_power_of_two
 from fairkv_jax.sharding.load_weights import partition_specs
 from fairkv_jax.sharding.step_shapes import StepShapes
 
+IDLE_ROW = (SamplingParams(temperature=0), 0)
+"""Options and seed of a row that no request occupies."""
 _MAX_TABLE_WRITES = 4096
 
 
@@ -40,21 +42,22 @@ class DecodeInputs:
 
 
 def idle_inputs(batch: int, vocab_size: int) -> DecodeInputs:
-    """Inputs of rows that nobody occupies: greedy, from position 0."""
-    sampling = SamplingState.stack([(SamplingParams(temperature=0), 0)] * batch, vocab_size)
+    """Returns inputs for unoccupied rows: greedy, from position 0."""
+    sampling = SamplingState.stack([IDLE_ROW] * batch, vocab_size)
     zeros = jnp.zeros(batch, jnp.int32)
     bitmask = jnp.zeros((batch, num_bitmask_words(vocab_size)), jnp.uint32)
     return DecodeInputs(zeros, zeros, sampling, bitmask)
 
 
 def max_table_writes(shapes: StepShapes) -> int:
-    """Page-table entries of a device that one step can write: a token more in every row, or 4096.
+    """Returns the maximum page-table entries per device that one step writes.
 
-    What goes beyond is written by `write_tables` before the step.
+    One per (layer, row, slot), rounded up to a power of two, and at most 4096; `write_tables`
+    writes further changes before the step.
     """
     spec = shapes.spec
     pairs = spec.num_layers * spec.num_rows * spec.slots_per_device
-    return min(1 << (pairs - 1).bit_length(), _MAX_TABLE_WRITES)
+    return min(next_power_of_two(pairs), _MAX_TABLE_WRITES)
 
 
 def abstract_table_writes(shapes: StepShapes) -> TableWrites:

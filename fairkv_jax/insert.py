@@ -8,11 +8,8 @@ from jax.sharding import Mesh, PartitionSpec
 from jax.stages import Lowered
 from jaxtyping import Array, Int
 
-from fairkv_jax.cache import KVCache
+from fairkv_jax.cache import LAYERS_BY_DEVICE, KVCache
 from fairkv_jax.prefill_carry import CompressedPrefix, PrefillShapes
-from fairkv_jax.shapes import TENSOR_AXIS
-
-_BY_DEVICE = PartitionSpec(None, TENSOR_AXIS)
 
 
 def lower_insert(shapes: PrefillShapes) -> Lowered:
@@ -54,7 +51,7 @@ def insert(
         in_specs=(
             KVCache.partition(),
             CompressedPrefix.partition(),
-            _BY_DEVICE,
+            LAYERS_BY_DEVICE,
             *(PartitionSpec(),) * 3,
         ),
         out_specs=KVCache.partition(),

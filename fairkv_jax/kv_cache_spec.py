@@ -63,7 +63,12 @@ class KVCacheSpec:
     @property
     def page_bytes(self) -> int:
         """Bytes of one page: its keys and its values."""
-        return 2 * self.page_size * self.head_dim * _ITEM_BYTES[self.dtype]
+        return self.page_size * token_bytes(self.head_dim, self.dtype)
+
+    @property
+    def pool_bytes_per_device(self) -> int:
+        """Bytes of the pages of each device."""
+        return self.pages_per_device * self.page_bytes
 
     @property
     def table_entries(self) -> int:
@@ -85,4 +90,9 @@ class KVCacheSpec:
     def bytes_per_device(self) -> int:
         """Bytes of the cache on each device: pages, page tables, and the rows' token ids."""
         tokens = _ENTRY_BYTES * self.num_rows * (self.max_tokens + 1)
-        return self.pages_per_device * self.page_bytes + self.table_bytes_per_device + tokens
+        return self.pool_bytes_per_device + self.table_bytes_per_device + tokens
+
+
+def token_bytes(head_dim: int, dtype: str) -> int:
+    """Bytes of the key and the value of one token in one layer and KV head."""
+    return 2 * head_dim * _ITEM_BYTES[dtype]

@@ -35,13 +35,14 @@ from jax.stages import Lowered
 from jaxtyping import Array, Bool, Float, Int
 
 from fairkv_jax.attention import PagedPrefix, attend_to_prompt
-from fairkv_jax.cache import CachedPrefix
+from fairkv_jax.cache import LAYERS_BY_DEVICE, CachedPrefix
 from fairkv_jax.compress.contract import (
     Chunk,
     LayerShape,
     Method,
     Scorer,
     distinct_scorers,
+    scorer_index,
 )
 from fairkv_jax.compress_layer import pack, packed_part, with_layer
 from fairkv_jax.models.model import Layer, Model
@@ -50,13 +51,6 @@ from fairkv_jax.prefill_carry import PrefillCarry, PrefillShapes, layer_shape
 from fairkv_jax.sampling import Sampled, ranked_logprobs
 from fairkv_jax.shapes import TENSOR_AXIS
 from fairkv_jax.sharding.load_weights import partition_specs
-
-_BY_DEVICE = PartitionSpec(None, TENSOR_AXIS)
-
-
-def num_chunks(num_layers: int, num_tokens: int, chunk_size: int) -> int:
-    """Returns the number of chunks of a prompt's prefill over all layers."""
-    return num_layers * -(-num_tokens // chunk_size)
 
 
 def split_at_layers(
@@ -115,9 +109,9 @@ def run_chunks(
 ) -> PrefillCarry:
     """Runs the chunks from the first to before the second of `chunks`, at least one.
 
-    Chunks are counted over all layers, see `num_chunks`. The prompt has `length` tokens. Unless it
-    is kept whole (`keeps_whole`), `methods[method]` compresses it: then the chunks must be of one
-    layer, and after the last one of a layer `compress_layer` must follow.
+    Chunks are numbered layer by layer. The prompt has `length` tokens. Unless it is kept whole
+    (`keeps_whole`), `methods[method]` compresses it: then the chunks must be of one layer, and
+    `compress_layer` must follow the last one of a layer.
 
     With `prefix`, the prompt is the suffix of one whose beginning a row of the KV cache holds.
     Every head of every layer must have tokens there.
@@ -140,7 +134,7 @@ def run_chunks(
         in_specs=(
             partition_specs(model),
             PrefillCarry.partition(),
-            _BY_DEVICE,
+            LAYERS_BY_DEVICE,
             None if prefix is None else CachedPrefix.partition(),
             *(PartitionSpec(),) * 6,
         ),
@@ -227,8 +221,7 @@ def _run_chunks_local(
     else:
         contributes = prefix.lengths > 0
     scorers = distinct_scorers(methods)
-    observer = jnp.array([scorers.index(each.scorer) for each in methods])[method]
-    observer = jnp.where(keeps_whole, -1, observer)
+    observer = jnp.where(keeps_whole, -1, scorer_index(methods, method))
     num_tokens = carry.k.shape[1]
     keep_prompt = jnp.broadcast_to(jnp.arange(num_tokens) < length, (num_heads, num_tokens))
     shape = layer_shape(model, num_tokens)

@@ -11,18 +11,16 @@ from jax.stages import Lowered
 from jaxtyping import Array, Float, Int
 
 from fairkv_jax.attention import KEY_BLOCK
+from fairkv_jax.cache import LAYERS_BY_DEVICE
 from fairkv_jax.compress.contract import (
     LayerShape,
     Method,
     distinct_scorers,
 )
 from fairkv_jax.models.model import Model
-from fairkv_jax.models.params import round_up
-from fairkv_jax.shapes import TENSOR_AXIS
+from fairkv_jax.shapes import TENSOR_AXIS, round_up
 from fairkv_jax.sharding.load_weights import partition_specs
 from fairkv_jax.sharding.step_shapes import StepShapes
-
-_BY_DEVICE = PartitionSpec(None, TENSOR_AXIS)
 
 
 @jax.tree_util.register_dataclass
@@ -47,7 +45,7 @@ class CompressedPrefix:
     def partition(cls) -> "CompressedPrefix":
         """Returns how each array is split over the mesh."""
         whole: Any = PartitionSpec()
-        split: Any = _BY_DEVICE
+        split: Any = LAYERS_BY_DEVICE
         return cls(split, split, split, split, whole, whole)
 
 

@@ -26,3 +26,13 @@ TENSOR_AXIS = "tensor"
 
 MAX_DECODE_STEPS = 8
 """Most decode steps that one call of the compiled program runs."""
+
+
+def next_power_of_two(number: int) -> int:
+    """The least power of two that is no smaller than `number`, which is at least 1."""
+    return 1 << (number - 1).bit_length()
+
+
+def round_up(size: int, multiple: int) -> int:
+    """The least multiple that is no smaller than `size`."""
+    return -(-size // multiple) * multiple

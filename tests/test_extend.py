@@ -221,7 +221,7 @@ def test_positions_of_a_compressed_suffix(compressing: ModelRunner):
 
 
 def test_a_conversation_goes_on(compressing: ModelRunner, model: Llama):
-    """A suffix behind generated tokens; the last of them has not been in the cache yet."""
+    """A suffix after generated tokens; the last of them has not been in the cache yet."""
     rows = Rows(compressing)
     prefix, segment = rows.insert(1, random_prompt(PREFIX))
     rows.decode(NUM_TOKENS)
@@ -245,7 +245,7 @@ def test_a_suffix_in_parts_is_the_whole(full: ModelRunner, cuts: Sequence[int]):
     params = SamplingParams(prompt_logprobs=0)
     prefix, _ = rows.insert(1, prompt[:PREFIX])
     whole = full.extend(prefix, prompt[PREFIX:])
-    task = full.start_prefill(NewRequest("", prompt[PREFIX:], params, 0), behind=prefix)
+    task = full.start_prefill(NewRequest("", prompt[PREFIX:], params, 0), cached_prefix=prefix)
     assert task.shape.num_layer_chunks == 8
     for start, stop in zip((0, *cuts), (*cuts, task.shape.num_chunks), strict=True):
         full.run_chunks(task, start, stop)

@@ -11,10 +11,11 @@ from fairkv_jax.config import EngineConfig, KVConfig
 from fairkv_jax.engine.execution import kept_tokens
 from fairkv_jax.engine.kv_cache_manager import KVCacheManager
 from fairkv_jax.engine.model_runner import ModelRunner
-from fairkv_jax.engine.prefill_shape import next_power_of_two, prefill_bucket
+from fairkv_jax.engine.prefill_chunking import prefill_bucket
 from fairkv_jax.engine.scheduler_output import Insertion, NewRequest, PrefillChunks, SchedulerOutput
 from fairkv_jax.plan import Profile, make_plan
 from fairkv_jax.sampling_params import SamplingParams
+from fairkv_jax.shapes import next_power_of_two
 from tests.engine.drive import random_prompt
 from tests.oracle.forward import Forward, forward, read_llama
 

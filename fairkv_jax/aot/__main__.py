@@ -94,7 +94,7 @@ def main(argv: list[str]) -> None:
         with timeout(_TIMEOUT.value):
             report = compile_and_report(lowered, target.architecture)
         # The KV pool also occupies memory during a prefill.
-        beside = 0 if name == "decode" else 4 * pool
+        beside = 0 if name == "decode" else setup.cache.pool_bytes_per_device
         total = report.argument_bytes + report.temporary_bytes + report.new_output_bytes + beside
         # A copy of a quarter of the pool is already too large.
         copies = report.copies_of(pool // 4) if name == "decode" else []
@@ -165,7 +165,8 @@ def _header(setup: Setup, target: Target, weights: int) -> str:
         f"{plan.num_extra_replicas} extra replicas, utilization {plan.utilization:.3f}\n"
         f"per device:\n"
         f"  weights          {_gib(weights)}\n"
-        f"  KV pool          {_gib(4 * setup.pool_elements)}  in {setup.cache.pages_per_device} "
+        f"  KV pool          {_gib(setup.cache.pool_bytes_per_device)}  in "
+        f"{setup.cache.pages_per_device} "
         f"pages of {setup.page_size} tokens, for {_BUDGET.value} + {setup.new_tokens} tokens "
         "per head\n"
         f"  page tables      {_gib(setup.cache.table_bytes_per_device)}"

@@ -121,10 +121,7 @@ class Method:
     scorer: Scorer
     allocator: Allocator
     is_query_agnostic: bool
-    """Whether the scores are meant for questions that are not in the prompt yet.
-
-    Methods that rank tokens by the prompt's last queries are not query-agnostic.
-    """
+    """Whether the tokens kept of a prefix do not depend on the tokens that follow it."""
     mean_over_heads: bool = False
     """Whether all heads of a layer share the mean of their scores."""
 
@@ -155,6 +152,12 @@ class Method:
         sinks = jnp.minimum(self.scorer.num_sinks, budgets)[:, None]
         window = jnp.minimum(self.scorer.window, budgets[:, None] - sinks)
         return (position < sinks) | (position >= length - window)
+
+
+def scorer_index(methods: tuple[Method, ...], method: Int[Array, ""]) -> Int[Array, ""]:
+    """Returns the index in `distinct_scorers(methods)` of the scorer of `methods[method]`."""
+    scorers = distinct_scorers(methods)
+    return jnp.array([scorers.index(each.scorer) for each in methods])[method]
 
 
 def distinct_scorers(methods: tuple[Method, ...]) -> tuple[Scorer, ...]:

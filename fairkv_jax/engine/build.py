@@ -27,6 +27,7 @@ from fairkv_jax.config import (
 from fairkv_jax.engine.head_plan import choose_plan
 from fairkv_jax.engine.llm_engine import LLMEngine
 from fairkv_jax.engine.schedule_log import Header, ScheduleLog
+from fairkv_jax.kv_cache_spec import token_bytes
 from fairkv_jax.models.params import device_bytes
 from fairkv_jax.options import split_options, with_new_names
 from fairkv_jax.pallas.ragged_decode import check_backend
@@ -254,5 +255,5 @@ def _kv_bytes(taken_bytes: int, num_devices: int, utilization: float) -> int:
 
 def _token_bytes(config: ModelConfig, engine_config: EngineConfig) -> int:
     """Returns the bytes of the keys and values of one token, in all layers and heads."""
-    itemsize = jnp.dtype(engine_config.dtype).itemsize
-    return 2 * config.num_layers * config.num_kv_heads * config.head_dim * itemsize
+    per_head = token_bytes(config.head_dim, engine_config.dtype)
+    return config.num_layers * config.num_kv_heads * per_head

@@ -8,14 +8,12 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from fairkv_jax.cache import TableWrites
-from fairkv_jax.decode import DecodeInputs
+from fairkv_jax.decode import IDLE_ROW, DecodeInputs
 from fairkv_jax.engine.page_tables import PageTableUpdate
 from fairkv_jax.engine.scheduler_output import Decode, NewRequest
 from fairkv_jax.kv_cache_spec import KVCacheSpec
 from fairkv_jax.sampling import SamplingState
 from fairkv_jax.sampling_params import SamplingParams, num_bitmask_words
-
-_IDLE_ROW = (SamplingParams(temperature=0), 0)
 
 
 class DeviceInputs:
@@ -64,7 +62,7 @@ class DeviceInputs:
         sampling = self._sampling
         if sampling is None or len(sampling.temperature) != batch:
             options = [
-                (request.sampling_params, request.seed) if request is not None else _IDLE_ROW
+                (request.sampling_params, request.seed) if request is not None else IDLE_ROW
                 for request in map(requests.get, range(batch))
             ]
             sampling = self._sampling = self._on_all_devices(self.sampling(options))

@@ -1,4 +1,4 @@
-"""What the devices have been given, and how its results are read back."""
+"""Executions that the devices have been given, and how their results are read back."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from fairkv_jax.engine.prefill_shape import PrefillShape, logprobs_block
+from fairkv_jax.engine.prefill_chunking import PrefillChunking, logprobs_block
 from fairkv_jax.engine.scheduler_output import (
     ExecutionResult,
     KeptTokens,
@@ -36,9 +36,9 @@ class PrefillTask:
     """A prompt on its way through the layers."""
 
     request: NewRequest
-    behind: RowPrefix | None
+    cached_prefix: RowPrefix | None
     """What the prompt is a suffix of; None: nothing precedes it."""
-    shape: PrefillShape
+    shape: PrefillChunking
     token_ids: np.ndarray
     """Padded to the bucket."""
     budgets: np.ndarray
@@ -65,18 +65,19 @@ class Execution:
     """Whether programs had to be compiled first."""
     sampled: Sampled | None
     """On the devices, perhaps not computed yet."""
-    _prefill: "PendingPrefill | None"
-    _last_array: Any
-    """Something that is there when the execution is done."""
+    prefill: "PendingPrefill | None"
+    """The results of a prompt whose last chunk this was."""
+    carry: Any
+    """An array to wait for when nothing else is read back; None without an unfinished prefill."""
 
     def result(self) -> ExecutionResult:
         """Waits for the devices and reads what they know."""
-        if self.sampled is None and self._prefill is None:
-            jax.block_until_ready(self._last_array)
+        if self.sampled is None and self.prefill is None:
+            jax.block_until_ready(self.carry)
         sampled = None
         if self.sampled is not None:
             sampled = _on_host(self.sampled)
-        prefill = None if self._prefill is None else self._prefill.result()
+        prefill = None if self.prefill is None else self.prefill.result()
         return ExecutionResult(prefill, sampled)
 
 

@@ -4,7 +4,7 @@ It mirrors the devices' page tables and lengths, which follow the same rules, so
 read back to know what is full. The scheduler asks it before it schedules:
 
     reserve_prompt   routes a row's heads to replicas and takes pages for its kept prompt
-    reserve_suffix   takes pages for what is kept of tokens that are prefilled behind a row
+    reserve_suffix   takes pages for the kept tokens of a suffix, after those of its row
     reserve          takes pages for the next tokens of every row
     commit           counts tokens that the devices have written
     free             gives a row's pages back
@@ -99,11 +99,6 @@ class KVCacheManager:
         return self.spec.pages_per_device - self._pool.num_free
 
     @property
-    def free_pages(self) -> np.ndarray:
-        """[P] free pages on every device."""
-        return self._pool.num_free
-
-    @property
     def tokens_per_device(self) -> np.ndarray:
         """[L, P] cached tokens of every layer on every device."""
         by_slot = self.lengths.sum(1)
@@ -149,7 +144,7 @@ class KVCacheManager:
         return lengths
 
     def reserve_suffix(self, row: int, head_lengths: np.ndarray) -> np.ndarray | None:
-        """Takes pages for what is kept of a suffix, [L, K] tokens, behind the tokens of its row.
+        """Takes pages for the kept tokens of a suffix, [L, K], after the tokens of its row.
 
         Each head's tokens go to the slot that owns the row already. As for a prompt, there must be
         pages for one more token in every row as well.

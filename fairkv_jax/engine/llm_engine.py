@@ -17,14 +17,14 @@ from fairkv_jax.engine.execution import Execution
 from fairkv_jax.engine.kv_cache_manager import KVCacheManager
 from fairkv_jax.engine.model_runner import ModelRunner
 from fairkv_jax.engine.output_processor import OutputProcessor
-from fairkv_jax.engine.pacing import StepTimer
-from fairkv_jax.engine.prefill_shape import PrefillShape
+from fairkv_jax.engine.prefill_chunking import PrefillChunking
 from fairkv_jax.engine.request import Request, RequestOutput, ValidatedRequest
 from fairkv_jax.engine.schedule_log import ScheduleLog
 from fairkv_jax.engine.scheduler import ScheduledRequest, Scheduler
 from fairkv_jax.engine.scheduler_output import NewRequest
 from fairkv_jax.engine.stats import EngineStats
 from fairkv_jax.engine.structured_output import GrammarCompiler
+from fairkv_jax.engine.timings import StepTimer
 from fairkv_jax.plan import Plan
 from fairkv_jax.sampling_params import (
     MAX_STOP_TOKEN_IDS,
@@ -33,7 +33,7 @@ from fairkv_jax.sampling_params import (
 )
 
 _MAX_IN_FLIGHT = 2
-"""Executions that the devices have been given: they need not wait for the host between two."""
+"""Most executions in flight; with two, the devices do not wait for the host."""
 
 
 class LLMEngine:
@@ -78,6 +78,8 @@ class LLMEngine:
         self._seeds = np.random.default_rng(engine_config.seed)
         self._timer = StepTimer()
         self._schedule_log = schedule_log
+        self._outputs: list[RequestOutput] = []
+        """Outputs that have not been returned: a step that fails leaves them to the next one."""
         self._in_flight: deque[tuple[Execution, float]] = deque()
         """With the time when each was given to the devices."""
 
@@ -109,7 +111,8 @@ class LLMEngine:
         )
 
     def has_unfinished_requests(self) -> bool:
-        return len(self.scheduler) > 0
+        """Whether requests wait or run, or have ended in a step that failed later."""
+        return len(self.scheduler) > 0 or bool(self._outputs)
 
     def compile_grammar(self, params: StructuredOutputsParams) -> None:
         """Compiles the grammar that later requests will bring.
@@ -159,7 +162,7 @@ class LLMEngine:
         seed = self._seeds.integers(2**63) if params.seed is None else params.seed
         outputs = params.structured_outputs
         matcher = None if outputs is None else self._grammars.matcher(outputs)
-        shape = PrefillShape.of(
+        shape = PrefillChunking.of(
             len(request.prompt_token_ids),
             self.model_config,
             self.engine_config,
@@ -192,7 +195,8 @@ class LLMEngine:
         """Ends a request wherever it is; its pages are free at once. Unknown ids are ignored."""
         self.scheduler.abort(request_id)
         self.output_processor.abort(request_id)
-        self._rest_if_idle()
+        self._outputs = [each for each in self._outputs if each.request_id != request_id]
+        self._drop_unneeded_executions()
 
     def close(self) -> None:
         """Closes the schedule log, if there is one; later steps are not logged."""
@@ -211,14 +215,14 @@ class LLMEngine:
             with translate_xla_errors("running a step", STEP_DOES_NOT_FIT):
                 return self._step()
         except BaseException:
-            self._start_over()
+            self._reset()
             raise
 
     def _step(self) -> list[RequestOutput]:
         while len(self._in_flight) < _MAX_IN_FLIGHT and self._execute_next():
             pass
         if not self._in_flight:
-            return []
+            return self._take_outputs()
         execution, start = self._in_flight.popleft()
         result, now = execution.result(), time.monotonic()
         if self._schedule_log is not None:
@@ -226,10 +230,15 @@ class LLMEngine:
         self._timer.record(execution.output, None if execution.has_compiled else start, now)
         new_tokens = self.scheduler.update(execution.output, result)
         outputs = self.output_processor.process(new_tokens, now)
+        self._outputs += outputs
         for output in outputs:
             if output.finished:
                 self.scheduler.abort(output.request_id)
-        self._rest_if_idle()
+        self._drop_unneeded_executions()
+        return self._take_outputs()
+
+    def _take_outputs(self) -> list[RequestOutput]:
+        outputs, self._outputs = self._outputs, []
         return outputs
 
     def _execute_next(self) -> bool:
@@ -244,18 +253,17 @@ class LLMEngine:
             self.output_processor.started(output.prefill.request_id, start)
         return True
 
-    def _start_over(self) -> None:
-        """Gives all requests an empty cache, after a step that failed.
+    def _reset(self) -> None:
+        """Puts all requests back into the queue with an empty cache, after a failed step.
 
-        What the step had taken, or had not handed out, is lost: only tokens that clients have seen
-        count.
+        Only tokens that have been returned to clients are kept.
         """
         self._in_flight.clear()
         self.scheduler.reset(self.output_processor.token_ids)
 
-    def _rest_if_idle(self) -> None:
-        """Drops executions that nobody waits for: idle time must not count as theirs."""
-        if not self.has_unfinished_requests() and self._in_flight:
+    def _drop_unneeded_executions(self) -> None:
+        """Drops executions in flight if no request is left: idle time must not count as theirs."""
+        if not len(self.scheduler) and self._in_flight:
             self._in_flight.clear()
             self.scheduler.forget_results()
 

@@ -30,9 +30,8 @@ from fairkv_jax.engine.execution import (
     RowPrefix,
     logprobs_start,
 )
-from fairkv_jax.engine.prefill_shape import (
-    PrefillShape,
-    next_power_of_two,
+from fairkv_jax.engine.prefill_chunking import (
+    PrefillChunking,
     prefill_bucket,
 )
 from fairkv_jax.engine.programs import Programs
@@ -48,6 +47,7 @@ from fairkv_jax.prefill import split_at_layers
 from fairkv_jax.prefill_carry import CompressedPrefix
 from fairkv_jax.sampling import Sampled, TokenHistory
 from fairkv_jax.sampling_params import SamplingParams, num_bitmask_words
+from fairkv_jax.shapes import next_power_of_two
 from fairkv_jax.sharding.load_weights import load_model
 from fairkv_jax.sharding.mesh import make_mesh
 from fairkv_jax.sharding.slots import SlotLayout
@@ -141,7 +141,7 @@ class ModelRunner:
             ValueError: prefix and suffix together are longer than `max_model_len`.
         """
         request = NewRequest("", token_ids, SamplingParams(), 0)
-        task = self.start_prefill(request, kv_config, behind=prefix)
+        task = self.start_prefill(request, kv_config, cached_prefix=prefix)
         self.run_chunks(task, 0, task.shape.num_chunks)
         return task.prefix
 
@@ -153,7 +153,7 @@ class ModelRunner:
         slot_lengths: np.ndarray,
         output_token_ids: list[int],
     ) -> RowPrefix:
-        """Copies what `extend` has kept of `token_ids` behind the tokens of the prefix's row.
+        """Appends the tokens that `extend` kept of `token_ids` to the prefix's row.
 
         The page tables on the devices must have the pages already.
 
@@ -176,9 +176,9 @@ class ModelRunner:
         request: NewRequest,
         kv_config: KVConfig | None = None,
         *,
-        behind: RowPrefix | None = None,
+        cached_prefix: RowPrefix | None = None,
     ) -> PrefillTask:
-        """Begins a prompt, or with `behind` the suffix of one, which is then the request's prompt.
+        """Starts the prefill of a prompt, or with `cached_prefix`, of the suffix that follows it.
 
         `kv_config` replaces the options that the request leads to; without it a suffix is kept
         whole.
@@ -187,13 +187,13 @@ class ModelRunner:
             ValueError: prefix and suffix together are longer than `max_model_len`.
         """
         prompt, model = request.prompt_token_ids, self.model_config
-        num_before = 0 if behind is None else len(behind.token_ids)
-        if behind is not None and num_before + len(prompt) > self.config.max_model_len:
+        num_before = 0 if cached_prefix is None else len(cached_prefix.token_ids)
+        if cached_prefix is not None and num_before + len(prompt) > self.config.max_model_len:
             raise ValueError(
                 f"a prefix of {num_before} and a suffix of {len(prompt)} tokens exceed "
                 f"max_model_len {self.config.max_model_len}: shorten them, or raise max_model_len"
             )
-        shape = PrefillShape.of(
+        shape = PrefillChunking.of(
             len(prompt),
             model,
             self.config,
@@ -201,11 +201,11 @@ class ModelRunner:
         )
         padded = np.zeros(shape.bucket, np.int32)
         padded[: len(prompt)] = prompt
-        budgets, method = self._compression(request, kv_config, is_suffix=behind is not None)
-        start = self.programs.start_prefill(shape.bucket, has_prefix=behind is not None)
+        budgets, method = self._compression(request, kv_config, is_suffix=cached_prefix is not None)
+        start = self.programs.start_prefill(shape.bucket, has_prefix=cached_prefix is not None)
         return PrefillTask(
             request,
-            behind,
+            cached_prefix,
             shape,
             padded,
             budgets,
@@ -218,10 +218,12 @@ class ModelRunner:
     def run_chunks(self, task: PrefillTask, start: int, stop: int) -> None:
         """Runs chunks [start, stop) of a prefill; the KV cache is not touched."""
         bucket, layer_chunks = task.shape.bucket, task.shape.num_layer_chunks
-        behind, prefix = task.behind, None
-        if behind is not None:
-            prefix = CachedPrefix.of(self.cache, np.int32(behind.row), behind.slot_lengths)
-        has_prefix = behind is not None
+        cached_prefix, prefix = task.cached_prefix, None
+        if cached_prefix is not None:
+            prefix = CachedPrefix.of(
+                self.cache, np.int32(cached_prefix.row), cached_prefix.slot_lengths
+            )
+        has_prefix = cached_prefix is not None
         length, method = np.int32(task.shape.num_tokens), np.int32(task.method)
         slots, heads = self.layout.head_of_slot, self.layout.first_slot
         calls = split_at_layers(
@@ -276,7 +278,7 @@ class ModelRunner:
         self.programs.warm_up(prompt_lengths, sorted(batches), prompt_logprobs=prompt_logprobs)
 
     def reset(self) -> None:
-        """Starts over with an empty cache; nobody owns a row any more."""
+        """Empties the cache and forgets all rows and the prefill."""
         for array in jax.tree.leaves(self.cache):
             array.delete()  # there is no room for two
         self.cache = self._empty_cache()
@@ -293,7 +295,7 @@ class ModelRunner:
             return jax.block_until_ready(KVCache.empty(self.mesh, self.cache_spec))
 
     def _release(self, rows: tuple[int, ...]) -> None:
-        """Takes away all tokens of rows that nobody owns any more."""
+        """Sets the lengths of released rows to 0."""
         keeps = np.ones(self.config.max_num_seqs, np.int32)
         keeps[list(rows)] = 0
         lengths = self.programs.release_rows()(self.cache.lengths, keeps)
@@ -340,7 +342,7 @@ class ModelRunner:
         return np.array(budgets, np.int32), self.methods.index(make_method(kv_config))
 
     def _prefill(self, chunks: PrefillChunks) -> PendingPrefill | None:
-        """Runs chunks of a prompt; what comes of it, if they are the last ones."""
+        """Runs chunks of a prompt; returns its pending results after the last chunk."""
         if chunks.new_request is not None:
             self._task = None  # the one before was abandoned, and its memory is needed
             self._task = self.start_prefill(chunks.new_request)

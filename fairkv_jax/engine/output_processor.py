@@ -64,7 +64,7 @@ class OutputProcessor:
     def process(self, new_tokens: Sequence[NewTokens], now: float) -> list[RequestOutput]:
         """Appends new tokens to their outputs and returns the outputs that have changed.
 
-        Tokens behind the end of an output are dropped; finished outputs are forgotten. `now` is
+        Tokens after the end of an output are dropped; finished outputs are forgotten. `now` is
         the time in `time.monotonic` seconds.
         """
         outputs = []
@@ -222,7 +222,7 @@ class RequestState:
             self._stop_at_string(searched)
 
     def _stop_at_string(self, searched: int) -> None:
-        """Ends at the first stop string that the text behind `searched` completes."""
+        """Ends at the first stop string that the text after `searched` completes."""
         if len(self.token_ids) <= self.params.min_tokens:
             return
         found = [

@@ -1,6 +1,7 @@
 """The compiled programs of an engine: one per step and size, compiled at the first use or before.
 
-Which arguments a step takes is declared beside its function, in `prefill.py` and `decode.py`.
+The arguments of a step are declared beside its function, by a `lower_...` function; those of
+`sample_first`, `release_rows` and `write_tables` are declared here.
 """
 
 from collections.abc import Callable, Iterable
@@ -23,7 +24,7 @@ from fairkv_jax.decode import (
 )
 from fairkv_jax.engine.compiling import compile_all
 from fairkv_jax.engine.device_errors import STEP_DOES_NOT_FIT, translate_xla_errors
-from fairkv_jax.engine.prefill_shape import logprobs_block, prefill_bucket
+from fairkv_jax.engine.prefill_chunking import chunk_size_of, logprobs_block, prefill_bucket
 from fairkv_jax.insert import lower_insert
 from fairkv_jax.prefill import lower_run_chunks, lower_score_prompt
 from fairkv_jax.prefill_carry import PrefillShapes, lower_start_prefill
@@ -88,7 +89,7 @@ class Programs:
     def start_prefill(self, bucket: int, *, has_prefix: bool = False) -> Compiled:
         """`start_prefill` of prompts of up to `bucket` tokens; so are the following.
 
-        `has_prefix`: of suffixes behind a prefix in the KV cache.
+        `has_prefix`: for suffixes of a prefix in the KV cache.
         """
         return self._get_prefill(
             "start_prefill", bucket, lower_start_prefill, has_prefix=has_prefix
@@ -163,13 +164,13 @@ class Programs:
         shapes = PrefillShapes(
             self._shapes,
             bucket,
-            min(self._config.prefill_chunk_size, bucket),
+            chunk_size_of(bucket, self._config),
             self._methods,
             # A suffix may be kept whole, whatever the engine does with prompts.
             max_kept_per_layer(KVConfig() if has_prefix else self._kv_config, bucket, *heads),
             has_prefix,
         )
-        name = f"{name} behind a prefix" if has_prefix else name
+        name = f"{name} with a prefix" if has_prefix else name
         return self._get(name, bucket, lambda: lower(shapes))
 
     def _get(self, name: str, size: int, lower: Callable[[], Lowered]) -> Compiled:

@@ -1,4 +1,4 @@
-"""Decides what every execution does: which prompt is prefilled, which rows decode, who makes room.
+"""Decides what every execution does: prefill, decode, and which requests are preempted.
 
 It is host code without JAX, a clock or a queue of its own, so that the same calls give the same
 decisions. What only the devices know, sampled tokens and what is kept of a prompt, arrives by
@@ -13,7 +13,6 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from fairkv_jax.engine.kv_cache_manager import KVCacheManager
-from fairkv_jax.engine.pacing import Timings
 from fairkv_jax.engine.scheduler_output import (
     Decode,
     DecodeRow,
@@ -24,14 +23,15 @@ from fairkv_jax.engine.scheduler_output import (
     PrefillChunks,
     SchedulerOutput,
 )
+from fairkv_jax.engine.timings import Timings
 from fairkv_jax.shapes import MAX_DECODE_STEPS
 
 _DISPATCH_SECONDS = 0.04
-"""Decode steps that are given to the devices at once: a new request may have to wait as long."""
+"""Time of the decode steps that are dispatched together; a new request may wait this long."""
 _STALL_STEPS = 1.25
 """Time for chunks of a prefill between two decode steps, in decode steps."""
 _PREFILL_SECONDS = 0.25
-"""Time for chunks when nobody decodes: a cancelled request may go on as long."""
+"""Time for chunks when no request decodes; a cancelled prefill may continue for this long."""
 
 
 @dataclass(eq=False)
@@ -67,7 +67,7 @@ class ScheduledRequest:
         return self.num_layer_chunks if self.output_token_ids else len(self.chunk_work)
 
     @property
-    def num_left(self) -> int:
+    def num_remaining_steps(self) -> int:
         """Decode steps until it has all the tokens that it may generate."""
         return self.max_tokens - self.num_cached - 1
 
@@ -81,7 +81,7 @@ class ScheduledRequest:
 
 @dataclass(frozen=True)
 class _InFlight:
-    """An output whose result has not come yet, and whom it was for."""
+    """A scheduled output whose result is not known yet, and the requests that it serves."""
 
     output: SchedulerOutput
     prefill: tuple[ScheduledRequest, int] | None
@@ -93,9 +93,10 @@ class Scheduler:
     """First come, first served; under pressure the newest request gives way to the older ones.
 
     One prompt at a time is prefilled, that of the oldest waiting request, while a row is free.
-    Beside running requests its chunks take no longer than these can bear. A request whose prompt is
-    compressed waits for pages without holding the others up. When pages run out, the newest request
-    is preempted: its prompt is prefilled again later, and its tokens are replayed.
+    While other requests decode, its chunks take about as long as one or two decode steps between
+    two steps. A request whose prefill is done and that waits for pages delays no running request.
+    When pages run out, the newest request is preempted: its prompt is prefilled again later, and
+    its tokens are replayed.
     """
 
     def __init__(
@@ -187,7 +188,7 @@ class Scheduler:
         return output
 
     def update(self, output: SchedulerOutput, result: ExecutionResult) -> list[NewTokens]:
-        """Takes note of the result of the oldest scheduled output.
+        """Records the result of the oldest scheduled output.
 
         Returns the tokens that are new. What was computed for a request that has ended since, or
         was known from before a preemption, is left out.
@@ -241,29 +242,29 @@ class Scheduler:
     @property
     def _wants_prefill(self) -> bool:
         """Whether the first waiting request has chunks left to be scheduled, and a row to go to."""
-        if not self.waiting or not self._free_rows:
+        if not self.waiting or not self.has_free_row:
             return False
         return self.waiting[0].chunks_scheduled < self.waiting[0].num_chunks
 
     def _must_wait(self) -> bool:
-        """Whether results that have not come yet decide what comes next.
+        """Whether the next decision needs results that have not arrived.
 
-        A request may have all its tokens, a grammar must see the last token, pages may become
-        free; and while nobody decodes, one part of a prefill is under way at a time.
+        This is so if a request may have all its tokens, if a grammar needs the last token, or if
+        finished requests may free pages. While no request decodes, only one execution is in flight.
         """
         if not self._in_flight:
             return False
         running = self.running.values()
         if not running:
             return True
-        if any(request.num_left == 0 or request.follows_grammar for request in running):
+        if any(request.num_remaining_steps == 0 or request.follows_grammar for request in running):
             return True
         return not self.kv_cache.can_reserve(1)
 
     def _insert(self) -> Insertion | None:
         """Gives the first waiting request a row, if its prompt is there and pages suffice."""
         request = self.waiting[0] if self.waiting else None
-        if request is None or request.head_lengths is None or not self._free_rows:
+        if request is None or request.head_lengths is None or not self.has_free_row:
             return None
         row = min(self._free_rows)  # the batch stays short
         lengths = self.kv_cache.reserve_prompt(
@@ -280,10 +281,10 @@ class Scheduler:
     @property
     def _prefill_is_under_way(self) -> bool:
         """Whether a request will take a free row as soon as its prefill is done."""
-        return bool(self.waiting and self._free_rows) and self.waiting[0].head_lengths is None
+        return bool(self.waiting) and self.has_free_row and self.waiting[0].head_lengths is None
 
     def _decode(self, timings: Timings) -> tuple[Decode | None, tuple[str, ...]]:
-        """Decode steps of all rows, and who was preempted to make room for them."""
+        """Schedules decode steps of all rows; also returns the requests preempted to make room."""
         if not self.running:
             return None, ()
         preempted = []
@@ -292,7 +293,7 @@ class Scheduler:
         ):
             num_steps = 1
         else:
-            left = min(request.num_left for request in self.running.values())
+            left = min(request.num_remaining_steps for request in self.running.values())
             num_steps = max(1, min(left, _steps_at_once(timings)))
         if not self.kv_cache.can_reserve(num_steps):
             num_steps = 1
@@ -312,7 +313,7 @@ class Scheduler:
         return Decode(tuple(rows), num_steps, bitmasks), tuple(preempted)
 
     def _prefill(self, timings: Timings) -> PrefillChunks:
-        """The next chunks of the first waiting request: few beside running requests."""
+        """Schedules the next chunks of the first waiting request; fewer while others decode."""
         request = self.waiting[0]
         start = request.chunks_scheduled
         seconds = _PREFILL_SECONDS
@@ -347,7 +348,7 @@ class Scheduler:
         return replace(new, sampling_params=params, return_kept_positions=False)
 
     def _prefilled(self, request: ScheduledRequest, result: ExecutionResult) -> list[NewTokens]:
-        """Takes note of a prompt that is compressed, and perhaps of its first token."""
+        """Records that a prompt's prefill is done, and its first token if one was sampled."""
         prefill = result.prefill
         assert prefill is not None
         request.head_lengths = prefill.kept.lengths
@@ -360,7 +361,7 @@ class Scheduler:
         return [NewTokens(request.request_id, first, 0, steps, prefill)]
 
     def _wait(self, request: ScheduledRequest) -> None:
-        """Puts a request into the queue; whoever is no longer first loses its prefill."""
+        """Puts a request into the queue. A request that is no longer first loses its prefill."""
         request.start_over()
         first = self.waiting[0] if self.waiting else None
         insort(self.waiting, request, key=lambda each: each.arrival)
@@ -376,7 +377,7 @@ class Scheduler:
 
 
 def _steps_at_once(timings: Timings) -> int:
-    """Decode steps of an execution where nobody is prefilled."""
+    """Returns how many decode steps one execution runs while no prompt is prefilled."""
     if not timings.step_seconds:
         return 1
     return max(1, min(MAX_DECODE_STEPS, int(_DISPATCH_SECONDS / timings.step_seconds)))

@@ -23,23 +23,23 @@ class NewRequest:
     sampling_params: SamplingParams
     seed: int
     kv_policy: str | None = None
-    """In place of the engine's own; None: the engine's."""
+    """Overrides the engine's policy; None: the engine's."""
     kv_budget: int | None = None
     return_kept_positions: bool = False
 
 
 @dataclass(frozen=True)
 class PrefillChunks:
-    """Chunks [start, stop) of a prompt's `num_chunks`, see `PrefillShape`."""
+    """Chunks [start, stop) of a prompt's `num_chunks`, see `PrefillChunking`."""
 
     request_id: str
     start: int
     stop: int
     num_chunks: int
     work: float
-    """Multiply-adds, about."""
+    """Approximate multiply-adds of these chunks."""
     new_request: NewRequest | None
-    """With the first chunk; a prompt that is prefilled again brings it again."""
+    """Set with the first chunk, also when a preempted prompt is prefilled again."""
     samples_token: bool = False
     """Whether the token that follows the prompt is to be sampled after the last chunk."""
     grammar_bitmask: np.ndarray | None = None
@@ -71,7 +71,7 @@ class DecodeRow:
     position: int
     """Position of the row's last token, whose key and value the step appends."""
     output_index: int
-    """How many tokens the output has when the first token of this execution comes."""
+    """Index in the output of the first token that this execution generates."""
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ class Decode:
     rows: tuple[DecodeRow, ...]
     num_steps: int
     grammar_bitmasks: dict[int, np.ndarray]
-    """By row, for rows whose output follows a grammar: [W] words of the tokens that may come."""
+    """By row, where the output follows a grammar: [W] words of the tokens that may be sampled."""
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,7 @@ class SchedulerOutput:
     finished_request_ids: tuple[str, ...]
     """Requests that have ended or were aborted since the last output."""
     released_rows: tuple[int, ...]
-    """Rows that nobody owns any more."""
+    """Rows that were freed since the last output."""
     page_table_update: PageTableUpdate
     insertion: Insertion | None
     prefill: PrefillChunks | None
@@ -150,11 +150,11 @@ class ExecutionResult:
 
 @dataclass(frozen=True)
 class NewTokens:
-    """What an execution has brought a request."""
+    """New tokens of one request."""
 
     request_id: str
     sampled: SampledTokens | None
-    """Where its tokens are: in `row`, at `steps`; None where the prompt was only read."""
+    """The arrays that hold its tokens, at `row` and `steps`; None if no token was requested."""
     row: int
     steps: range
     prefill: PrefillResult | None = None

@@ -102,7 +102,7 @@ class MLP(nnx.Module):
 
 
 class DecoderLayer(nnx.Module):
-    """Attention and MLP, each behind a norm and summed over the devices."""
+    """Attention and MLP, each after a norm; both are summed over the devices."""
 
     def __init__(self, config: ModelConfig, make: MakeParam):
         self.attn_norm = RMSNorm(config, make("layers.attn_norm.scale"))

@@ -27,6 +27,7 @@ from itertools import groupby
 from typing import Protocol
 
 from fairkv_jax.config import ModelConfig
+from fairkv_jax.shapes import round_up
 
 Axes = tuple[str, ...]
 
@@ -308,8 +309,3 @@ def padded_sizes(
     if SLOT in sizes:
         sizes[SLOT] = num_slots
     return sizes
-
-
-def round_up(size: int, multiple: int) -> int:
-    """The smallest multiple of `multiple` that is not smaller than `size`."""
-    return -(-size // multiple) * multiple

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.stages import Lowered
 
-from fairkv_jax.cache import KVCache
+from fairkv_jax.cache import LAYERS_BY_DEVICE, KVCache
 from fairkv_jax.config import ModelConfig
 from fairkv_jax.kv_cache_spec import KVCacheSpec
 from fairkv_jax.sharding.slots import SlotLayout
@@ -56,7 +56,7 @@ class StepShapes:
     def by_slot(self) -> Any:
         """An array [L, P*C] of integers, split by device."""
         shape = self.layout.head_of_slot.shape
-        return self.array(shape, spec=PartitionSpec(None, self.mesh.axis_names[-1]))
+        return self.array(shape, spec=LAYERS_BY_DEVICE)
 
     @property
     def by_head(self) -> Any:

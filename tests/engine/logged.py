@@ -8,11 +8,11 @@ import numpy as np
 from fairkv_jax.config import EngineConfig, KVConfig
 from fairkv_jax.engine.build import build_engine
 from fairkv_jax.engine.llm_engine import LLMEngine
-from fairkv_jax.engine.pacing import StepTimer, Timings
 from fairkv_jax.engine.page_tables import PageTableUpdate
 from fairkv_jax.engine.request import Request
 from fairkv_jax.engine.schedule_log import Header
 from fairkv_jax.engine.scheduler_output import SchedulerOutput
+from fairkv_jax.engine.timings import StepTimer, Timings
 from fairkv_jax.plan import Plan, Profile, make_plan
 from fairkv_jax.sampling_params import SamplingParams, StructuredOutputsParams
 from tests.engine.drive import greedy, random_prompt, request, tiny_cache_bytes

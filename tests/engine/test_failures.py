@@ -1,6 +1,7 @@
 """What is left when a step fails: nothing is lost, and the engine goes on."""
 
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -11,7 +12,9 @@ from fairkv_jax.compress.registry import METHODS
 from fairkv_jax.config import POLICY_NAMES
 from fairkv_jax.engine.device_errors import DeviceError, translate_xla_errors
 from fairkv_jax.engine.model_runner import ModelRunner, PrefillTask
-from fairkv_jax.engine.pacing import StepTimer
+from fairkv_jax.engine.output_processor import RequestState
+from fairkv_jax.engine.scheduler import Scheduler
+from fairkv_jax.engine.timings import StepTimer
 from tests.engine.drive import check_idle, greedy, random_prompt, request, run, tiny_cache_bytes
 
 ROWS = {"max_num_seqs": 3, "max_model_len": 256, "progress": False}
@@ -88,6 +91,39 @@ def test_an_interrupt_loses_no_token(llm: LLM, monkeypatch: pytest.MonkeyPatch):
     finished = run(llm.engine)
     assert {name: out.outputs[0].token_ids for name, out in finished.items()} == expected
     check_idle(llm.engine)
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_a_finished_output_survives_a_failure_in_its_step(
+    llm: LLM, count: int, monkeypatch: pytest.MonkeyPatch
+):
+    """It is returned by the next step, wherever the failing one was interrupted."""
+    requests = [request(str(i), random_prompt(20 + i), greedy(4)) for i in range(3)]
+    expected = {name: out.outputs[0].token_ids for name, out in run(llm.engine, requests).items()}
+    for method in (Scheduler.abort, RequestState.output):
+        owner = Scheduler if method is Scheduler.abort else RequestState
+        calls = []
+
+        def interrupt(self: Any, *args: Any, method: Any = method, calls: list = calls) -> Any:
+            result = method(self, *args)
+            calls.append(result)
+            if len(calls) == count:
+                raise KeyboardInterrupt
+            return result
+
+        finished = {}
+        for each in requests:
+            llm.engine.add_request(each)
+        with monkeypatch.context() as patch:
+            patch.setattr(owner, method.__name__, interrupt)
+            while llm.engine.has_unfinished_requests():
+                try:
+                    outputs = llm.engine.step()
+                except KeyboardInterrupt:
+                    continue
+                finished |= {out.request_id: out for out in outputs if out.finished}
+        assert {name: out.outputs[0].token_ids for name, out in finished.items()} == expected
+        check_idle(llm.engine)
 
 
 def test_running_out_of_memory_is_a_sentence():

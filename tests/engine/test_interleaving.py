@@ -8,8 +8,8 @@ import pytest
 
 from fairkv_jax import LLM
 from fairkv_jax.engine.llm_engine import LLMEngine
-from fairkv_jax.engine.pacing import StepTimer, Timings
 from fairkv_jax.engine.scheduler_output import NewRequest
+from fairkv_jax.engine.timings import StepTimer, Timings
 from fairkv_jax.sampling_params import SamplingParams
 from tests.engine.drive import check_idle, check_owners, greedy, random_prompt, request, run
 

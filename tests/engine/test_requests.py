@@ -11,8 +11,8 @@ import pytest
 
 from fairkv_jax import LLM, SamplingParams
 from fairkv_jax.engine.llm_engine import LLMEngine
-from fairkv_jax.engine.pacing import StepTimer, Timings
 from fairkv_jax.engine.request import CompletionOutput, Request, ValidatedRequest
+from fairkv_jax.engine.timings import StepTimer, Timings
 from tests.engine.drive import (
     alone,
     check_idle,

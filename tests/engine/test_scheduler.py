@@ -1,6 +1,7 @@
 """The scheduler without a model: random arrivals, aborts and pressure, on a device that checks."""
 
 from collections import deque
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -9,9 +10,9 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from fairkv_jax.engine.kv_cache_manager import KVCacheManager
-from fairkv_jax.engine.pacing import Timings
 from fairkv_jax.engine.scheduler import ScheduledRequest, Scheduler
 from fairkv_jax.engine.scheduler_output import NewRequest, SchedulerOutput
+from fairkv_jax.engine.timings import Timings
 from fairkv_jax.kv_cache_spec import KVCacheSpec
 from fairkv_jax.plan import Profile, make_plan
 from fairkv_jax.sampling_params import SamplingParams
@@ -266,6 +267,31 @@ def test_chunks_follow_the_measured_times():
     assert known.decode is not None
     assert known.decode.num_steps == 1
     driver.run()
+
+
+def test_a_preempted_prompt_repeats_nothing_that_was_handed_out():
+    """Its log-probabilities and kept positions are known already."""
+    driver = Driver(make_scheduler(1, num_rows=2, spare_pages=0), keeps_all=True)
+    driver.add(make_request("old", 0, 30, 34))
+    late = make_request("new", 1, 20, 40)
+    params = SamplingParams(prompt_logprobs=1)
+    late.request = replace(late.request, sampling_params=params, return_kept_positions=True)
+    late.chunk_work = np.ones(len(late.chunk_work) + 3)  # with blocks of log-probabilities
+    driver.add(late)
+    driver.run()
+    assert driver.scheduler.num_preemptions > 0
+    chunks = [each.prefill for each in driver.outputs if each.prefill is not None]
+    first, *others = [
+        each for each in chunks if each.request_id == "new" and each.new_request is not None
+    ]
+    assert others
+    assert first.num_chunks == late.num_layer_chunks + 3
+    assert first.new_request == late.request
+    for each in others:
+        assert each.num_chunks == late.num_layer_chunks
+        assert each.new_request is not None
+        assert each.new_request.sampling_params.prompt_logprobs is None
+        assert not each.new_request.return_kept_positions
 
 
 @pytest.mark.parametrize("grammar", [False, True])

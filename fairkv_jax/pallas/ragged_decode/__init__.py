@@ -7,7 +7,7 @@ The contract of every implementation:
 
 - `lengths` counts the Q query tokens, which are causal among themselves: query i of Q sees the
   positions before length - Q + 1 + i. A length of 0 marks a row that the slot does not own, and
-  gives zeros. Nothing behind a length is ever read into the result.
+  gives zeros. Entries at or past a length never affect the result.
 - With `layer`, the page table's `starts` and `lengths` are [L,B,C], and the kernels read them at
   that layer; with `layer=None` they are [B,C].
 - Sums are in float32, and scores are scaled by 1/sqrt(H).

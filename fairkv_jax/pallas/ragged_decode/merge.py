@@ -19,9 +19,9 @@ from fairkv_jax.pallas.ragged_decode.triton_blocks import (
     ceil_div,
     launch,
     load,
-    power_of_two,
     store,
 )
+from fairkv_jax.shapes import next_power_of_two
 
 NEVER = -1e30  # a finite minus infinity: the difference of two of them is 0, not NaN
 _ELEMENTS = 4096
@@ -66,7 +66,7 @@ def _merge(
     """Merges the pieces of one pair, a block of them at a time so that their loads overlap."""
     pair = pl.program_id(0)
     first, count = Pieces.of(lengths_ref, layer_ref, sizes).span(pair)
-    group, head_dim = power_of_two(sizes.group), power_of_two(sizes.head_dim)
+    group, head_dim = next_power_of_two(sizes.group), next_power_of_two(sizes.head_dim)
     block = max(1, _ELEMENTS // (group * head_dim))
     is_group = jnp.arange(group) < sizes.group
 

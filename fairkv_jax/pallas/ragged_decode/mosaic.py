@@ -167,7 +167,7 @@ def _tile(i: Array, state: tuple[Array, Array, Array], *, work: Work) -> Any:
 
     @pl.when(first + sizes.tile.block_tokens > work.length)
     def clear_tail() -> None:
-        # Weights behind the length are 0, but the values there may be NaN.
+        # Weights past the length are 0, but the values there may be NaN.
         for column in range(0, sizes.head_dim, TILE_COLUMNS):  # in parts, to use few registers
             part = smem.v.at[stage, :, pl.ds(column, TILE_COLUMNS)]
             values = plgpu.layout_cast(part[...], plgpu.Layout.WGMMA)

@@ -133,7 +133,7 @@ class Work:
     """Where the pair's entries begin in the list of pages."""
     begin: Array
     end: Array
-    """The first tile of the piece and the first one behind it."""
+    """The first tile of the piece and the first one after it."""
     length: Array
     """Tokens of the pair."""
 
@@ -142,7 +142,7 @@ class Work:
         return jax.lax.rem(tile - self.begin, jnp.int32(self.shapes.sizes.tile.num_stages))
 
     def pages(self, tile: Array) -> list[Array]:
-        """The pages of a tile; behind the length, the pair's last page. Reads stay in the list."""
+        """The pages of a tile; past the length, the pair's last page. Reads stay in the list."""
         page_size = self.shapes.sizes.page_size
         last = jax.lax.div(self.length - 1, jnp.int32(page_size))
         first = tile * self.shapes.sizes.tile.block_tokens

@@ -21,7 +21,8 @@ from jaxtyping import Array, Int
 
 from fairkv_jax.pallas.ragged_decode.page_table import PageTable
 from fairkv_jax.pallas.ragged_decode.tiles import Tile
-from fairkv_jax.pallas.ragged_decode.triton_blocks import ceil_div, launch, power_of_two
+from fairkv_jax.pallas.ragged_decode.triton_blocks import ceil_div, launch
+from fairkv_jax.shapes import next_power_of_two
 
 DTYPES = ("bfloat16", "float16", "float32")
 MAX_GROUP = 16
@@ -84,7 +85,7 @@ class Piece:
     """Tokens of the pair."""
     begin: Array
     end: Array
-    """The first tile of the piece and the first one behind it."""
+    """The first tile of the piece and the first one after it."""
     is_last: Array
     """Whether the piece ends its pair."""
 
@@ -102,7 +103,7 @@ class Pieces:
 
     @classmethod
     def of(cls, lengths_ref: Any, layer_ref: Any, sizes: Sizes) -> "Pieces":
-        pair = jnp.arange(power_of_two(sizes.pairs))
+        pair = jnp.arange(next_power_of_two(sizes.pairs))
         offset = layer_ref[0] * sizes.pairs
         lengths = plt.load(lengths_ref.at[offset + pair], mask=pair < sizes.pairs, other=0)
         # No pair can have more than the list does, which bounds the number of pieces.
@@ -152,7 +153,7 @@ def list_pieces(
     interpret: bool = False,
 ) -> Int[Array, "pieces 5"]:
     """Every piece's pair, first tile, end, length and page-table start, by a kernel of its own."""
-    block = max(1, _LIST_ELEMENTS // power_of_two(sizes.pairs))
+    block = max(1, _LIST_ELEMENTS // next_power_of_two(sizes.pairs))
 
     def write(lengths_ref: Any, starts_ref: Any, layer_ref: Any, list_ref: Any) -> None:
         item = pl.program_id(0) * block + jnp.arange(block)

@@ -101,7 +101,7 @@ def append_and_decode(
     lengths: Int[Array, "*L B C"],
     layer: Int[Array, ""] | int | None = None,
 ) -> tuple[Float[Array, "B Q C G H"], Pool]:
-    """Writes each owned row's new keys and values behind its tokens, then attends over the row."""
+    """Writes each owned row's new keys and values after its tokens, then attends over the row."""
     page_table, lengths = page_table.of_layer(layer), of_layer(lengths, layer)
     pool, lengths = append(k, v, pool, page_table, lengths)
     return ragged_decode(q, *pool, page_table, lengths), pool
@@ -114,9 +114,9 @@ def append(
     page_table: PageTable,
     lengths: Int[Array, "B C"],
 ) -> tuple[Pool, Int[Array, "B C"]]:
-    """The pool with every owned row's new tokens behind its others, and the new lengths.
+    """The pool with every owned row's new tokens after its others, and the new lengths.
 
-    A token whose page would lie behind the end of the page table is dropped.
+    A token whose page would lie past the end of the page table is dropped.
     """
     k_pages, v_pages = pool
     num_queries, (num_pages, page_size, _) = k.shape[1], k_pages.shape

@@ -21,7 +21,8 @@ from fairkv_jax.pallas.ragged_decode.page_table import PageTable
 from fairkv_jax.pallas.ragged_decode.pieces import Pieces, Sizes, layer_index
 from fairkv_jax.pallas.ragged_decode.reference import Pool
 from fairkv_jax.pallas.ragged_decode.tiles import TritonTile
-from fairkv_jax.pallas.ragged_decode.triton_blocks import launch, load, power_of_two, store
+from fairkv_jax.pallas.ragged_decode.triton_blocks import launch, load, store
+from fairkv_jax.shapes import next_power_of_two
 
 _MIN_DOT = 16  # rows of a tensor core's operand
 
@@ -168,7 +169,7 @@ def _append_and_attend(*refs: Any, sizes: Sizes) -> None:
 
 
 def _tile(i: Array, state: State, *, work: _Work) -> State:
-    """Adds the tokens of tile i; what lies behind the length is not read."""
+    """Adds the tokens of tile i; tokens past the length are not read."""
     acc, m, l = state
     sizes = work.sizes
     token = i * sizes.tile.block_tokens + jnp.arange(sizes.tile.block_tokens)
@@ -219,7 +220,7 @@ def _partials(sizes: Sizes) -> tuple[jax.ShapeDtypeStruct, ...]:
 
 def _start(sizes: Sizes) -> State:
     return (
-        jnp.zeros((_MIN_DOT, power_of_two(sizes.head_dim)), jnp.float32),
+        jnp.zeros((_MIN_DOT, next_power_of_two(sizes.head_dim)), jnp.float32),
         jnp.full((_MIN_DOT,), NEVER, jnp.float32),
         jnp.zeros((_MIN_DOT,), jnp.float32),
     )

@@ -8,6 +8,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 from jaxtyping import Array
 
+from fairkv_jax.shapes import next_power_of_two
+
 
 def launch(
     kernel: Any,
@@ -44,7 +46,7 @@ def store(ref: Any, rows: Array, value: Array, mask: Array, head_dim: int) -> No
 
 def _columns(ref: Any, rows: Array, mask: Array, head_dim: int) -> tuple[Any, Array]:
     """Rows with all their columns, padded to a power of 2, which Triton's blocks must be."""
-    shape = (*rows.shape, power_of_two(head_dim))
+    shape = (*rows.shape, next_power_of_two(head_dim))
     column = jnp.broadcast_to(jnp.arange(shape[-1]), shape)
     mask = jnp.broadcast_to(mask[..., None], shape)
     if shape[-1] > head_dim:
@@ -55,7 +57,3 @@ def _columns(ref: Any, rows: Array, mask: Array, head_dim: int) -> tuple[Any, Ar
 def ceil_div(a: Array, b: Array | int) -> Array:
     b = jnp.asarray(b, jnp.int32)
     return jax.lax.div(a + b - 1, jnp.broadcast_to(b, jnp.shape(a)))
-
-
-def power_of_two(number: int) -> int:
-    return 1 << (number - 1).bit_length()

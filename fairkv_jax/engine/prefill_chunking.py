@@ -1,7 +1,7 @@
 """How the work of a prefill is divided into chunks; plain arithmetic that host and devices share.
 
-A chunk is a block of prompt tokens in one layer. Chunks are counted layer by layer; behind those of
-the layers come, where they are asked for, blocks of the prompt's own log-probabilities:
+A chunk is a block of prompt tokens in one layer. Chunks are counted layer by layer; after those of
+the layers follow, if requested, blocks of the prompt's own log-probabilities:
 
     layer 0: 0, 1, .. | layer 1: n, n + 1, .. | ... | log-probabilities: L*n, ..
 """
@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from fairkv_jax.config import EngineConfig, ModelConfig
+from fairkv_jax.shapes import next_power_of_two
 
 MIN_PREFILL_BUCKET = 32
 _LOGPROBS_BLOCK = 128
@@ -18,8 +19,8 @@ _LOGPROBS_BLOCK = 128
 
 
 @dataclass(frozen=True)
-class PrefillShape:
-    """The chunks of one prompt."""
+class PrefillChunking:
+    """How the prefill of one prompt is divided into chunks."""
 
     num_tokens: int
     bucket: int
@@ -31,10 +32,10 @@ class PrefillShape:
     @classmethod
     def of(
         cls, num_tokens: int, model: ModelConfig, config: EngineConfig, *, wants_logprobs: bool
-    ) -> "PrefillShape":
+    ) -> "PrefillChunking":
         """The chunks of a prompt of `num_tokens`."""
         bucket = prefill_bucket(num_tokens, config.max_model_len)
-        chunk_size = min(config.prefill_chunk_size, bucket)
+        chunk_size = chunk_size_of(bucket, config)
         return cls(num_tokens, bucket, chunk_size, model.num_layers, wants_logprobs)
 
     @property
@@ -60,6 +61,11 @@ class PrefillShape:
         return np.concatenate([self.chunk_size * (weights + 2 * heads * past), logprobs])
 
 
+def chunk_size_of(bucket: int, config: EngineConfig) -> int:
+    """Tokens of a chunk of prompts of that bucket."""
+    return min(config.prefill_chunk_size, bucket)
+
+
 def prefill_bucket(num_tokens: int, max_tokens: int) -> int:
     """The compiled prompt length that holds `num_tokens`."""
     return min(max(next_power_of_two(num_tokens), MIN_PREFILL_BUCKET), max_tokens)
@@ -68,7 +74,3 @@ def prefill_bucket(num_tokens: int, max_tokens: int) -> int:
 def logprobs_block(bucket: int) -> int:
     """Prompt tokens of a bucket whose log-probabilities are computed at a time."""
     return min(_LOGPROBS_BLOCK, bucket)
-
-
-def next_power_of_two(number: int) -> int:
-    return 1 << (number - 1).bit_length()

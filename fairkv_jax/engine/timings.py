@@ -1,10 +1,10 @@
-"""How long decode steps and prefills take: measured by the engine, an input of the scheduler."""
+"""Measures how long decode steps and prefills take; the scheduler takes the results as input."""
 
 from dataclasses import dataclass
 
 from fairkv_jax.engine.scheduler_output import SchedulerOutput
 
-_MEMORY = 0.7
+_SMOOTHING = 0.7
 """Weight of earlier measurements in a running mean."""
 
 
@@ -26,7 +26,7 @@ class StepTimer:
         self._last_end = 0.0
 
     def record(self, output: SchedulerOutput, start: float | None, end: float) -> None:
-        """Takes note of an execution that was given to the devices at `start` and read at `end`.
+        """Records an execution that was dispatched at `start` and read at `end`.
 
         Times are in seconds. `start` is None for an execution that included compiling, which is
         left out. The devices are busy with one execution after the other.
@@ -40,11 +40,11 @@ class StepTimer:
         if output.prefill is not None:
             seconds -= num_steps * (step or 0.0)
             if seconds > 0:
-                rate = _mean(rate, output.prefill.work / seconds)
+                rate = _running_mean(rate, output.prefill.work / seconds)
         elif num_steps:
-            step = _mean(step, seconds / num_steps)
+            step = _running_mean(step, seconds / num_steps)
         self.timings = Timings(step, rate)
 
 
-def _mean(before: float | None, now: float) -> float:
-    return now if before is None else _MEMORY * before + (1 - _MEMORY) * now
+def _running_mean(before: float | None, now: float) -> float:
+    return now if before is None else _SMOOTHING * before + (1 - _SMOOTHING) * now
