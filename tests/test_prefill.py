@@ -99,10 +99,12 @@ def output_of(manager: KVCacheManager, **parts) -> SchedulerOutput:
 
 
 @pytest.mark.parametrize(
-    ("tokens", "bucket"), [(1, 32), (32, 32), (33, 64), (64, 64), (65, 128), (129, 200), (200, 200)]
+    ("tokens", "bucket"),
+    [(1, 32), (32, 32), (33, 64), (65, 128), (129, 512), (513, 2048), (2049, 3000), (3000, 3000)],
 )
 def test_buckets(tokens: int, bucket: int):
-    assert prefill_bucket(tokens, 200) == bucket
+    config = EngineConfig(max_model_len=3000, prefill_chunk_size=128)
+    assert prefill_bucket(tokens, config) == bucket
 
 
 def test_next_power_of_two():

@@ -166,7 +166,7 @@ class ModelRunner:
             What the row holds now.
         """
         prompt = [*prefix.token_ids, *token_ids]
-        bucket = prefill_bucket(len(token_ids), self.config.max_model_len)
+        bucket = prefill_bucket(len(token_ids), self.config)
         program = self.programs.insert(bucket, has_prefix=True)
         self._copy(program, suffix, prefix.row, slot_lengths, [*prompt, *output_token_ids])
         return RowPrefix(prefix.row, prompt, slot_lengths)

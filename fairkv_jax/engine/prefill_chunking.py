@@ -11,7 +11,6 @@ from dataclasses import dataclass
 import numpy as np
 
 from fairkv_jax.config import EngineConfig, ModelConfig
-from fairkv_jax.shapes import next_power_of_two
 
 MIN_PREFILL_BUCKET = 32
 _LOGPROBS_BLOCK = 128
@@ -34,7 +33,7 @@ class PrefillChunking:
         cls, num_tokens: int, model: ModelConfig, config: EngineConfig, *, wants_logprobs: bool
     ) -> "PrefillChunking":
         """The chunks of a prompt of `num_tokens`."""
-        bucket = prefill_bucket(num_tokens, config.max_model_len)
+        bucket = prefill_bucket(num_tokens, config)
         chunk_size = chunk_size_of(bucket, config)
         return cls(num_tokens, bucket, chunk_size, model.num_layers, wants_logprobs)
 
@@ -66,9 +65,16 @@ def chunk_size_of(bucket: int, config: EngineConfig) -> int:
     return min(config.prefill_chunk_size, bucket)
 
 
-def prefill_bucket(num_tokens: int, max_tokens: int) -> int:
-    """The compiled prompt length that holds `num_tokens`."""
-    return min(max(next_power_of_two(num_tokens), MIN_PREFILL_BUCKET), max_tokens)
+def prefill_bucket(num_tokens: int, config: EngineConfig) -> int:
+    """The compiled prompt length that holds `num_tokens`.
+
+    Up to a chunk, buckets double, since padding is computed like a prompt. Beyond, only whole
+    chunks of padding are added, which are not computed: fewer sizes need to be compiled.
+    """
+    bucket = MIN_PREFILL_BUCKET
+    while bucket < num_tokens:
+        bucket *= 2 if bucket < config.prefill_chunk_size else 4
+    return min(bucket, config.max_model_len)
 
 
 def logprobs_block(bucket: int) -> int:

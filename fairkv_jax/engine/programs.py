@@ -63,8 +63,7 @@ class Programs:
 
         `prompt_logprobs`: also what computes the log-probabilities of the prompts.
         """
-        longest = self._config.max_model_len
-        buckets = sorted({prefill_bucket(length, longest) for length in prompt_lengths})
+        buckets = sorted({prefill_bucket(length, self._config) for length in prompt_lengths})
         steps = [self.start_prefill, self.run_chunks, self.compress_layer, self.insert]
         steps += [self.score_prompt] * prompt_logprobs
         wanted = [(f"{n} rows", ("decode", n), partial(self.decode, n)) for n in batches]

@@ -102,7 +102,7 @@ def test_segments_that_grow_move_seldom():
 
 
 def test_a_compacted_list_is_sent_as_a_whole():
-    tables = PageTables(spec := make_spec(pages_per_device=400))
+    tables = PageTables(make_spec(pages_per_device=400))
     tables.append(np.array([1]), np.array([3]), np.array([7, 8, 9]))
     for page in range(397):
         tables.take_update()
