@@ -106,8 +106,10 @@ def run_chunks(
     mesh: Mesh,
     methods: tuple[Method, ...],
     chunk_size: int,
-) -> PrefillCarry:
+) -> tuple[PrefillCarry, Int[Array, ""]]:
     """Runs the chunks from the first to before the second of `chunks`, at least one.
+
+    Also returns their number, which remains readable when the next program has taken the carry.
 
     Chunks are numbered layer by layer. The prompt has `length` tokens. Unless it is kept whole
     (`keeps_whole`), `methods[method]` compresses it: then the chunks must be of one layer, and
@@ -123,7 +125,7 @@ def run_chunks(
         head_of_slot: Array,
         prefix: CachedPrefix | None,
         *whole: Array,
-    ) -> PrefillCarry:
+    ) -> tuple[PrefillCarry, Array]:
         return _run_chunks_local(
             model, carry, head_of_slot, prefix, *whole, methods=methods, chunk_size=chunk_size
         )
@@ -138,7 +140,7 @@ def run_chunks(
             None if prefix is None else CachedPrefix.partition(),
             *(PartitionSpec(),) * 6,
         ),
-        out_specs=PrefillCarry.partition(),
+        out_specs=(PrefillCarry.partition(), PartitionSpec()),
         check_vma=False,
     )
     return run(model, carry, head_of_slot, prefix, first_slot, length, method, keeps_whole, *chunks)
@@ -207,7 +209,7 @@ def _run_chunks_local(
     *,
     methods: tuple[Method, ...],
     chunk_size: int,
-) -> PrefillCarry:
+) -> tuple[PrefillCarry, Int[Array, ""]]:
     """Runs one device's part of `run_chunks`, inside `shard_map`."""
     num_layers, num_slots = head_of_slot.shape
     num_heads = first_slot.shape[1]
@@ -253,7 +255,7 @@ def _run_chunks_local(
     logits = jax.lax.cond(
         stop == num_layers * per_layer, lambda: model.logits(x)[0], lambda: carry.prefix.logits
     )
-    return replace(carry, prefix=replace(carry.prefix, logits=logits))
+    return replace(carry, prefix=replace(carry.prefix, logits=logits)), stop - start
 
 
 def _paged_prefix(prefix: CachedPrefix, layer: Int[Array, ""]) -> PagedPrefix:

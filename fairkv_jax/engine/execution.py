@@ -1,6 +1,6 @@
 """Executions that the devices have been given, and how their results are read back."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import jax
@@ -47,8 +47,10 @@ class PrefillTask:
     """The index of its method among the engine's."""
     keeps_whole: bool
     carry: PrefillCarry
-    prompt_logprobs: list[Sampled]
+    prompt_logprobs: list[Sampled] = field(default_factory=list)
     """Per block, as `score_prompt` gives them; perhaps not computed yet."""
+    progress: Any = None
+    """An array that is computed with the chunks that were given to the devices last."""
 
     @property
     def prefix(self) -> CompressedPrefix:
@@ -67,13 +69,14 @@ class Execution:
     """On the devices, perhaps not computed yet."""
     prefill: "PendingPrefill | None"
     """The results of a prompt whose last chunk this was."""
-    carry: Any
-    """An array to wait for when nothing else is read back; None without an unfinished prefill."""
+    progress: Any
+    """An array that is computed with the chunks of a prefill; None without them."""
 
     def result(self) -> ExecutionResult:
         """Waits for the devices and reads what they know."""
-        if self.sampled is None and self.prefill is None:
-            jax.block_until_ready(self.carry)
+        # Not only the tokens: on CPU, chunks and steps run side by side, and chunks that nobody
+        # waited for would pile up.
+        jax.block_until_ready(self.progress)
         sampled = None
         if self.sampled is not None:
             sampled = _on_host(self.sampled)

@@ -119,8 +119,8 @@ class ModelRunner:
         prefill = None if output.prefill is None else self._prefill(output.prefill)
         sampled = None if output.decode is None else self._decode(output.decode, last)
         has_compiled = self.programs.num_compiled > num_programs
-        carry = self._task.carry.hidden if self._task is not None else None
-        return Execution(output, has_compiled, sampled, prefill, carry)
+        progress = None if output.prefill is None or self._task is None else self._task.progress
+        return Execution(output, has_compiled, sampled, prefill, progress)
 
     def prefill(self, token_ids: list[int], kv_config: KVConfig | None = None) -> CompressedPrefix:
         """Runs a prompt through the model and compresses its cache, all at once."""
@@ -212,7 +212,6 @@ class ModelRunner:
             method,
             bool((budgets >= len(prompt)).all()),
             start(self.model, padded, np.int32(num_before)),
-            [],
         )
 
     def run_chunks(self, task: PrefillTask, start: int, stop: int) -> None:
@@ -233,7 +232,7 @@ class ModelRunner:
             keeps_whole=task.keeps_whole,
         )
         for first, end, layer in calls:
-            task.carry = self.programs.run_chunks(bucket, has_prefix=has_prefix)(
+            task.carry, task.progress = self.programs.run_chunks(bucket, has_prefix=has_prefix)(
                 self.model,
                 task.carry,
                 length,
@@ -252,6 +251,7 @@ class ModelRunner:
             at = logprobs_start(task, block - layer_chunks)
             score = self.programs.score_prompt(bucket)
             scores = score(self.model, task.carry.hidden, task.token_ids, np.int32(at))
+            task.progress = scores.tokens
             task.prompt_logprobs.append(scores)
 
     def sample_first(

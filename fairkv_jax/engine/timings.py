@@ -24,6 +24,7 @@ class StepTimer:
     def __init__(self) -> None:
         self.timings = Timings()
         self._last_end = 0.0
+        self._seconds_per_work: float | None = None
 
     def record(self, output: SchedulerOutput, start: float | None, end: float) -> None:
         """Records an execution that was dispatched at `start` and read at `end`.
@@ -36,14 +37,17 @@ class StepTimer:
             return
         seconds = end - max(start, previous)
         num_steps = output.decode.num_steps if output.decode is not None else 0
-        step, rate = self.timings.step_seconds, self.timings.prefill_work_per_second
+        step = self.timings.step_seconds
         if output.prefill is not None:
-            seconds -= num_steps * (step or 0.0)
-            if seconds > 0:
-                rate = _running_mean(rate, output.prefill.work / seconds)
+            # The mean of times, not of rates: where chunks and steps run side by side, single
+            # executions seem to take almost no time, and others twice theirs.
+            seconds = max(seconds - num_steps * (step or 0.0), 0.0)
+            self._seconds_per_work = _running_mean(
+                self._seconds_per_work, seconds / output.prefill.work
+            )
         elif num_steps:
             step = _running_mean(step, seconds / num_steps)
-        self.timings = Timings(step, rate)
+        self.timings = Timings(step, 1 / self._seconds_per_work if self._seconds_per_work else None)
 
 
 def _running_mean(before: float | None, now: float) -> float:

@@ -104,7 +104,7 @@ class Prefill:
         chunks = jnp.int32(start), jnp.int32(stop)
         static: dict[str, Any] = {"mesh": self.mesh, "methods": self.methods, "chunk_size": CHUNK}
         args = (jnp.int32(LENGTH), self.chosen, jnp.bool_(False), chunks, *self.slots)
-        self.carry = run_chunks(self.model, self.carry, *args, **static)
+        self.carry, _ = run_chunks(self.model, self.carry, *args, **static)
 
     def compress(self, layer: int) -> None:
         budgets = jnp.full((2, 3), BUDGET, jnp.int32)
