@@ -80,6 +80,7 @@ class Filled:
             result = self._execute(prefill=prefill).result()
             lengths = self.kv_cache.reserve_prompt(row, result.prefill.kept.lengths)
             assert lengths is not None, "the pool is too small"
+            self.kv_cache.activate(row)
             self._execute(insertion=Insertion(str(row), row, lengths, [1])).result()
 
     def __call__(self) -> Any:

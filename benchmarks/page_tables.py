@@ -66,6 +66,7 @@ def measure(case: Case) -> list[str]:
         lengths = rng.integers(1, 2 * _KEPT.value, shape).astype(np.int32)
         began = time.perf_counter()
         placed = manager.reserve_prompt(row, lengths)
+        manager.activate(row)
         update = manager.take_page_table_update()
         seconds.append(time.perf_counter() - began)
         assert placed is not None

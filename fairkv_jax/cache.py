@@ -83,7 +83,7 @@ class KVCache:
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class CachedPrefix:
+class PrefixView:
     """The prefix that one row of the cache holds, as the prefill of its suffix reads it."""
 
     k_pages: Float[Array, "PN page_size H"]
@@ -94,12 +94,12 @@ class CachedPrefix:
     """Cached tokens of the slots that own the row; 0 in the others."""
 
     @classmethod
-    def of(cls, cache: KVCache, row: Any, lengths: Any) -> "CachedPrefix":
+    def of(cls, cache: KVCache, row: Any, lengths: Any) -> "PrefixView":
         """Returns the prefix in a row of the cache; `row` and `lengths` are arrays or shapes."""
         return cls(cache.k_pages, cache.v_pages, cache.page_table, row, lengths)
 
     @classmethod
-    def partition(cls) -> "CachedPrefix":
+    def partition(cls) -> "PrefixView":
         """Returns how each array is split over the mesh."""
         return cls.of(KVCache.partition(), _WHOLE, LAYERS_BY_DEVICE)
 
@@ -150,6 +150,37 @@ def write_tables(page_table: PageTable, writes: TableWrites, *, mesh: Mesh) -> P
         check_vma=False,
     )
     return run(page_table, writes)
+
+
+@partial(jax.jit, static_argnames="mesh", donate_argnums=0)
+def copy_pages(
+    pool: tuple[Float[Array, "PN page_size H"], Float[Array, "PN page_size H"]],
+    source: Int[Array, "P n"],
+    target: Int[Array, "P n"],
+    *,
+    mesh: Mesh,
+) -> tuple[Array, Array]:
+    """Copies pages of keys and values within each device.
+
+    Page numbers count within the device; a target past the end is left out.
+    """
+
+    def local(pool: tuple[Array, Array], source: Array, target: Array) -> tuple[Array, Array]:
+        k_pages, v_pages = pool
+        source, target = source[0], target[0]
+        return (
+            k_pages.at[target].set(k_pages[source], mode="drop"),
+            v_pages.at[target].set(v_pages[source], mode="drop"),
+        )
+
+    run = jax.shard_map(
+        local,
+        mesh=mesh,
+        in_specs=(_BY_DEVICE, _BY_DEVICE, _BY_DEVICE),
+        out_specs=_BY_DEVICE,
+        check_vma=False,
+    )
+    return run(pool, source, target)
 
 
 @partial(jax.jit, donate_argnums=0)

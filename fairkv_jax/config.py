@@ -15,6 +15,7 @@ from fairkv_jax.options import accept_old_names, option, options_of
 POLICY_NAMES = ("full", "streaming_llm", "snapkv", "ada_snapkv", "pyramidkv", "head_budgets")
 POOLINGS = ("max", "avg")
 SAFEGUARDS = ("blend", "reserve")
+SUFFIXES = ("keep", "compress")
 REQUEST_POLICIES = ("streaming_llm", "snapkv", "ada_snapkv")
 """Policies that a request may choose in place of the server's."""
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -153,6 +154,14 @@ class KVConfig:
         group=_COMPRESSION,
         old_name="kv_alpha",
     )
+    suffix: str = option(
+        "keep",
+        "What happens to the tokens that follow a cached prefix. keep: all are kept. compress: "
+        "they are compressed like a prompt of their own, with a budget of their own.",
+        name="kv_suffix",
+        group=_COMPRESSION,
+        choices=SUFFIXES,
+    )
     head_budgets: tuple[tuple[int, ...], ...] | None = option(
         None,
         "Path of a head profile in JSON, whose tokens per layer and head are the budgets of the "
@@ -189,6 +198,7 @@ class KVConfig:
         _check_bool("kv_pool_first", self.pool_first)
         _check_choice("kv_pooling", self.pooling, POOLINGS)
         _check_choice("kv_safeguard", self.safeguard, SAFEGUARDS)
+        _check_choice("kv_suffix", self.suffix, SUFFIXES)
         _check_fraction("kv_alpha_safeguard", self.alpha_safeguard, closed=True)
         if self.ratio is not None:
             _check_fraction("kv_ratio", self.ratio, closed=False)
@@ -258,6 +268,18 @@ class EngineConfig:
         default_text="128 on CPU, 1024 on GPUs",
         old_name="prefill_block",
     )
+    enable_prefix_caching: bool = option(
+        False,
+        "Keep compressed prefixes of prompts in the KV cache, so that requests can begin with "
+        "them.",
+        group=_DEVICES,
+    )
+    prefix_cache_fraction: float = option(
+        0.5,
+        "Fraction of the KV cache, in [0, 1], beyond which prefixes that no request uses are "
+        "evicted.",
+        group=_DEVICES,
+    )
     attention_backend: str = option(
         "auto",
         "Implementation of decode attention: reference, triton or mosaic. auto: the fastest one "
@@ -277,6 +299,8 @@ class EngineConfig:
         _check_int("seed", self.seed, 0)
         if self.quantization is not None:
             _check_choice("quantization", self.quantization, QUANTIZATIONS)
+        _check_bool("enable_prefix_caching", self.enable_prefix_caching)
+        _check_fraction("prefix_cache_fraction", self.prefix_cache_fraction, closed=True)
         _check_int("page_size", self.page_size, 8)
         if self.page_size % 8:
             raise ValueError(f"page_size must be a multiple of 8, got {self.page_size}")

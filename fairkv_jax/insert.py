@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
 from jax.stages import Lowered
-from jaxtyping import Array, Int
+from jaxtyping import Array, Bool, Int
 
 from fairkv_jax.cache import LAYERS_BY_DEVICE, KVCache
 from fairkv_jax.prefill_carry import CompressedPrefix, PrefillShapes
@@ -23,6 +23,7 @@ def lower_insert(shapes: PrefillShapes) -> Lowered:
         steps.by_slot,
         steps.array((steps.spec.max_tokens,)),
         steps.number,
+        steps.array((), jnp.bool_),
         mesh=steps.mesh,
     )
 
@@ -35,6 +36,7 @@ def insert(
     lengths: Int[Array, "L PC"],
     token_ids: Int[Array, "S"],
     num_known: Int[Array, ""],
+    is_active: Bool[Array, ""],
     *,
     mesh: Mesh,
 ) -> KVCache:
@@ -43,7 +45,8 @@ def insert(
     `lengths` are those of the row afterwards. What the prefix does not bring of them is in the
     pages already, in front of it: none in an empty row, else what the prefix is a suffix of. Slots
     of length 0 own nothing and write nothing. The first `num_known` of `token_ids` are the prompt
-    and the tokens that the row has generated so far.
+    and the tokens that the row has generated so far. Until the row is active, its lengths in the
+    cache remain 0, so that decoding passes it by.
     """
     run = jax.shard_map(
         _insert_local,
@@ -52,12 +55,12 @@ def insert(
             KVCache.partition(),
             CompressedPrefix.partition(),
             LAYERS_BY_DEVICE,
-            *(PartitionSpec(),) * 3,
+            *(PartitionSpec(),) * 4,
         ),
         out_specs=KVCache.partition(),
         check_vma=False,
     )
-    return run(cache, prefix, lengths, row, token_ids, num_known)
+    return run(cache, prefix, lengths, row, token_ids, num_known, is_active)
 
 
 def _insert_local(
@@ -67,6 +70,7 @@ def _insert_local(
     row: Array,
     token_ids: Array,
     num_known: Array,
+    is_active: Array,
 ) -> KVCache:
     """One device's part, inside `shard_map`."""
     num_pages, page_size, head_dim = cache.k_pages.shape
@@ -88,7 +92,7 @@ def _insert_local(
         cache.k_pages.at[page, token].set(prefix.k.reshape(-1, head_dim), mode="drop"),
         cache.v_pages.at[page, token].set(prefix.v.reshape(-1, head_dim), mode="drop"),
         cache.page_table,
-        cache.lengths.at[:, row].set(lengths),
+        cache.lengths.at[:, row].set(jnp.where(is_active, lengths, 0)),
         cache.token_ids.at[row].set(token_ids),
         cache.num_known.at[row].set(num_known),
     )

@@ -36,6 +36,8 @@ class KVCacheSpec:
     max_tokens: int
     """Most tokens of one row, prompt and output together."""
     dtype: str = "float32"
+    sharing: int = 1
+    """How many times the pages of a device the page tables can list, for rows that share pages."""
 
     def __post_init__(self) -> None:
         for field in fields(self):
@@ -50,7 +52,7 @@ class KVCacheSpec:
         `sizes` are the other fields. Where not even one page fits, the cache has one.
         """
         least = cls(pages_per_device=1, **sizes)
-        per_page = least.page_bytes + _ENTRY_BYTES * _ENTRIES_PER_PAGE
+        per_page = least.page_bytes + _ENTRY_BYTES * _ENTRIES_PER_PAGE * least.sharing
         room = num_bytes // least.num_devices - least.bytes_per_device + per_page
         pages = min(int(room // per_page), max_pages_per_device)
         return replace(least, pages_per_device=max(pages, 1))
@@ -71,14 +73,19 @@ class KVCacheSpec:
         return self.pages_per_device * self.page_bytes
 
     @property
+    def max_listed_pages(self) -> int:
+        """Most pages of all rows on one device; a page that rows share counts for each of them."""
+        return self.sharing * self.pages_per_device
+
+    @property
     def table_entries(self) -> int:
         """Entries of a device's list of page numbers.
 
-        Twice what the segments of all pages take, so that moving segments together, when the end
-        of the list is reached, makes room for as much again.
+        Twice what the segments of `max_listed_pages` take, so that moving segments together, when
+        the end of the list is reached, makes room for as much again.
         """
         pairs = self.num_layers * self.num_rows * self.slots_per_device
-        return int(_ENTRIES_PER_PAGE * self.pages_per_device) + 2 * SPARE_ENTRIES * pairs
+        return int(_ENTRIES_PER_PAGE * self.max_listed_pages) + 2 * SPARE_ENTRIES * pairs
 
     @property
     def table_bytes_per_device(self) -> int:

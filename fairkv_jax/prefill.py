@@ -35,7 +35,7 @@ from jax.stages import Lowered
 from jaxtyping import Array, Bool, Float, Int
 
 from fairkv_jax.attention import PagedPrefix, attend_to_prompt
-from fairkv_jax.cache import LAYERS_BY_DEVICE, CachedPrefix
+from fairkv_jax.cache import LAYERS_BY_DEVICE, PrefixView
 from fairkv_jax.compress.contract import (
     Chunk,
     LayerShape,
@@ -73,7 +73,7 @@ def split_at_layers(
 def lower_run_chunks(shapes: PrefillShapes) -> Lowered:
     """Lowers `run_chunks`."""
     steps = shapes.steps
-    prefix = CachedPrefix.of(steps.cache, steps.number, steps.by_slot)
+    prefix = PrefixView.of(steps.cache, steps.number, steps.by_slot)
     return steps.lower(
         run_chunks,
         steps.model,
@@ -101,7 +101,7 @@ def run_chunks(
     chunks: tuple[Int[Array, ""], Int[Array, ""]],
     head_of_slot: Int[Array, "L PC"],
     first_slot: Int[Array, "L K"],
-    prefix: CachedPrefix | None = None,
+    prefix: PrefixView | None = None,
     *,
     mesh: Mesh,
     methods: tuple[Method, ...],
@@ -123,7 +123,7 @@ def run_chunks(
         model: Model,
         carry: PrefillCarry,
         head_of_slot: Array,
-        prefix: CachedPrefix | None,
+        prefix: PrefixView | None,
         *whole: Array,
     ) -> tuple[PrefillCarry, Array]:
         return _run_chunks_local(
@@ -137,7 +137,7 @@ def run_chunks(
             partition_specs(model),
             PrefillCarry.partition(),
             LAYERS_BY_DEVICE,
-            None if prefix is None else CachedPrefix.partition(),
+            None if prefix is None else PrefixView.partition(),
             *(PartitionSpec(),) * 6,
         ),
         out_specs=(PrefillCarry.partition(), PartitionSpec()),
@@ -199,7 +199,7 @@ def _run_chunks_local(
     model: Model,
     carry: PrefillCarry,
     head_of_slot: Int[Array, "L C"],
-    prefix: CachedPrefix | None,
+    prefix: PrefixView | None,
     first_slot: Int[Array, "L K"],
     length: Int[Array, ""],
     method: Int[Array, ""],
@@ -258,7 +258,7 @@ def _run_chunks_local(
     return replace(carry, prefix=replace(carry.prefix, logits=logits)), stop - start
 
 
-def _paged_prefix(prefix: CachedPrefix, layer: Int[Array, ""]) -> PagedPrefix:
+def _paged_prefix(prefix: PrefixView, layer: Int[Array, ""]) -> PagedPrefix:
     """Returns one layer's part of a prefix."""
     return PagedPrefix((prefix.k_pages, prefix.v_pages), *prefix.of_layer(layer))
 

@@ -9,7 +9,7 @@ import pytest
 
 from fairkv_jax.checkpoint import open_checkpoint
 from fairkv_jax.config import EngineConfig, KVConfig
-from fairkv_jax.engine.execution import Execution, PendingPrefill, RowPrefix, kept_tokens
+from fairkv_jax.engine.execution import Execution, PendingPrefill, kept_tokens
 from fairkv_jax.engine.kv_cache_manager import KVCacheManager
 from fairkv_jax.engine.model_runner import ModelRunner
 from fairkv_jax.engine.scheduler_output import (
@@ -18,6 +18,7 @@ from fairkv_jax.engine.scheduler_output import (
     Insertion,
     NewRequest,
     PrefillChunks,
+    RowPrefix,
     SchedulerOutput,
 )
 from fairkv_jax.plan import Profile, make_plan
@@ -61,6 +62,7 @@ class Rows:
         first = int(result.first_token.tokens[0, 0])
         lengths = self.manager.reserve_prompt(row, result.kept.lengths)
         assert lengths is not None
+        self.manager.activate(row)
         self._execute(insertion=Insertion(str(row), row, lengths, [first])).result()
         self.tokens[row] = [*prompt, first]
         return RowPrefix(row, prompt, lengths), (len(prompt), result.kept.positions)

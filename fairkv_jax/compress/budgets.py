@@ -53,13 +53,15 @@ def max_kept_per_layer(
     return max(sum(min(budget + 1, prompt_tokens) for budget in layer) for layer in budgets)
 
 
-def request_kv_config(config: KVConfig, policy: str | None, budget: int | None) -> KVConfig:
+def request_kv_config(
+    config: KVConfig, policy: str | None, budget: int | None, ratio: float | None = None
+) -> KVConfig:
     """Applies one request's options to the engine's; None leaves an option as it is.
 
     Raises:
         ValueError: requests may not choose this policy, or the budget exceeds the engine's.
     """
-    if policy is None and budget is None:
+    if policy is None and budget is None and ratio is None:
         return config
     policy = policy or config.policy
     if policy not in (config.policy, *REQUEST_POLICIES):
@@ -73,8 +75,8 @@ def request_kv_config(config: KVConfig, policy: str | None, budget: int | None) 
     return replace(
         config,
         policy=policy,
-        budget=config.budget if budget is None else budget,
-        ratio=config.ratio if budget is None else None,
+        budget=config.budget if budget is None and ratio is None else budget,
+        ratio=config.ratio if budget is None and ratio is None else ratio,
         head_budgets=config.head_budgets if policy == config.policy else None,
     )
 

@@ -54,6 +54,12 @@ def make_method(config: KVConfig) -> Method:
     return method
 
 
+def query_agnostic_policies() -> tuple[str, ...]:
+    """Returns the policies whose choice does not depend on how the prompt ends."""
+    names = [name for name, make in METHODS.items() if make(KVConfig()).is_query_agnostic]
+    return tuple(names)
+
+
 def offered_methods(config: KVConfig) -> tuple[Method, ...]:
     """Returns the engine's own method, and those that a request may choose in its place."""
     others = [

@@ -9,7 +9,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from fairkv_jax.cache import TableWrites
 from fairkv_jax.decode import IDLE_ROW, DecodeInputs
-from fairkv_jax.engine.page_tables import PageTableUpdate
+from fairkv_jax.engine.page_tables import PageCopies, PageTableUpdate
 from fairkv_jax.engine.scheduler_output import Decode, NewRequest
 from fairkv_jax.kv_cache_spec import KVCacheSpec
 from fairkv_jax.sampling import SamplingState
@@ -97,6 +97,15 @@ class DeviceInputs:
         for part in zip(*entries, *starts, strict=True):
             arrays: Any = part
             yield TableWrites(*arrays)
+
+    def page_copies(self, copies: PageCopies) -> tuple[np.ndarray, np.ndarray]:
+        """The pages to be copied from and to on every device, as `copy_pages` takes them."""
+        spec = self._spec
+        shape = (1, spec.num_devices, spec.num_layers * spec.slots_per_device)
+        target, source = _split(
+            copies.devices, copies.target, copies.source, shape, spec.pages_per_device
+        )
+        return source[0], target[0]
 
     def no_writes(self) -> TableWrites:
         """No changes, on the devices already: most steps open no page."""

@@ -12,6 +12,7 @@ from fairkv_jax.engine.scheduler_output import (
     KeptTokens,
     NewRequest,
     PrefillResult,
+    RowPrefix,
     SampledTokens,
     SchedulerOutput,
 )
@@ -20,24 +21,13 @@ from fairkv_jax.sampling import Sampled
 from fairkv_jax.sharding.slots import SlotLayout
 
 
-@dataclass(frozen=True)
-class RowPrefix:
-    """The beginning of a prompt, which a row of the KV cache holds."""
-
-    row: int
-    token_ids: list[int]
-    """All tokens of the prefix, also those that compression has dropped."""
-    slot_lengths: np.ndarray
-    """[L, P*C] cached tokens of the slots that serve the row, 0 in the others."""
-
-
 @dataclass
 class PrefillTask:
-    """A prompt on its way through the layers."""
+    """A prompt, or a segment of one, on its way through the layers."""
 
     request: NewRequest
     cached_prefix: RowPrefix | None
-    """What the prompt is a suffix of; None: nothing precedes it."""
+    """What the segment continues; None: nothing precedes it."""
     shape: PrefillChunking
     token_ids: np.ndarray
     """Padded to the bucket."""
@@ -51,6 +41,12 @@ class PrefillTask:
     """Per block, as `score_prompt` gives them; perhaps not computed yet."""
     progress: Any = None
     """An array that is computed with the chunks that were given to the devices last."""
+
+    @property
+    def prompt_token_ids(self) -> list[int]:
+        """The prompt up to the end of the segment."""
+        before = [] if self.cached_prefix is None else self.cached_prefix.token_ids
+        return [*before, *self.request.prompt_token_ids]
 
     @property
     def prefix(self) -> CompressedPrefix:

@@ -5,14 +5,19 @@ read back to know what is full. The scheduler asks it before it schedules:
 
     reserve_prompt   routes a row's heads to replicas and takes pages for its kept prompt
     reserve_suffix   takes pages for the kept tokens of a suffix, after those of its row
-    reserve          takes pages for the next tokens of every row
+    activate         lets a row take part in decoding
+    reserve          takes pages for the next tokens of every active row
     commit           counts tokens that the devices have written
     free             gives a row's pages back
+    retain           keeps the pages of a row as a prefix, whatever happens to the row
+    share            begins a row with the pages of a prefix
 """
+
+from dataclasses import dataclass
 
 import numpy as np
 
-from fairkv_jax.engine.page_tables import PageTables, PageTableUpdate
+from fairkv_jax.engine.page_tables import PageCopies, PageTables, PageTableUpdate
 from fairkv_jax.kv_cache_spec import KVCacheSpec
 from fairkv_jax.plan import route
 from fairkv_jax.sharding.slots import SlotLayout
@@ -68,6 +73,18 @@ class PagePool:
             self._num_free[device] += len(freed)
 
 
+@dataclass(frozen=True)
+class PrefixPages:
+    """The pages of a prefix that is retained, with a reference to each of them."""
+
+    slot_lengths: np.ndarray
+    """[L, P*C] tokens of the slots that hold the prefix, 0 in the others."""
+    devices: np.ndarray
+    """[n] the device of every page, in the order of layers, slots and tokens."""
+    pages: np.ndarray
+    """[n] page numbers within the device."""
+
+
 class KVCacheManager:
     """Decides which pages hold the tokens of each (layer, row, slot)."""
 
@@ -78,7 +95,9 @@ class KVCacheManager:
         self._tables = PageTables(spec)
         # Tokens that fit into the last page of every (layer, row, slot), [L, B, P*C].
         self._room = np.full((spec.num_layers, spec.num_rows, spec.num_slots), _NOT_OWNED)
-        self._rows = np.zeros(spec.num_rows, bool)
+        self._is_active = np.zeros(spec.num_rows, bool)
+        self._num_listed = np.zeros(spec.num_devices, np.int64)
+        """[P] pages of all rows; those that rows share count for each of them."""
         self._uncommitted = np.zeros(spec.num_rows, np.int64)
 
     @property
@@ -121,7 +140,7 @@ class KVCacheManager:
 
         Each head is routed to the replica on the device that holds the fewest tokens. The row is
         given pages only if there are enough also for the `num_known_tokens` that will be appended
-        to it in any case, for one more, and for one more token in every other row.
+        to it in any case, for one more, and for one more token in every active row.
 
         Returns:
             The tokens of every slot, [L, P*C], 0 where the slot does not serve the row; None where
@@ -131,23 +150,19 @@ class KVCacheManager:
         slots = np.take_along_axis(self._layout.slot_of_head, owner[..., None], -1)[..., 0]
         lengths = np.zeros(self._layout.head_of_slot.shape, np.int32)
         np.put_along_axis(lengths, slots, head_lengths, axis=1)
-        grown = lengths + (lengths > 0) * (1 + num_known_tokens)
-        needed = self._per_device(-(-grown // self.spec.page_size)[:, None])
-        if (needed + self._num_opened(1) > self._pool.num_free).any():
+        self._room[:, row] = np.where(lengths > 0, 0, _NOT_OWNED)
+        if not self._extend(row, lengths, num_known_tokens):
+            self._room[:, row] = _NOT_OWNED
             return None
-        layer, slot = np.nonzero(lengths)
-        pairs = np.ravel_multi_index((layer, row, slot), self._room.shape)
-        counts = -(-lengths[layer, slot] // self.spec.page_size)
-        self._room.flat[pairs] = counts * self.spec.page_size - lengths[layer, slot]
-        self._rows[row] = True
-        self._append_pages(pairs, counts)
         return lengths
 
-    def reserve_suffix(self, row: int, head_lengths: np.ndarray) -> np.ndarray | None:
+    def reserve_suffix(
+        self, row: int, head_lengths: np.ndarray, num_known_tokens: int = 0
+    ) -> np.ndarray | None:
         """Takes pages for the kept tokens of a suffix, [L, K], after the tokens of its row.
 
-        Each head's tokens go to the slot that owns the row already. As for a prompt, there must be
-        pages for one more token in every row as well.
+        Each head's tokens go to the slot that owns the row already. The other pages that there
+        must be are those of `reserve_prompt`.
 
         Returns:
             The tokens of every slot of the row afterwards, [L, P*C]; None where the pages do not
@@ -156,34 +171,30 @@ class KVCacheManager:
         lengths = self.lengths[:, row]
         of_slots = np.take_along_axis(head_lengths, np.maximum(self._layout.head_of_slot, 0), 1)
         added = np.where(lengths > 0, of_slots, 0)
-        room = self._room.copy()
-        opened = np.maximum(-(-(added - room[:, row]) // self.spec.page_size), 0)
-        room[:, row] += opened * self.spec.page_size - added
-        needed = self._per_device(opened[:, None]) + self._per_device(room < 1)
-        if (needed > self._pool.num_free).any():
+        if not self._extend(row, added, num_known_tokens):
             return None
-        self._room = room
-        layer, slot = np.nonzero(opened)
-        pairs = np.ravel_multi_index((layer, row, slot), room.shape)
-        self._append_pages(pairs, opened[layer, slot])
         return (lengths + added).astype(np.int32)
 
+    def activate(self, row: int) -> None:
+        """Lets a row, all of whose prompt has pages, take part in decoding."""
+        self._is_active[row] = True
+
     def can_reserve(self, num_tokens: int) -> bool:
-        """Whether there are pages for at most a page of further tokens in every row."""
-        return not (self._num_opened(num_tokens) > self._pool.num_free).any()
+        """Whether there are pages for at most a page of further tokens in every active row."""
+        return self._has_room(self._num_opened(num_tokens))
 
     def reserve(self, num_tokens: int) -> bool:
-        """Takes pages for at most a page of further tokens in every row; False if too few are free.
+        """Takes pages for at most a page of further tokens in every active row.
 
-        All rows get them, or none.
+        All of them get their pages, or none; False if too few are free.
         """
         if not self.can_reserve(num_tokens):
             return False
-        pairs = np.flatnonzero(self._room < num_tokens)
-        self._room[:, self._rows] -= num_tokens
+        pairs = np.flatnonzero(self._opens_page(num_tokens))
+        self._room[:, self._is_active] -= num_tokens
         self._room.flat[pairs] += self.spec.page_size
-        self._uncommitted[self._rows] += num_tokens
-        self._append_pages(pairs, np.ones(len(pairs), np.int64))
+        self._uncommitted[self._is_active] += num_tokens
+        self._append_new_pages(pairs, np.ones(len(pairs), np.int64))
         return True
 
     def commit(self, row: int, num_tokens: int) -> None:
@@ -191,31 +202,121 @@ class KVCacheManager:
         self._uncommitted[row] -= num_tokens
 
     def free(self, row: int) -> None:
-        """Gives back all pages of a row."""
-        layer, slot = np.nonzero(self._tables.counts[:, row])
-        pairs = np.ravel_multi_index((layer, row, slot), self._room.shape)
-        self._pool.release(*self._tables.pages(pairs))
+        """Gives back all pages of a row; those that prefixes or other rows hold remain in use."""
+        pairs = self._pairs(row)
+        devices, pages = self._tables.pages(pairs)
+        self._pool.release(devices, pages)
+        self._num_listed -= np.bincount(devices, minlength=self.spec.num_devices)
         self._tables.clear(pairs)
         self._room[:, row] = _NOT_OWNED
-        self._rows[row] = False
+        self._is_active[row] = False
         self._uncommitted[row] = 0
+
+    def retain(self, row: int) -> PrefixPages:
+        """Keeps what a row holds now as a prefix, until `release`.
+
+        The row itself must be freed before more is appended to it: its last pages are the prefix's.
+        """
+        lengths = self.lengths[:, row].astype(np.int32)
+        devices, pages = self._tables.pages(self._pairs(row))
+        self._pool.retain(devices, pages)
+        return PrefixPages(lengths, devices, pages)
+
+    def share(
+        self, row: int, prefix: PrefixPages, *, copies_last: bool = True
+    ) -> PageCopies | None:
+        """Begins an empty row with the tokens of a prefix.
+
+        Full pages are shared. Those that the row will append to are copied: the devices must copy
+        them after the prefix has been written, and before the row is read. With `copies_last` false
+        they are shared as well, for a row that is to be the only one: the prefix must then be
+        released.
+
+        Returns:
+            The copies; None where the pages do not suffice, also for one more token in every active
+            row.
+        """
+        size, lengths = self.spec.page_size, prefix.slot_lengths
+        is_partial = (lengths % size > 0) & copies_last
+        num_shared = np.bincount(prefix.devices, minlength=self.spec.num_devices)
+        num_copied = self._per_device(is_partial[:, None])
+        if not self._has_room(num_copied + self._num_opened(1), num_shared - num_copied):
+            return None
+        layer, slot = np.nonzero(lengths)
+        counts = -(-lengths[layer, slot] // size)
+        copied = (np.cumsum(counts) - 1)[is_partial[layer, slot]]
+        is_shared = np.ones(len(prefix.pages), bool)
+        is_shared[copied] = False
+        self._pool.retain(prefix.devices[is_shared], prefix.pages[is_shared])
+        pages, devices = prefix.pages.copy(), prefix.devices[copied]
+        pages[copied] = self._pool.take(devices)
+        pairs = np.ravel_multi_index((layer, row, slot), self._room.shape)
+        self._num_listed += num_shared
+        self._tables.append(pairs, counts, pages)
+        self._room.flat[pairs] = counts * size - lengths[layer, slot]
+        return PageCopies(devices, prefix.pages[copied], pages[copied])
+
+    def release(self, prefix: PrefixPages) -> None:
+        """Gives back the pages of a prefix; those that rows hold remain in use."""
+        self._pool.release(prefix.devices, prefix.pages)
 
     def take_page_table_update(self) -> PageTableUpdate:
         """What has changed in the page tables since the last call."""
         return self._tables.take_update()
 
+    def _pairs(self, row: int) -> np.ndarray:
+        """The (layer, row, slot) of a row that have pages, as flat indices."""
+        layer, slot = np.nonzero(self._tables.counts[:, row])
+        return np.ravel_multi_index((layer, row, slot), self._room.shape)
+
+    def _extend(self, row: int, added: np.ndarray, num_known_tokens: int) -> bool:
+        """Takes pages for `added` tokens [L, P*C] of a row; False where the pages do not suffice.
+
+        Further tokens must fit as well, see `reserve_prompt`.
+        """
+        size, room = self.spec.page_size, self._room[:, row]
+        grown = added + (added > 0) * (1 + num_known_tokens)
+        needed = self._per_device(_num_pages(grown - room, size)[:, None]) + self._num_opened(1)
+        if not self._has_room(needed):
+            return False
+        opened = _num_pages(added - room, size)
+        room += opened * size - added
+        layer, slot = np.nonzero(opened)
+        pairs = np.ravel_multi_index((layer, row, slot), self._room.shape)
+        self._append_new_pages(pairs, opened[layer, slot])
+        return True
+
+    def _has_room(self, num_new: np.ndarray, num_shared: np.ndarray | int = 0) -> bool:
+        """Whether there are that many free pages, [P], and the page tables can list them.
+
+        `num_shared` more are to be listed that are in use already.
+        """
+        num_listed = self._num_listed + num_new + num_shared
+        is_listed = (num_listed <= self.spec.max_listed_pages).all()
+        return bool(is_listed and (num_new <= self._pool.num_free).all())
+
+    def _opens_page(self, num_tokens: int) -> np.ndarray:
+        """[L, B, P*C] whether that many further tokens of an active row open a page."""
+        return (self._room < num_tokens) & self._is_active[:, None]
+
     def _num_opened(self, num_tokens: int) -> np.ndarray:
-        """[P] pages that at most a page of further tokens in every row would take."""
-        return self._per_device(self._room < num_tokens)
+        """[P] pages that at most a page of further tokens in every active row would take."""
+        return self._per_device(self._opens_page(num_tokens))
 
     def _per_device(self, pages: np.ndarray) -> np.ndarray:
         """[P] sums of an array [L, rows, P*C]."""
         return pages.sum((0, 1)).reshape(self.spec.num_devices, -1).sum(1)
 
-    def _append_pages(self, pairs: np.ndarray, counts: np.ndarray) -> None:
+    def _append_new_pages(self, pairs: np.ndarray, counts: np.ndarray) -> None:
         """Takes pages and appends them to the tables of pairs, `counts[i]` to `pairs[i]`."""
         devices = np.repeat(pairs % self.spec.num_slots // self.spec.slots_per_device, counts)
+        self._num_listed += np.bincount(devices, minlength=self.spec.num_devices)
         self._tables.append(pairs, counts, self._pool.take(devices))
+
+
+def _num_pages(num_tokens: np.ndarray, page_size: int) -> np.ndarray:
+    """Pages for that many tokens; none for negative numbers."""
+    return np.maximum(-(-num_tokens // page_size), 0)
 
 
 _NOT_OWNED = np.int32(1 << 30)

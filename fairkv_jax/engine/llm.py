@@ -11,7 +11,8 @@ from tqdm import tqdm
 from fairkv_jax.checkpoint.fetch import DEMO_MODEL
 from fairkv_jax.config import ENGINE_CLASSES, ENGINE_OPTIONS
 from fairkv_jax.engine.build import build_engine
-from fairkv_jax.engine.request import Request, RequestOutput, ValidatedRequest
+from fairkv_jax.engine.prefix_registry import chat_text
+from fairkv_jax.engine.request import CachedPrefix, Request, RequestOutput, ValidatedRequest
 from fairkv_jax.options import document_options, with_new_names
 from fairkv_jax.sampling_params import SamplingParams
 from fairkv_jax.tokenizer import Tokenizer
@@ -47,39 +48,104 @@ class LLM:
         prompts: Prompt | Sequence[Prompt],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
+        prefix_id: str | None = None,
         return_kept_positions: bool = False,
     ) -> list[RequestOutput]:
         """Generates a continuation of every prompt, which is a text or a list of token ids.
 
-        Returns the outputs in the order of the prompts.
+        With `prefix_id`, see `cache_prefix`, the prompts are what follows that prefix. Returns the
+        outputs in the order of the prompts.
 
         Raises:
             ValueError: a prompt or a parameter is invalid. All prompts are checked before any is
                 run.
         """
-        encode = self.engine.tokenizer.encode
-        batch = [
-            (prompt, encode(prompt)) if isinstance(prompt, str) else (None, list(prompt))
-            for prompt in _as_batch(prompts)
-        ]
-        return self._run(self._requests(batch, sampling_params, return_kept_positions))
+        batch = [self._encoded(prompt, prefix_id) for prompt in _as_batch(prompts)]
+        return self._run(self._requests(batch, sampling_params, return_kept_positions, prefix_id))
 
     def chat(
         self,
         messages: Messages | Sequence[Messages],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
+        prefix_id: str | None = None,
         return_kept_positions: bool = False,
     ) -> list[RequestOutput]:
-        """Answers one conversation or a list of them, using the model's chat template."""
+        """Answers one conversation or a list of them, using the model's chat template.
+
+        With `prefix_id`, see `cache_prefix`, the messages are those that follow the prefix's.
+        """
         if not isinstance(messages, Sequence) or not messages:
             raise ValueError(f"messages must be a list of messages, got {messages!r}")
         conversations = [messages] if isinstance(messages[0], Mapping) else messages
-        tokenizer = self.engine.tokenizer
-        texts = [tokenizer.apply_chat_template(each) for each in conversations]  # pyright: ignore[reportArgumentType]
+        record = None if prefix_id is None else self.engine.prefixes.get(prefix_id)
+        texts = [
+            chat_text(self.engine.tokenizer, each, record)  # pyright: ignore[reportArgumentType]
+            for each in conversations
+        ]
         # The template writes the BOS token if the model has one.
-        batch = [(text, tokenizer.encode(text, add_special_tokens=False)) for text in texts]
-        return self._run(self._requests(batch, sampling_params, return_kept_positions))
+        encode = self.engine.tokenizer.encode
+        batch = [(text, encode(text, add_special_tokens=False)) for text in texts]
+        return self._run(self._requests(batch, sampling_params, return_kept_positions, prefix_id))
+
+    def cache_prefix(
+        self,
+        prompt: Prompt | Messages,
+        *,
+        kv_policy: str | None = None,
+        kv_budget: int | None = None,
+        kv_ratio: float | None = None,
+    ) -> CachedPrefix:
+        """Reads and compresses the beginning of prompts once, for any number of requests.
+
+            document = llm.cache_prefix(text, kv_policy="streaming_llm", kv_budget=256)
+            llm.generate(["\n\nQuestion: ..."], prefix_id=document.id)
+
+        It remains in the KV cache until its pages are needed, and is then computed again when a
+        request needs it. An equal prefix is computed once.
+
+        Args:
+            prompt: A text, token ids, or messages of a conversation.
+            kv_policy: Replaces the engine's; so do the following. What is kept must not depend on
+                the end of the prefix, unless it is kept whole.
+
+        Raises:
+            ValueError: the prefix is invalid, or the engine does not cache prefixes.
+        """
+        messages: Any = None
+        if not isinstance(prompt, str) and len(prompt) and isinstance(prompt[0], Mapping):
+            messages = tuple(prompt)
+            text = chat_text(self.engine.tokenizer, messages, add_generation_prompt=False)
+            token_ids = self.engine.tokenizer.encode(text, add_special_tokens=False)
+        else:
+            (single,) = _as_batch(prompt)  # pyright: ignore[reportArgumentType]
+            text, token_ids = self._encoded(single, None)
+        self._num_requests += 1
+        request = Request(
+            str(self._num_requests),
+            token_ids,
+            prompt=text,
+            kv_policy=kv_policy,
+            kv_budget=kv_budget,
+            kv_ratio=kv_ratio,
+            caches_prefix=True,
+            messages=messages,
+        )
+        (output,) = self._run([self.engine.validate(request)])
+        assert output.cached_prefix is not None
+        return output.cached_prefix
+
+    def prefixes(self) -> list[CachedPrefix]:
+        """Returns the prefixes that `cache_prefix` has cached, the oldest first."""
+        return [self.engine.cached_prefix(record.id) for record in self.engine.prefixes.of_owner()]
+
+    def delete_prefix(self, prefix_id: str) -> None:
+        """Forgets a prefix and frees its pages.
+
+        Raises:
+            ValueError: there is none with this id.
+        """
+        self.engine.delete_prefix(prefix_id)
 
     def prefill_logits(self, token_ids: list[int]) -> Float[np.ndarray, "V"]:
         """Returns the float32 logits of the token after a prompt, to compare with other code."""
@@ -93,11 +159,19 @@ class LLM:
     def get_tokenizer(self) -> Tokenizer:
         return self.engine.tokenizer
 
+    def _encoded(self, prompt: Prompt, prefix_id: str | None) -> tuple[str | None, list[int]]:
+        """Returns a prompt's text, if it has one, and its token ids."""
+        if not isinstance(prompt, str):
+            return None, list(prompt)
+        encode = self.engine.tokenizer.encode
+        return prompt, encode(prompt, add_special_tokens=prefix_id is None)
+
     def _requests(
         self,
         batch: Sequence[tuple[str | None, list[int]]],
         params: SamplingParams | Sequence[SamplingParams] | None,
         positions: bool,
+        prefix_id: str | None,
     ) -> list[ValidatedRequest]:
         """Makes and validates a request for every (text, token ids) pair."""
         if params is None or isinstance(params, SamplingParams):
@@ -114,15 +188,19 @@ class LLM:
         requests = []
         for (text, token_ids), each in zip(batch, params, strict=True):
             self._num_requests += 1
-            request = Request(str(self._num_requests), token_ids, each, text, positions)
+            request = Request(
+                str(self._num_requests), token_ids, each, text, positions, prefix_id=prefix_id
+            )
             requests.append(self.engine.validate(request))
         return requests
 
     def _run(self, requests: list[ValidatedRequest]) -> list[RequestOutput]:
         """Runs requests until they finish; an interruption aborts the unfinished ones."""
+        segments = [segment for each in requests for segment in self.engine.segments(each)]
         self.engine.warm_up(
-            [len(each.request.prompt_token_ids) for each in requests],
+            [each.stop - each.start for each in segments if each.start == 0],
             len(requests),
+            suffix_lengths=[each.stop - each.start for each in segments if each.start > 0],
             prompt_logprobs=any(
                 each.request.sampling_params.prompt_logprobs is not None for each in requests
             ),

@@ -4,6 +4,7 @@ import itertools
 import time
 from collections import deque
 from collections.abc import Iterable
+from dataclasses import replace
 
 import numpy as np
 
@@ -17,11 +18,19 @@ from fairkv_jax.engine.execution import Execution
 from fairkv_jax.engine.kv_cache_manager import KVCacheManager
 from fairkv_jax.engine.model_runner import ModelRunner
 from fairkv_jax.engine.output_processor import OutputProcessor
-from fairkv_jax.engine.prefill_chunking import PrefillChunking
-from fairkv_jax.engine.request import Request, RequestOutput, ValidatedRequest
+from fairkv_jax.engine.prefix_registry import PrefixRegistry
+from fairkv_jax.engine.request import (
+    CachedPrefix,
+    PrefixRecord,
+    Request,
+    RequestOutput,
+    ValidatedRequest,
+)
 from fairkv_jax.engine.schedule_log import ScheduleLog
-from fairkv_jax.engine.scheduler import ScheduledRequest, Scheduler
-from fairkv_jax.engine.scheduler_output import NewRequest
+from fairkv_jax.engine.scheduled_request import ScheduledRequest, Segment
+from fairkv_jax.engine.scheduler import Scheduler
+from fairkv_jax.engine.scheduler_output import NewRequest, NewTokens
+from fairkv_jax.engine.segments import segments_of
 from fairkv_jax.engine.stats import EngineStats
 from fairkv_jax.engine.structured_output import GrammarCompiler
 from fairkv_jax.engine.timings import StepTimer
@@ -71,7 +80,12 @@ class LLMEngine:
         self.scheduler = Scheduler(
             KVCacheManager(self.runner.cache_spec, self.runner.layout),
             self.output_processor.grammar_bitmask,
+            engine_config.prefix_cache_fraction,
         )
+        self.prefixes = PrefixRegistry(self.model_config, kv_config)
+        """Prefixes that have been cached by requests, see `Request.caches_prefix`."""
+        self._caching: dict[str, PrefixRecord] = {}
+        """By the id of the unfinished request that computes it."""
         self._grammars = GrammarCompiler(self.tokenizer, self.model_config.vocab_size)
         self._arrivals = itertools.count()
         self._compilations = Compilations()
@@ -91,11 +105,23 @@ class LLMEngine:
         return pages * spec.page_size // (model.num_layers * model.num_kv_heads)
 
     def warm_up(
-        self, prompt_lengths: Iterable[int], num_requests: int, *, prompt_logprobs: bool = True
+        self,
+        prompt_lengths: Iterable[int],
+        num_requests: int,
+        *,
+        suffix_lengths: Iterable[int] = (),
+        prompt_logprobs: bool = True,
     ) -> None:
-        """Compiles everything that requests of these prompt lengths run, with a progress bar."""
-        rows = min(num_requests, self.engine_config.max_num_seqs)
-        self.runner.warm_up(prompt_lengths, rows, prompt_logprobs=prompt_logprobs)
+        """Compiles everything that requests of these prompt lengths run, with a progress bar.
+
+        `suffix_lengths` are those of what follows a cached prefix.
+        """
+        self.runner.warm_up(
+            prompt_lengths,
+            min(num_requests, self.engine_config.max_num_seqs),
+            suffix_lengths=suffix_lengths,
+            prompt_logprobs=prompt_logprobs,
+        )
 
     def stats(self) -> EngineStats:
         """What runs and waits, and how full the cache is; for the thread that calls `step`."""
@@ -129,25 +155,28 @@ class LLMEngine:
 
         Raises:
             ValueError: the prompt is empty, too long, or holds ids outside the vocabulary; a
-                sampling option does; the grammar has a fault; or more is to be kept of the prompt
-                than the engine allows.
+                sampling option does; the grammar has a fault; more is to be kept of the prompt
+                than the engine allows; or the prefix is unknown or cannot be cached.
         """
         prompt, limit = request.prompt_token_ids, self.engine_config.max_model_len
         if not prompt:
             raise ValueError("the prompt is empty: give at least one token")
-        if len(prompt) >= limit:
-            raise ValueError(
-                f"the prompt has {len(prompt)} tokens, but max_model_len {limit} must hold it and "
-                f"at least one generated token: shorten it to {limit - 1} or raise max_model_len"
-            )
+        self._check_length(len(prompt))
         vocab_size = self.model_config.vocab_size
         for token_id in prompt:
             if not 0 <= token_id < vocab_size:
                 raise ValueError(f"token id {token_id} is not in the vocabulary [0, {vocab_size})")
+        record = self._prefix_of(request)
+        if record is not None and not request.caches_prefix:
+            prompt = [*record.request.prompt_token_ids, *prompt]
+            self._check_length(len(prompt))
         self._check_sampling_params(request.sampling_params)
         self._check_kv_options(request)
         room, wanted = limit - len(prompt), request.sampling_params.max_tokens
-        return ValidatedRequest(request, room if wanted is None else min(wanted, room))
+        if request.caches_prefix:
+            room = 0
+        max_tokens = room if wanted is None else min(wanted, room)
+        return ValidatedRequest(replace(request, prompt_token_ids=prompt), max_tokens, record)
 
     def add_request(self, request: Request | ValidatedRequest) -> None:
         """Puts a request into the queue; it is validated first unless it has been already.
@@ -162,21 +191,15 @@ class LLMEngine:
         seed = self._seeds.integers(2**63) if params.seed is None else params.seed
         outputs = params.structured_outputs
         matcher = None if outputs is None else self._grammars.matcher(outputs)
-        shape = PrefillChunking.of(
-            len(request.prompt_token_ids),
-            self.model_config,
-            self.engine_config,
-            wants_logprobs=params.prompt_logprobs is not None,
-        )
         new = NewRequest(
             request.request_id,
             request.prompt_token_ids,
             params,
             int(seed),
-            request.kv_policy,
-            request.kv_budget,
-            request.return_kept_positions,
+            return_kept_positions=request.return_kept_positions,
         )
+        if request.caches_prefix and valid.prefix is not None:
+            self._caching[request.request_id] = valid.prefix
         self.output_processor.add(
             request, max_tokens=valid.max_tokens, arrival_time=time.monotonic(), matcher=matcher
         )
@@ -185,8 +208,7 @@ class LLMEngine:
                 new,
                 arrival=next(self._arrivals),
                 max_tokens=valid.max_tokens,
-                chunk_work=shape.work(self.model_config),
-                num_layer_chunks=shape.num_layer_chunks,
+                segments=self.segments(valid),
                 follows_grammar=matcher is not None,
             )
         )
@@ -195,8 +217,29 @@ class LLMEngine:
         """Ends a request wherever it is; its pages are free at once. Unknown ids are ignored."""
         self.scheduler.abort(request_id)
         self.output_processor.abort(request_id)
+        self._caching.pop(request_id, None)
         self._outputs = [each for each in self._outputs if each.request_id != request_id]
         self._drop_unneeded_executions()
+
+    def cached_prefix(self, prefix_id: str, owner: str = "") -> CachedPrefix:
+        """Describes a prefix that a request has cached.
+
+        Raises:
+            UnknownPrefix: there is none with this id and owner.
+        """
+        prefix, spec = self.prefixes.get(prefix_id, owner).prefix, self.runner.cache_spec
+        kept = prefix.head_lengths
+        assert kept is not None
+        num_pages = int((-(-kept // spec.page_size)).sum())
+        return CachedPrefix(prefix.key, prefix.num_tokens, kept, num_pages * spec.page_bytes)
+
+    def delete_prefix(self, prefix_id: str, owner: str = "") -> None:
+        """Forgets a prefix; requests that use it finish, and its pages are free afterwards.
+
+        Raises:
+            UnknownPrefix: there is none with this id and owner.
+        """
+        self.scheduler.prefixes.delete(self.prefixes.remove(prefix_id, owner).prefix)
 
     def close(self) -> None:
         """Closes the schedule log, if there is one; later steps are not logged."""
@@ -219,6 +262,7 @@ class LLMEngine:
             raise
 
     def _step(self) -> list[RequestOutput]:
+        self._process(self.scheduler.take_cached(), time.monotonic())
         while len(self._in_flight) < _MAX_IN_FLIGHT and self._execute_next():
             pass
         if not self._in_flight:
@@ -228,14 +272,23 @@ class LLMEngine:
         if self._schedule_log is not None:
             self._schedule_log.write_result(execution.output, result)
         self._timer.record(execution.output, None if execution.has_compiled else start, now)
-        new_tokens = self.scheduler.update(execution.output, result)
+        self._process(self.scheduler.update(execution.output, result), now)
+        self._drop_unneeded_executions()
+        return self._take_outputs()
+
+    def _process(self, new_tokens: list[NewTokens], now: float) -> None:
+        """Adds new tokens to their outputs, and ends the requests that have all of theirs."""
         outputs = self.output_processor.process(new_tokens, now)
         self._outputs += outputs
         for output in outputs:
             if output.finished:
+                record = self._caching.pop(output.request_id, None)
+                if record is not None:
+                    replaced = self.prefixes.add(record)
+                    if replaced is not None:
+                        self.scheduler.prefixes.delete(replaced.prefix)
+                    output.cached_prefix = self.cached_prefix(record.id, record.request.owner)
                 self.scheduler.abort(output.request_id)
-        self._drop_unneeded_executions()
-        return self._take_outputs()
 
     def _take_outputs(self) -> list[RequestOutput]:
         outputs, self._outputs = self._outputs, []
@@ -267,6 +320,14 @@ class LLMEngine:
             self._in_flight.clear()
             self.scheduler.forget_results()
 
+    def _check_length(self, num_tokens: int) -> None:
+        limit = self.engine_config.max_model_len
+        if num_tokens >= limit:
+            raise ValueError(
+                f"the prompt has {num_tokens} tokens, but max_model_len {limit} must hold it and "
+                f"at least one generated token: shorten it to {limit - 1} or raise max_model_len"
+            )
+
     def _check_sampling_params(self, params: SamplingParams) -> None:
         vocab_size = self.model_config.vocab_size
         for token_id in dict(params.logit_bias or {}):
@@ -283,13 +344,45 @@ class LLMEngine:
         if params.structured_outputs is not None:
             self.compile_grammar(params.structured_outputs)
 
+    def _prefix_of(self, request: Request) -> PrefixRecord | None:
+        """The prefix that a request begins with, or caches."""
+        if request.prefix_id is None and not request.caches_prefix:
+            return None
+        if not self.engine_config.enable_prefix_caching:
+            raise ValueError("prefixes are not cached: start with enable_prefix_caching")
+        if request.sampling_params.prompt_logprobs is not None or request.return_kept_positions:
+            raise ValueError(
+                "log-probabilities and kept positions of a prompt are not available where it "
+                "begins with a cached prefix: leave out prefix_id, or do not ask for them"
+            )
+        if request.caches_prefix:
+            self._check_kv_options(request)
+            return self.prefixes.record_of(request)
+        assert request.prefix_id is not None
+        given = (request.kv_policy, request.kv_budget, request.kv_ratio)
+        if self.kv_config.suffix == "keep" and given != (None, None, None):
+            raise ValueError(
+                "what follows a cached prefix is kept whole, so kv_policy, kv_budget and kv_ratio "
+                "have no effect on it: leave them out, or start with kv_suffix compress"
+            )
+        return self.prefixes.get(request.prefix_id, request.owner)
+
+    def segments(self, valid: ValidatedRequest) -> tuple[Segment, ...]:
+        """The parts in which a prompt is prefilled and compressed."""
+        return segments_of(valid, self.model_config, self.engine_config, self.kv_config)
+
     def _check_kv_options(self, request: Request) -> None:
-        wanted = request_kv_config(self.kv_config, request.kv_policy, request.kv_budget)
+        wanted = request_kv_config(
+            self.kv_config, request.kv_policy, request.kv_budget, request.kv_ratio
+        )
         make_method(wanted)
         num_tokens = len(request.prompt_token_ids)
         kept, most = (num_kept_tokens(each, num_tokens) for each in (wanted, self.kv_config))
         if kept > most:
+            given, remedy = f"kv_budget {kept}", "lower it"
+            if request.kv_ratio is not None:
+                given, remedy = f"kv_ratio {request.kv_ratio}, which keeps {kept},", "raise it"
             raise ValueError(
-                f"kv_budget {kept} is beyond the {most} tokens per head that are kept of a prompt "
-                f"of {num_tokens}: lower it, or raise the engine's own"
+                f"{given} is beyond the {most} tokens per head that are kept of a prompt of "
+                f"{num_tokens}: {remedy}, or let the engine itself keep more"
             )

@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from fairkv_jax.cache import CachedPrefix, KVCache, TableWrites
+from fairkv_jax.cache import KVCache, PrefixView, TableWrites
 from fairkv_jax.checkpoint import Checkpoint
 from fairkv_jax.compress.budgets import budgets_per_head, request_kv_config
 from fairkv_jax.compress.registry import make_method, offered_methods
@@ -27,19 +27,17 @@ from fairkv_jax.engine.execution import (
     Execution,
     PendingPrefill,
     PrefillTask,
-    RowPrefix,
     logprobs_start,
 )
-from fairkv_jax.engine.prefill_chunking import (
-    PrefillChunking,
-    prefill_bucket,
-)
+from fairkv_jax.engine.page_tables import PageCopies
+from fairkv_jax.engine.prefill_chunking import PrefillChunking, prefill_bucket
 from fairkv_jax.engine.programs import Programs
 from fairkv_jax.engine.scheduler_output import (
     Decode,
     Insertion,
     NewRequest,
     PrefillChunks,
+    RowPrefix,
     SchedulerOutput,
 )
 from fairkv_jax.plan import Plan
@@ -109,8 +107,9 @@ class ModelRunner:
         ):
             self._task = None
         writes = list(self._inputs.table_writes(output.page_table_update))
-        # The step itself takes one part of the changes; a row is inserted after all of them.
-        last = writes.pop() if writes and output.decode and not output.insertion else None
+        # A decode step takes one part of the changes itself; what comes before it needs them all.
+        only_decodes = output.insertion is None and output.prefill is None
+        last = writes.pop() if writes and output.decode and only_decodes else None
         for part in writes:
             table = self.programs.write_tables()(self.cache.page_table, part)
             self.cache = replace(self.cache, page_table=table)
@@ -140,7 +139,7 @@ class ModelRunner:
         Raises:
             ValueError: prefix and suffix together are longer than `max_model_len`.
         """
-        request = NewRequest("", token_ids, SamplingParams(), 0)
+        request = NewRequest("", token_ids, SamplingParams(), 0, keeps_whole=True)
         task = self.start_prefill(request, kv_config, cached_prefix=prefix)
         self.run_chunks(task, 0, task.shape.num_chunks)
         return task.prefix
@@ -178,10 +177,9 @@ class ModelRunner:
         *,
         cached_prefix: RowPrefix | None = None,
     ) -> PrefillTask:
-        """Starts the prefill of a prompt, or with `cached_prefix`, of the suffix that follows it.
+        """Starts the prefill of a prompt, or with `cached_prefix`, of the segment that follows it.
 
-        `kv_config` replaces the options that the request leads to; without it a suffix is kept
-        whole.
+        `kv_config` replaces the options that the request leads to.
 
         Raises:
             ValueError: prefix and suffix together are longer than `max_model_len`.
@@ -201,7 +199,7 @@ class ModelRunner:
         )
         padded = np.zeros(shape.bucket, np.int32)
         padded[: len(prompt)] = prompt
-        budgets, method = self._compression(request, kv_config, is_suffix=cached_prefix is not None)
+        budgets, method = self._compression(request, kv_config)
         start = self.programs.start_prefill(shape.bucket, has_prefix=cached_prefix is not None)
         return PrefillTask(
             request,
@@ -219,7 +217,7 @@ class ModelRunner:
         bucket, layer_chunks = task.shape.bucket, task.shape.num_layer_chunks
         cached_prefix, prefix = task.cached_prefix, None
         if cached_prefix is not None:
-            prefix = CachedPrefix.of(
+            prefix = PrefixView.of(
                 self.cache, np.int32(cached_prefix.row), cached_prefix.slot_lengths
             )
         has_prefix = cached_prefix is not None
@@ -254,28 +252,37 @@ class ModelRunner:
             task.progress = scores.tokens
             task.prompt_logprobs.append(scores)
 
-    def sample_first(
-        self,
-        prefix: CompressedPrefix,
-        request: NewRequest,
-        grammar_bitmask: np.ndarray | None = None,
-    ) -> Sampled:
-        """Samples the token that follows a prompt."""
-        prompt, vocab_size = request.prompt_token_ids, self.model_config.vocab_size
+    def sample_first(self, task: PrefillTask, grammar_bitmask: np.ndarray | None = None) -> Sampled:
+        """Samples the token that follows a prompt, all of whose chunks have run."""
+        prompt, vocab_size = task.prompt_token_ids, self.model_config.vocab_size
         if grammar_bitmask is None:
             grammar_bitmask = np.zeros(num_bitmask_words(vocab_size), np.uint32)
         history: Any = self._padded(prompt)[None], np.array([len(prompt)], np.int32)
         return self.programs.sample_first()(
-            prefix.logits,
-            self._inputs.sampling([(request.sampling_params, request.seed)]),
+            task.prefix.logits,
+            self._inputs.sampling([(task.request.sampling_params, task.request.seed)]),
             TokenHistory(*history),
             grammar_bitmask[None],
         )
 
-    def warm_up(self, prompt_lengths: Any, num_rows: int, *, prompt_logprobs: bool = True) -> None:
-        """Compiles what prompts of these lengths and batches of up to `num_rows` rows run."""
-        batches = {self.batch_bucket(rows + 1) for rows in range(num_rows)}
-        self.programs.warm_up(prompt_lengths, sorted(batches), prompt_logprobs=prompt_logprobs)
+    def warm_up(
+        self,
+        prompt_lengths: Iterable[int],
+        num_rows: int,
+        *,
+        suffix_lengths: Iterable[int] = (),
+        prompt_logprobs: bool = True,
+    ) -> None:
+        """Compiles what prompts of these lengths and batches of up to `num_rows` rows run.
+
+        `suffix_lengths` are those of what follows prefixes in the cache.
+        """
+        self.programs.warm_up(
+            prompt_lengths,
+            sorted({self.batch_bucket(rows + 1) for rows in range(num_rows)}),
+            suffix_lengths=suffix_lengths,
+            prompt_logprobs=prompt_logprobs,
+        )
 
     def reset(self) -> None:
         """Empties the cache and forgets all rows and the prefill."""
@@ -305,16 +312,19 @@ class ModelRunner:
         self._inputs.rows_have_changed()
 
     def _insert(self, insertion: Insertion) -> None:
-        """Copies the prompt that has just been prefilled into its row."""
+        """Copies the segment that has just been prefilled into its row."""
         task = self._task
         assert task is not None
         assert task.request.request_id == insertion.request_id
-        known = [*task.request.prompt_token_ids, *insertion.output_token_ids]
-        program = self.programs.insert(task.shape.bucket)
-        self._copy(program, task.prefix, insertion.row, insertion.slot_lengths, known)
-        self._requests[insertion.row] = task.request
+        known = [*task.prompt_token_ids, *insertion.output_token_ids]
+        has_prefix = task.cached_prefix is not None
+        program = self.programs.insert(task.shape.bucket, has_prefix=has_prefix)
+        row, lengths = insertion.row, insertion.slot_lengths
+        self._copy(program, task.prefix, row, lengths, known, is_active=insertion.is_last)
         self._task = None
-        self._inputs.rows_have_changed()
+        if insertion.is_last:
+            self._requests[row] = task.request
+            self._inputs.rows_have_changed()
 
     def _copy(
         self,
@@ -323,21 +333,27 @@ class ModelRunner:
         row: int,
         slot_lengths: np.ndarray,
         known: list[int],
+        *,
+        is_active: bool = True,
     ) -> None:
         """Copies a compressed cache into the pages of a row, by the `insert` of its bucket."""
         tokens = self._padded(known), np.int32(len(known))
-        self.cache = program(self.cache, prefix, np.int32(row), slot_lengths, *tokens)
+        self.cache = program(
+            self.cache, prefix, np.int32(row), slot_lengths, *tokens, np.bool_(is_active)
+        )
 
     def _compression(
-        self, request: NewRequest, kv_config: KVConfig | None, *, is_suffix: bool
+        self, request: NewRequest, kv_config: KVConfig | None
     ) -> tuple[np.ndarray, int]:
-        """Returns the budgets [L, K] of a prompt, and the index of its method."""
+        """Returns the budgets [L, K] of a segment, and the index of its method."""
         model, num_tokens = self.model_config, len(request.prompt_token_ids)
         heads = model.num_layers, model.num_kv_heads
-        if kv_config is None and is_suffix:
+        if kv_config is None and request.keeps_whole:
             return np.full(heads, num_tokens, np.int32), 0  # no method sees what is kept whole
         if kv_config is None:
-            kv_config = request_kv_config(self.kv_config, request.kv_policy, request.kv_budget)
+            kv_config = request_kv_config(
+                self.kv_config, request.kv_policy, request.kv_budget, request.kv_ratio
+            )
         budgets = budgets_per_head(kv_config, num_tokens, *heads)
         return np.array(budgets, np.int32), self.methods.index(make_method(kv_config))
 
@@ -345,7 +361,10 @@ class ModelRunner:
         """Runs chunks of a prompt; returns its pending results after the last chunk."""
         if chunks.new_request is not None:
             self._task = None  # the one before was abandoned, and its memory is needed
-            self._task = self.start_prefill(chunks.new_request)
+            prefix = chunks.cached_prefix
+            if prefix is not None and prefix.page_copies is not None:
+                self._copy_pages(prefix.page_copies)
+            self._task = self.start_prefill(chunks.new_request, cached_prefix=prefix)
         task = self._task
         assert task is not None
         assert task.request.request_id == chunks.request_id
@@ -354,8 +373,13 @@ class ModelRunner:
             return None
         first = None
         if chunks.samples_token:
-            first = self.sample_first(task.prefix, task.request, chunks.grammar_bitmask)
+            first = self.sample_first(task, chunks.grammar_bitmask)
         return PendingPrefill.of(task, self.layout, first)
+
+    def _copy_pages(self, copies: PageCopies) -> None:
+        pool = self.cache.k_pages, self.cache.v_pages
+        k_pages, v_pages = self.programs.copy_pages()(pool, *self._inputs.page_copies(copies))
+        self.cache = replace(self.cache, k_pages=k_pages, v_pages=v_pages)
 
     def _decode(self, decode: Decode, writes: TableWrites | None) -> Sampled:
         batch = self.batch_bucket(decode.rows[-1].row + 1)

@@ -82,6 +82,7 @@ class OutputProcessor:
     def _append(self, state: "RequestState", new: NewTokens, now: float) -> None:
         if new.prefill is not None:
             state.kept = new.prefill.kept
+            state.num_cached_tokens = new.num_cached_tokens
             if state.params.prompt_logprobs is not None:
                 state.prompt_logprobs = self._prompt_logprobs(state, new.prefill.prompt_logprobs)
             if new.sampled is None:
@@ -138,6 +139,7 @@ class RequestState:
         self.metrics = metrics
         self.token_ids: list[int] = []
         self.kept: KeptTokens | None = None
+        self.num_cached_tokens: int | None = None
         self.matcher = matcher
         """The state of its grammar; None: any token may be generated."""
         self.prompt_logprobs: list[dict[int, Logprob] | None] | None = None
@@ -208,6 +210,7 @@ class RequestState:
             kv_lengths=None if self.kept is None else self.kept.lengths,
             kept_positions=None if self.kept is None else self.kept.positions,
             metrics=replace(self.metrics),
+            num_cached_tokens=self.num_cached_tokens,
         )
 
     @property

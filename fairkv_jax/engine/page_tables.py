@@ -8,8 +8,9 @@ Every (layer, row, slot) that owns tokens has a segment of its device's list:
 
 A segment has a few spare entries. When it is full it moves to a larger one: to a free segment of
 that size, else to the end of the list. When the end is reached, the live segments are moved
-together. The size of the list therefore follows from the pages that there are, whatever the longest
-request may be. Changes are collected, so that only what has changed is sent to the devices.
+together. The size of the list therefore follows from the pages that there are, and from how many
+rows may share them, whatever the longest request may be. Changes are collected, so that only what
+has changed is sent to the devices.
 """
 
 from dataclasses import dataclass
@@ -38,6 +39,17 @@ class PageTableUpdate:
 
     def __bool__(self) -> bool:
         return bool(len(self.entry_index) or len(self.start_index))
+
+
+@dataclass(frozen=True)
+class PageCopies:
+    """Pages to be copied, each on its own device."""
+
+    devices: np.ndarray
+    """[n] the device of every copy."""
+    source: np.ndarray
+    """[n] page numbers within the device."""
+    target: np.ndarray
 
 
 class PageTables:
@@ -138,6 +150,7 @@ class PageTables:
     def _take_from_end(self, device: int, capacity: np.ndarray) -> np.ndarray:
         starts = self._end[device] + np.cumsum(capacity) - capacity
         self._end[device] += capacity.sum()
+        assert self._end[device] <= self._spec.table_entries, "more pages than can be listed"
         return starts
 
     def _free_segments(self, pairs: np.ndarray) -> None:

@@ -1,7 +1,7 @@
 """The compiled programs of an engine: one per step and size, compiled at the first use or before.
 
 The arguments of a step are declared beside its function, by a `lower_...` function; those of
-`sample_first`, `release_rows` and `write_tables` are declared here.
+`sample_first`, `release_rows`, `write_tables` and `copy_pages` are declared here.
 """
 
 from collections.abc import Callable, Iterable
@@ -9,9 +9,10 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 from jax.stages import Compiled, Lowered
 
-from fairkv_jax.cache import release_rows, write_tables
+from fairkv_jax.cache import copy_pages, release_rows, write_tables
 from fairkv_jax.compress.budgets import max_kept_per_layer
 from fairkv_jax.compress.contract import Method
 from fairkv_jax.compress_layer import lower_compress_layer
@@ -29,6 +30,7 @@ from fairkv_jax.insert import lower_insert
 from fairkv_jax.prefill import lower_run_chunks, lower_score_prompt
 from fairkv_jax.prefill_carry import PrefillShapes, lower_start_prefill
 from fairkv_jax.sampling import TokenHistory, sample_first
+from fairkv_jax.shapes import TENSOR_AXIS
 from fairkv_jax.sharding.mesh import compiler_options
 from fairkv_jax.sharding.step_shapes import StepShapes
 
@@ -57,28 +59,47 @@ class Programs:
         return len(self._compiled)
 
     def warm_up(
-        self, prompt_lengths: Iterable[int], batches: Iterable[int], *, prompt_logprobs: bool
+        self,
+        prompt_lengths: Iterable[int],
+        batches: Iterable[int],
+        *,
+        suffix_lengths: Iterable[int] = (),
+        prompt_logprobs: bool,
     ) -> None:
         """Compiles what prompts of these lengths and batches of these sizes run.
 
-        `prompt_logprobs`: also what computes the log-probabilities of the prompts.
+        Args:
+            suffix_lengths: lengths of what follows prefixes in the cache.
+            prompt_logprobs: also what computes the log-probabilities of the prompts.
         """
-        buckets = sorted({prefill_bucket(length, self._config) for length in prompt_lengths})
         steps = [self.start_prefill, self.run_chunks, self.compress_layer, self.insert]
-        steps += [self.score_prompt] * prompt_logprobs
+        of_prompts = [*steps, *[self.score_prompt] * prompt_logprobs]
+        suffix_buckets = self._buckets(suffix_lengths)
+        once = [self.sample_first, self.release_rows, self.write_tables]
+        if suffix_buckets:
+            once.append(self.copy_pages)
         wanted = [(f"{n} rows", ("decode", n), partial(self.decode, n)) for n in batches]
         wanted += [
             (f"prompts of {n}", (step.__name__, n), partial(step, n))
-            for n in buckets
-            for step in steps
+            for n in self._buckets(prompt_lengths)
+            for step in of_prompts
         ]
         wanted += [
-            (step.__name__, (step.__name__, 0), step)
-            for step in (self.sample_first, self.release_rows, self.write_tables)
+            (
+                f"suffixes of {n}",
+                (_with_prefix(step.__name__), n),
+                partial(step, n, has_prefix=True),
+            )
+            for n in suffix_buckets
+            for step in steps
         ]
+        wanted += [(step.__name__, (step.__name__, 0), step) for step in once]
         missing = [(name, make) for name, key, make in wanted if key not in self._compiled]
         if missing:
             compile_all(missing[::-1], show=self._show)  # the largest take the longest
+
+    def _buckets(self, lengths: Iterable[int]) -> list[int]:
+        return sorted({prefill_bucket(length, self._config) for length in lengths})
 
     def decode(self, batch: int) -> Compiled:
         """`decode_step` of the first `batch` rows."""
@@ -149,6 +170,19 @@ class Programs:
             ),
         )
 
+    def copy_pages(self) -> Compiled:
+        """`copy_pages` of at most one page of every (layer, slot)."""
+        shapes, cache = self._shapes, self._shapes.cache
+        size = (shapes.spec.num_devices, shapes.spec.num_layers * shapes.spec.slots_per_device)
+        pages = shapes.array(size, spec=PartitionSpec(TENSOR_AXIS))
+        return self._get(
+            "copy_pages",
+            0,
+            lambda: shapes.lower(
+                copy_pages, (cache.k_pages, cache.v_pages), pages, pages, mesh=shapes.mesh
+            ),
+        )
+
     def _get_prefill(
         self,
         name: str,
@@ -169,8 +203,7 @@ class Programs:
             max_kept_per_layer(KVConfig() if has_prefix else self._kv_config, bucket, *heads),
             has_prefix,
         )
-        name = f"{name} with a prefix" if has_prefix else name
-        return self._get(name, bucket, lambda: lower(shapes))
+        return self._get(_with_prefix(name) if has_prefix else name, bucket, lambda: lower(shapes))
 
     def _get(self, name: str, size: int, lower: Callable[[], Lowered]) -> Compiled:
         """The compiled program; compiled now if it is needed for the first time."""
@@ -182,3 +215,8 @@ class Programs:
             with translate_xla_errors(doing, STEP_DOES_NOT_FIT):
                 self._compiled[key] = lower().compile(compiler_options=options)
         return self._compiled[key]
+
+
+def _with_prefix(name: str) -> str:
+    """Returns the name of a program for suffixes of prefixes in the KV cache."""
+    return f"{name} with a prefix"

@@ -1,9 +1,13 @@
 """Requests and outputs of the engine. The names of outputs are vLLM's."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
+from jaxtyping import Int
 
+from fairkv_jax.engine.prefix_cache import Prefix
 from fairkv_jax.engine.stats import RequestMetrics
 from fairkv_jax.sampling_params import SamplingParams
 
@@ -51,6 +55,10 @@ class RequestOutput:
     """Arrival and progress times of the request."""
     prompt_logprobs: list[dict[int, Logprob] | None] | None = None
     """Per prompt token, as in `logprobs`, with None for the first token; None unless requested."""
+    num_cached_tokens: int | None = None
+    """Prompt tokens whose compressed cache was there already; None before the prefill."""
+    cached_prefix: "CachedPrefix | None" = None
+    """The prefix that the request has cached, if it was to cache one."""
 
 
 @dataclass(frozen=True)
@@ -66,6 +74,42 @@ class Request:
     """Overrides the engine's KV policy, see `compress.budgets.request_kv_config`."""
     kv_budget: int | None = None
     """Overrides the engine's KV budget; may not be larger."""
+    kv_ratio: float | None = None
+    """Overrides the engine's KV ratio; may not keep more."""
+    prefix_id: str | None = None
+    """The cached prefix that the prompt continues; its tokens are not part of the prompt."""
+    messages: tuple[Mapping[str, Any], ...] | None = None
+    """What the prompt was made from, if it is a conversation; needed if others continue it."""
+    caches_prefix: bool = False
+    """Whether the prompt is to become a cached prefix; then nothing is generated."""
+    owner: str = ""
+    """Prefixes are found only by requests of their owner."""
+    cache_salt: str = ""
+    """Equal prefixes of different salts are different ones."""
+
+
+@dataclass(frozen=True)
+class PrefixRecord:
+    """A prefix, and the request that computes it."""
+
+    prefix: Prefix
+    request: Request
+
+    @property
+    def id(self) -> str:
+        return self.prefix.key
+
+
+@dataclass(frozen=True)
+class CachedPrefix:
+    """A compressed prefix that requests can begin with, see `LLM.cache_prefix`."""
+
+    id: str
+    num_tokens: int
+    """Also those that compression has dropped."""
+    kept_tokens: Int[np.ndarray, "L K"]
+    bytes: int
+    """What its pages take, over all devices."""
 
 
 @dataclass(frozen=True)
@@ -73,8 +117,11 @@ class ValidatedRequest:
     """A request that the engine has validated and can serve."""
 
     request: Request
+    """Its prompt is whole: it begins with the prefix, if there is one."""
     max_tokens: int
     """Maximum tokens to generate: the requested number, limited by the context."""
+    prefix: PrefixRecord | None = None
+    """The prefix that the prompt begins with; or is, if the request is to cache it."""
 
     @property
     def request_id(self) -> str:

@@ -25,7 +25,7 @@ import numpy as np
 
 from fairkv_jax.checkpoint import Checkpoint
 from fairkv_jax.config import EngineConfig, KVConfig
-from fairkv_jax.engine.page_tables import PageTableUpdate
+from fairkv_jax.engine.page_tables import PageCopies, PageTableUpdate
 from fairkv_jax.engine.scheduler_output import (
     Decode,
     DecodeRow,
@@ -33,6 +33,7 @@ from fairkv_jax.engine.scheduler_output import (
     Insertion,
     NewRequest,
     PrefillChunks,
+    RowPrefix,
     SchedulerOutput,
 )
 from fairkv_jax.plan import Plan
@@ -47,8 +48,10 @@ _CLASSES = {
         DecodeRow,
         Insertion,
         NewRequest,
+        PageCopies,
         PageTableUpdate,
         PrefillChunks,
+        RowPrefix,
         SamplingParams,
         SchedulerOutput,
         StructuredOutputsParams,
@@ -287,7 +290,10 @@ def _without_tokens(output: SchedulerOutput) -> SchedulerOutput:
             params = replace(new.sampling_params, stop=None, structured_outputs=None)
             zeros = [0] * len(new.prompt_token_ids)
             new = replace(new, prompt_token_ids=zeros, sampling_params=params)
-        prefill = replace(prefill, new_request=new, grammar_bitmask=None)
+        prefix = prefill.cached_prefix
+        if prefix is not None:
+            prefix = replace(prefix, token_ids=[0] * len(prefix.token_ids))
+        prefill = replace(prefill, new_request=new, cached_prefix=prefix, grammar_bitmask=None)
     if insertion is not None:
         insertion = replace(insertion, output_token_ids=[0] * len(insertion.output_token_ids))
     if decode is not None:

@@ -8,19 +8,24 @@ decisions. What only the devices know, sampled tokens and what is kept of a prom
 from bisect import insort
 from collections import deque
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from fairkv_jax.engine.kv_cache_manager import KVCacheManager
+from fairkv_jax.engine.prefix_cache import PrefixCache
+from fairkv_jax.engine.rows import Rows
+from fairkv_jax.engine.scheduled_request import ScheduledRequest
 from fairkv_jax.engine.scheduler_output import (
     Decode,
     DecodeRow,
     ExecutionResult,
     Insertion,
-    NewRequest,
+    KeptTokens,
     NewTokens,
     PrefillChunks,
+    PrefillResult,
+    RowPrefix,
     SchedulerOutput,
 )
 from fairkv_jax.engine.timings import Timings
@@ -32,51 +37,6 @@ _STALL_STEPS = 1.25
 """Time for chunks of a prefill between two decode steps, in decode steps."""
 _PREFILL_SECONDS = 0.25
 """Time for chunks when no request decodes; a cancelled prefill may continue for this long."""
-
-
-@dataclass(eq=False)
-class ScheduledRequest:
-    """A request while it waits and runs."""
-
-    request: NewRequest
-    arrival: int
-    max_tokens: int
-    chunk_work: np.ndarray
-    """Multiply-adds of each chunk of its prefill."""
-    num_layer_chunks: int
-    """Chunks of the layers; the others are the prompt's log-probabilities."""
-    follows_grammar: bool = False
-    output_token_ids: list[int] = field(default_factory=list)
-    """Known to the scheduler; they survive a preemption."""
-    num_cached: int = 0
-    """Generated tokens whose keys and values are in the cache, or will be when all that has been
-    scheduled is done."""
-    chunks_scheduled: int = 0
-    head_lengths: np.ndarray | None = None
-    """[L, K] kept tokens, once its prefill is done and while the result has not been inserted."""
-    attempt: int = 0
-    """How often its prefill has been given up."""
-
-    @property
-    def request_id(self) -> str:
-        return self.request.request_id
-
-    @property
-    def num_chunks(self) -> int:
-        """Chunks of its prefill; log-probabilities that have been handed out are not repeated."""
-        return self.num_layer_chunks if self.output_token_ids else len(self.chunk_work)
-
-    @property
-    def num_remaining_steps(self) -> int:
-        """Decode steps until it has all the tokens that it may generate."""
-        return self.max_tokens - self.num_cached - 1
-
-    def start_over(self) -> None:
-        """Forgets a prefill that is under way or done."""
-        self.attempt += 1
-        self.chunks_scheduled = 0
-        self.head_lengths = None
-        self.num_cached = 0
 
 
 @dataclass(frozen=True)
@@ -95,24 +55,30 @@ class Scheduler:
     One prompt at a time is prefilled, that of the oldest waiting request, while a row is free.
     While other requests decode, its chunks take about as long as one or two decode steps between
     two steps. A request whose prefill is done and that waits for pages delays no running request.
-    When pages run out, the newest request is preempted: its prompt is prefilled again later, and
-    its tokens are replayed.
+    When pages run out, prefixes that no request uses are evicted; then the newest request is
+    preempted: its prompt is prefilled again later, and its tokens are replayed.
+
+    A prompt of several segments is prefilled one after the other, from the longest prefix on that
+    is cached. A segment that follows another is prefilled in a row that begins with what is kept
+    before it, as are the tokens that it keeps itself.
     """
 
     def __init__(
         self,
         kv_cache: KVCacheManager,
         grammar_bitmask: Callable[[str], np.ndarray],
+        prefix_cache_fraction: float = 1.0,
     ):
         """`grammar_bitmask` gives the tokens that may come next in a request's output."""
         self.kv_cache = kv_cache
+        self.prefixes = PrefixCache(kv_cache, prefix_cache_fraction)
         self.waiting: list[ScheduledRequest] = []
         """In the order of their arrival; only the first may have a prefill."""
         self.running: dict[int, ScheduledRequest] = {}
         """By row."""
         self.num_preemptions = 0
         self._grammar_bitmask = grammar_bitmask
-        self._free_rows = list(range(kv_cache.spec.num_rows))
+        self._rows = Rows(kv_cache, self.prefixes)
         self._in_flight: deque[_InFlight] = deque()
         self._index = 0
         self._resets_cache = False
@@ -128,7 +94,7 @@ class Scheduler:
 
     @property
     def has_free_row(self) -> bool:
-        return bool(self._free_rows)
+        return self._rows.has_free
 
     def row_of(self, request_id: str) -> int | None:
         """The row in which a request runs, if it does."""
@@ -150,10 +116,12 @@ class Scheduler:
         if row is not None:
             self._release(row)
         else:
-            left = [each for each in self.waiting if each.request_id != request_id]
-            if len(left) == len(self.waiting):
+            mine = [each for each in self.waiting if each.request_id == request_id]
+            if not mine:
                 return
-            self.waiting = left
+            for request in mine:
+                self.waiting.remove(request)
+                self._rows.start_over(request)
         self._finished.append(request_id)
 
     def schedule(self, timings: Timings) -> SchedulerOutput | None:
@@ -164,8 +132,15 @@ class Scheduler:
         if not len(self) or self._must_wait():
             return None
         insertion = self._insert()
-        decode, preempted = self._decode(timings)
-        prefill = self._prefill(timings) if self._wants_prefill else None
+        # A prefix is shared only after it has been written.
+        is_between = insertion is not None and not insertion.is_last
+        begun = None if is_between else self._begin_prefill()
+        attempt = self.waiting[0].attempt if begun is not None else 0
+        awaited = is_between or begun is not None or self._prefill_is_in_flight
+        decode, preempted = self._decode(timings, one_step=awaited)
+        prefill = None
+        if begun is not None and self.waiting[0] is begun[0] and begun[0].attempt == attempt:
+            prefill = self._prefill(timings, *begun)
         if insertion is None and prefill is None and decode is None:
             return None
         output = SchedulerOutput(
@@ -214,6 +189,23 @@ class Scheduler:
                     new.append(NewTokens(request.request_id, result.sampled, at.row, steps))
         return new
 
+    def take_cached(self) -> list[NewTokens]:
+        """Returns the requests of which nothing is left to do, since they only compute a prefix.
+
+        They remain until they are aborted.
+        """
+        new = []
+        for request in self.waiting:
+            prefix = request.segments[-1].prefix
+            if prefix is None or prefix.pages is None:
+                continue
+            assert prefix.head_lengths is not None
+            cached = request.num_cached_tokens
+            cached = prefix.num_tokens if cached is None else cached
+            kept = PrefillResult(KeptTokens(prefix.head_lengths, None), None, None)
+            new.append(NewTokens(request.request_id, None, 0, range(0), kept, cached))
+        return new
+
     def reset(self, output_token_ids: Mapping[str, list[int]]) -> None:
         """Puts all requests back into the queue, after the devices have lost the cache.
 
@@ -223,9 +215,11 @@ class Scheduler:
         self._in_flight.clear()
         for row in list(self.running):
             self._wait(self._release(row))
+        for request in self.waiting:
+            self._rows.start_over(request)
+        self.prefixes.clear()
         self.waiting = [each for each in self.waiting if each.request_id in output_token_ids]
         for request in self.waiting:
-            request.start_over()
             request.output_token_ids = list(output_token_ids[request.request_id])
         self.kv_cache.take_page_table_update()
         self._released = []
@@ -238,13 +232,6 @@ class Scheduler:
 
     def _requests(self) -> list[ScheduledRequest]:
         return [*self.waiting, *self.running.values()]
-
-    @property
-    def _wants_prefill(self) -> bool:
-        """Whether the first waiting request has chunks left to be scheduled, and a row to go to."""
-        if not self.waiting or not self.has_free_row:
-            return False
-        return self.waiting[0].chunks_scheduled < self.waiting[0].num_chunks
 
     def _must_wait(self) -> bool:
         """Whether the next decision needs results that have not arrived.
@@ -259,49 +246,63 @@ class Scheduler:
             return True
         if any(request.num_remaining_steps == 0 or request.follows_grammar for request in running):
             return True
-        return not self.kv_cache.can_reserve(1)
+        return not self.kv_cache.can_reserve(1) and not self.prefixes.has_unused
 
     def _insert(self) -> Insertion | None:
-        """Gives the first waiting request a row, if its prompt is there and pages suffice."""
+        """Gives the first waiting request a row, if its prefill is done and pages suffice.
+
+        The prompt's last segment lets it run; others become prefixes.
+        """
         request = self.waiting[0] if self.waiting else None
-        if request is None or request.head_lengths is None or not self.has_free_row:
+        if request is None or request.head_lengths is None or not self._rows.can_take(request):
             return None
-        row = min(self._free_rows)  # the batch stays short
-        lengths = self.kv_cache.reserve_prompt(
-            row, request.head_lengths, len(request.output_token_ids)
-        )
-        if lengths is None:
-            return None
-        self._free_rows.remove(row)
-        self.running[row] = self.waiting.pop(0)
-        request.head_lengths = None
-        request.num_cached = 0
-        return Insertion(request.request_id, row, lengths, list(request.output_token_ids))
+        insertion = self._rows.insert(request, is_alone=not self.running)
+        if insertion is not None and insertion.is_last:
+            self.running[insertion.row] = self.waiting.pop(0)
+        return insertion
 
     @property
-    def _prefill_is_under_way(self) -> bool:
-        """Whether a request will take a free row as soon as its prefill is done."""
-        return bool(self.waiting) and self.has_free_row and self.waiting[0].head_lengths is None
+    def _prefill_is_in_flight(self) -> bool:
+        """Whether all chunks of a prompt are scheduled, and their result is not known yet."""
+        request = self.waiting[0] if self.waiting else None
+        if request is None or request.head_lengths is not None or not self._rows.can_take(request):
+            return False
+        return 0 < request.chunks_scheduled == request.num_chunks
 
-    def _decode(self, timings: Timings) -> tuple[Decode | None, tuple[str, ...]]:
+    def _begin_prefill(self) -> tuple[ScheduledRequest, RowPrefix | None] | None:
+        """Returns the request whose prefill goes on, and what it begins with if it begins now.
+
+        None where no request waits for chunks, or no row or too few pages are free.
+        """
+        request = self.waiting[0] if self.waiting else None
+        if request is None or not self._rows.can_take(request):
+            return None
+        if request.chunks_scheduled > 0:
+            has_more = request.chunks_scheduled < request.num_chunks
+            return (request, None) if has_more else None
+        if request.head_lengths is not None:
+            return None
+        self._rows.find_prefix(request)
+        if request.segment is None:
+            return None
+        if request.prefix is None:
+            return request, None
+        shared = self._rows.share(request, is_alone=not self.running)
+        return None if shared is None else (request, shared)
+
+    def _decode(self, timings: Timings, *, one_step: bool) -> tuple[Decode | None, tuple[str, ...]]:
         """Schedules decode steps of all rows; also returns the requests preempted to make room."""
         if not self.running:
             return None, ()
         preempted = []
-        if self._prefill_is_under_way or any(
-            request.follows_grammar for request in self.running.values()
-        ):
-            num_steps = 1
-        else:
+        num_steps = 1
+        if not one_step and not any(each.follows_grammar for each in self.running.values()):
             left = min(request.num_remaining_steps for request in self.running.values())
             num_steps = max(1, min(left, _steps_at_once(timings)))
         if not self.kv_cache.can_reserve(num_steps):
             num_steps = 1
         while not self.kv_cache.reserve(num_steps):
-            row = max(self.running, key=lambda row: self.running[row].arrival)
-            request = self._release(row)
-            preempted.append(request.request_id)
-            self._wait(request)
+            preempted += self._make_room()
         self.num_preemptions += len(preempted)
         rows, bitmasks = [], {}
         for row, request in sorted(self.running.items()):
@@ -312,18 +313,42 @@ class Scheduler:
                 bitmasks[row] = self._grammar_bitmask(request.request_id)
         return Decode(tuple(rows), num_steps, bitmasks), tuple(preempted)
 
-    def _prefill(self, timings: Timings) -> PrefillChunks:
+    def _make_room(self) -> list[str]:
+        """Takes pages from prefixes, else from the newest request that has any.
+
+        Returns the ids of running requests that have been preempted.
+        """
+        if self.prefixes.evict_unused():
+            return []
+        first = self.waiting[0] if self.waiting else None
+        row = max(self.running, key=lambda row: self.running[row].arrival)
+        newest = self.running[row]
+        if first is not None and (first.shared_row is not None or first.prefix is not None):
+            if len(self.running) == 1 or first.arrival > newest.arrival:
+                self._rows.start_over(first)
+                return []
+        elif len(self.running) == 1:
+            # There is room for one whole row in any case, if prefixes give up their last pages.
+            has_evicted = self.prefixes.evict_any()
+            assert has_evicted, "the cache cannot hold one request of full length"
+            return []
+        self._wait(self._release(row))
+        return [newest.request_id]
+
+    def _prefill(
+        self, timings: Timings, request: ScheduledRequest, shared: RowPrefix | None
+    ) -> PrefillChunks:
         """Schedules the next chunks of the first waiting request; fewer while others decode."""
-        request = self.waiting[0]
-        start = request.chunks_scheduled
+        segment, start = request.segment, request.chunks_scheduled
+        assert segment is not None
         seconds = _PREFILL_SECONDS
         if self.running:
             seconds = _STALL_STEPS * (timings.step_seconds or 0.0)
-        done = np.cumsum(request.chunk_work[start : request.num_chunks])
+        done = np.cumsum(segment.chunk_work[start : request.num_chunks])
         granted = seconds * (timings.prefill_work_per_second or 0.0)
         count = max(1, int(np.searchsorted(done, granted, side="right")))
         stop = request.chunks_scheduled = start + count
-        samples = request.max_tokens > 0 and not request.output_token_ids
+        samples = segment.prefix is None and request.max_tokens > 0 and not request.output_token_ids
         is_last = stop == request.num_chunks
         bitmask = None
         if is_last and samples and request.follows_grammar:
@@ -334,46 +359,43 @@ class Scheduler:
             stop,
             request.num_chunks,
             work=float(done[count - 1]),
-            new_request=self._new_request(request) if start == 0 else None,
+            new_request=request.for_runner(segment) if start == 0 else None,
+            cached_prefix=shared,
             samples_token=is_last and samples,
             grammar_bitmask=bitmask,
         )
 
-    def _new_request(self, request: ScheduledRequest) -> NewRequest:
-        """The request as the runner needs it; a preempted one has been told of its prompt."""
-        new = request.request
-        if not request.output_token_ids:
-            return new
-        params = replace(new.sampling_params, prompt_logprobs=None)
-        return replace(new, sampling_params=params, return_kept_positions=False)
-
     def _prefilled(self, request: ScheduledRequest, result: ExecutionResult) -> list[NewTokens]:
-        """Records that a prompt's prefill is done, and its first token if one was sampled."""
-        prefill = result.prefill
+        """Records that a segment's prefill is done, and the first token if one was sampled."""
+        prefill, segment = result.prefill, request.segment
         assert prefill is not None
+        assert segment is not None
         request.head_lengths = prefill.kept.lengths
-        if request.output_token_ids:
-            return []  # it was preempted: its first token is known
+        if segment.prefix is not None or request.output_token_ids:
+            return []  # more follows; or it was preempted: its first token is known
         first = prefill.first_token
         if first is not None:
             request.output_token_ids.append(int(first.tokens[0, 0]))
         steps = range(0 if first is None else 1)
-        return [NewTokens(request.request_id, first, 0, steps, prefill)]
+        kept = prefill.kept.lengths + request.prefix_lengths
+        prefill = replace(prefill, kept=replace(prefill.kept, lengths=kept))
+        cached = request.num_cached_tokens or 0
+        return [NewTokens(request.request_id, first, 0, steps, prefill, cached)]
 
     def _wait(self, request: ScheduledRequest) -> None:
         """Puts a request into the queue. A request that is no longer first loses its prefill."""
-        request.start_over()
+        self._rows.start_over(request)
         first = self.waiting[0] if self.waiting else None
         insort(self.waiting, request, key=lambda each: each.arrival)
         if first is not None and first is not self.waiting[0]:
-            first.start_over()
+            self._rows.start_over(first)
 
     def _release(self, row: int) -> ScheduledRequest:
         """Takes a request off its row and frees its pages."""
-        self.kv_cache.free(row)
-        self._free_rows.append(row)
+        request = self.running.pop(row)
+        self._rows.release(row, request)
         self._released.append(row)
-        return self.running.pop(row)
+        return request
 
 
 def _steps_at_once(timings: Timings) -> int:

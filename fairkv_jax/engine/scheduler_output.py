@@ -2,15 +2,15 @@
 
 A `SchedulerOutput` says all that one execution does. The same sequence of outputs gives the same
 tokens on every process, so it can be logged, replayed and broadcast. An execution does its parts in
-the order of the fields: it releases rows, writes page tables, inserts a compressed prompt into a
-row, runs chunks of another prompt's prefill, and decodes.
+the order of the fields: it releases rows, writes page tables, inserts a compressed prompt, or a
+segment of one, into a row, runs chunks of another prefill, and decodes.
 """
 
 from dataclasses import dataclass
 
 import numpy as np
 
-from fairkv_jax.engine.page_tables import PageTableUpdate
+from fairkv_jax.engine.page_tables import PageCopies, PageTableUpdate
 from fairkv_jax.sampling_params import SamplingParams
 
 
@@ -20,17 +20,34 @@ class NewRequest:
 
     request_id: str
     prompt_token_ids: list[int]
+    """The whole prompt, or in `PrefillChunks` those of the segment that is prefilled."""
     sampling_params: SamplingParams
     seed: int
     kv_policy: str | None = None
     """Overrides the engine's policy; None: the engine's."""
     kv_budget: int | None = None
     return_kept_positions: bool = False
+    kv_ratio: float | None = None
+    keeps_whole: bool = False
+    """Whether nothing is dropped, whatever the policy is."""
+
+
+@dataclass(frozen=True)
+class RowPrefix:
+    """The beginning of a prompt, which a row of the KV cache holds."""
+
+    row: int
+    token_ids: list[int]
+    """All tokens of the prefix, also those that compression has dropped."""
+    slot_lengths: np.ndarray
+    """[L, P*C] cached tokens of the slots that serve the row, 0 in the others."""
+    page_copies: PageCopies | None = None
+    """Pages to be copied first, which are the row's own."""
 
 
 @dataclass(frozen=True)
 class PrefillChunks:
-    """Chunks [start, stop) of a prompt's `num_chunks`, see `PrefillChunking`."""
+    """Chunks [start, stop) of the `num_chunks` of a prompt's segment, see `PrefillChunking`."""
 
     request_id: str
     start: int
@@ -40,6 +57,8 @@ class PrefillChunks:
     """Approximate multiply-adds of these chunks."""
     new_request: NewRequest | None
     """Set with the first chunk, also when a preempted prompt is prefilled again."""
+    cached_prefix: RowPrefix | None = None
+    """With the first chunk: what precedes the segment in the cache, if anything does."""
     samples_token: bool = False
     """Whether the token that follows the prompt is to be sampled after the last chunk."""
     grammar_bitmask: np.ndarray | None = None
@@ -52,14 +71,16 @@ class PrefillChunks:
 
 @dataclass(frozen=True)
 class Insertion:
-    """A compressed prompt to be copied into an empty row of the cache."""
+    """A compressed segment to be copied into a row of the cache, after what the row holds."""
 
     request_id: str
     row: int
     slot_lengths: np.ndarray
-    """[L, P*C] tokens of the slots that serve the row, 0 in the others."""
+    """[L, P*C] tokens of the slots that serve the row afterwards, 0 in the others."""
     output_token_ids: list[int]
-    """Generated so far, at least one; the row decodes from the first one on."""
+    """Generated so far; the row decodes from the first one on. None before the last segment."""
+    is_last: bool = True
+    """Whether the prompt is complete, so that the row takes part in decoding."""
 
 
 @dataclass(frozen=True)
@@ -159,3 +180,5 @@ class NewTokens:
     steps: range
     prefill: PrefillResult | None = None
     """With the first token of a request, or when its prompt was only read."""
+    num_cached_tokens: int = 0
+    """Prompt tokens whose compressed cache was there already; set with `prefill`."""

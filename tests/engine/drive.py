@@ -76,9 +76,13 @@ def check_owners(engine: LLMEngine) -> None:
     lengths, on_devices = manager.lengths, np.asarray(engine.runner.cache.lengths)
     running = engine.scheduler.running
     rows = sorted(running)
+    shared = {each.shared_row for each in engine.scheduler.waiting}
     np.testing.assert_array_equal(on_devices[:, rows], lengths[:, rows])
     num_cached = 0
     for row in range(lengths.shape[1]):
+        if row in shared:
+            assert not on_devices[:, row].any(), "its prompt is not complete"
+            continue
         if row not in running:
             assert not lengths[:, row].any(), f"nobody occupies row {row}, but it owns tokens"
             continue
@@ -92,26 +96,29 @@ def check_owners(engine: LLMEngine) -> None:
                 assert np.count_nonzero(of_replicas) == 1
                 assert of_replicas.sum() == expected[layer, head]
             assert not lengths[layer, row, heads < 0].any()
-    assert lengths.sum() == num_cached
+    assert lengths[:, rows].sum() == num_cached
     _check_pages(engine, lengths)
 
 
 def _check_pages(engine: LLMEngine, lengths: np.ndarray) -> None:
-    """Host and devices agree on the pages in use, and none of them serves two slots."""
+    """Host and devices agree on the pages in use, and only those of prefixes serve two slots."""
     manager, table = engine.scheduler.kv_cache, engine.runner.cache.page_table
     spec, starts = manager.spec, np.asarray(table.starts)
     entries = np.asarray(table.pages).reshape(spec.num_devices, -1)
-    used = [0] * spec.num_devices
-    seen = set()
+    prefixes = [each.pages for each in engine.scheduler.prefixes if each.pages is not None]
+    seen = {pair for each in prefixes for pair in zip(each.devices, each.pages, strict=True)}
+    shared = set(seen)
     for layer, row, slot in np.argwhere(lengths > 0):
         device, start = slot // spec.slots_per_device, starts[layer, row, slot]
         pages = manager.pages_of(layer, row, slot)
         assert len(pages) == -(-lengths[layer, row, slot] // spec.page_size)
         np.testing.assert_array_equal(entries[device, start : start + len(pages)], pages)
-        seen |= {(device, page) for page in pages.tolist()}
-        used[device] += len(pages)
-    assert len(seen) == sum(used)
-    assert used == manager.used_pages.tolist()
+        mine = {(device, page) for page in pages.tolist()}
+        assert len(mine) == len(pages)
+        assert not mine & (seen - shared)
+        seen |= mine
+    used = np.bincount([device for device, _ in seen], minlength=spec.num_devices)
+    assert used.tolist() == manager.used_pages.tolist()
 
 
 def check_idle(engine: LLMEngine) -> None:

@@ -1,12 +1,14 @@
 """Executes scheduler outputs without a model, and checks that a real device could."""
 
 import zlib
+from collections.abc import Sequence
 
 import numpy as np
 
 from fairkv_jax.engine.scheduler_output import (
     ExecutionResult,
     KeptTokens,
+    PrefillChunks,
     PrefillResult,
     SampledTokens,
     SchedulerOutput,
@@ -21,18 +23,30 @@ def token(request_id: str, index: int) -> int:
 
 
 class FakeDevice:
-    """Rows, lengths and page tables as the devices hold them, and the tokens that they sample."""
+    """Rows, lengths, page tables and pages as the devices hold them, and the tokens they sample.
+
+    In place of keys and values a page holds a number for each of its tokens, which tells from
+    which segment of which prompt, or from which output, it comes.
+    """
 
     def __init__(self, spec: KVCacheSpec, layout: SlotLayout, *, keeps_all: bool = False):
         self.spec, self.layout = spec, layout
         self._keeps_all = keeps_all
-        self.entries = np.full(spec.num_devices * spec.table_entries, -1)
+        self.entries = np.full((spec.num_devices, spec.table_entries), -1)
         self.starts = np.zeros((spec.num_layers, spec.num_rows, spec.num_slots), int)
         self.lengths = np.zeros_like(self.starts)
+        self.pages = np.zeros((spec.num_devices, spec.pages_per_device, spec.page_size), int)
         self.rows: dict[int, str] = {}
-        self.prompts: dict[str, int] = {}
+        self.prompts: dict[str, list[int]] = {}
+        """The tokens of every prompt up to the end of the segment that was prefilled last."""
+        self.segments: dict[str, list[int]] = {}
+        """Where its segments end."""
+        self._ends: dict[tuple[int, ...], list[int]] = {}
+        """The same by the tokens, for prompts that begin with them."""
+        self.num_prefilled_tokens = 0
         self.prefilled: str | None = None
-        """Whose compressed prompt waits for a row."""
+        """Whose compressed segment waits for a row."""
+        self._shared_row: int | None = None
         self._chunks_done = 0
         self.has_failed = False
 
@@ -44,70 +58,120 @@ class FakeDevice:
             self.lengths[:, row] = 0
         update = output.page_table_update
         assert len(np.unique(update.entry_index)) == len(update.entry_index)
-        self.entries[update.entry_index] = update.entry_value
+        self.entries.reshape(-1)[update.entry_index] = update.entry_value
         self.starts.flat[update.start_index] = update.start_value
         if output.insertion is not None:
             self._insert(output)
-        prefill = self._prefill(output) if output.prefill is not None else None
+        prefill = self._prefill(output.prefill) if output.prefill is not None else None
         return ExecutionResult(prefill, self._decode(output))
 
-    def check_pages(self) -> None:
-        """Every owned slot finds pages for its tokens, and no page serves two slots."""
-        spec, seen = self.spec, set()
-        for layer, row, slot in np.argwhere(self.lengths > 0):
-            device = slot // spec.slots_per_device
-            start = device * spec.table_entries + self.starts[layer, row, slot]
-            count = -(-self.lengths[layer, row, slot] // spec.page_size)
-            pages = self.entries[start : start + count]
-            assert len(pages) == count
-            assert ((pages >= 0) & (pages < spec.pages_per_device)).all()
-            for page in pages.tolist():
-                assert (device, page) not in seen, f"page {page} of device {device} serves twice"
-                seen.add((device, page))
+    def check_rows(self) -> None:
+        """Every row finds in its pages what was kept of its prompt, and its output."""
+        for row, name in self.rows.items():
+            self._check(row, self.lengths[:, row], name)
 
-    def _kept(self, name: str) -> np.ndarray:
-        """[L, K] kept tokens of a prompt: all, or some, another number for each head."""
+    def _kept(self, prompt: Sequence[int], start: int) -> np.ndarray:
+        """[L, K] kept tokens of a segment: all, or some, another number for each head."""
         shape = (len(self.layout.head_of_slot), self.layout.num_heads)
         if self._keeps_all:
-            return np.full(shape, self.prompts[name], np.int32)
-        rng = np.random.default_rng(zlib.crc32(name.encode()))
-        return rng.integers(1, self.prompts[name] + 1, shape).astype(np.int32)
+            return np.full(shape, len(prompt) - start, np.int32)
+        rng = np.random.default_rng([start, *prompt])
+        return rng.integers(1, len(prompt) - start + 1, shape).astype(np.int32)
+
+    def _contents(self, name: str, layer: int, head: int) -> np.ndarray:
+        """What stands for the tokens that a head keeps of a prompt."""
+        prompt, start, parts = self.prompts[name], 0, []
+        for stop in self.segments[name]:
+            kept = self._kept(prompt[:stop], start)[layer, head]
+            origin = zlib.crc32(repr((layer, head, start, prompt[:stop])).encode())
+            parts.append(origin + np.arange(kept))
+            start = stop
+        return np.concatenate(parts)
+
+    def _at(self, row: int, layer: int, slot: int, stop: int) -> tuple[int, np.ndarray, np.ndarray]:
+        """The device, pages and places of a slot's first `stop` tokens of a row."""
+        device, token = slot // self.spec.slots_per_device, np.arange(stop)
+        entry = self.starts[layer, row, slot] + token // self.spec.page_size
+        return device, self.entries[device, entry], token % self.spec.page_size
+
+    def _check(self, row: int, lengths: np.ndarray, name: str) -> None:
+        """Compares pages with what stands for a prompt and the output that was appended to it."""
+        for layer, slot in np.argwhere(lengths > 0).tolist():
+            device, pages, places = self._at(row, layer, slot, int(lengths[layer, slot]))
+            assert ((pages >= 0) & (pages < self.spec.pages_per_device)).all()
+            found = self.pages[device, pages, places]
+            prompt = self._contents(name, layer, int(self.layout.head_of_slot[layer, slot]))
+            output = [-1 - token(name, i) for i in range(len(found) - len(prompt))]
+            np.testing.assert_array_equal(found, [*prompt, *output])
 
     def _insert(self, output: SchedulerOutput) -> None:
         insertion = output.insertion
         assert insertion is not None
-        assert insertion.row not in self.rows, "the row is in use"
-        assert self.prefilled == insertion.request_id, "its prompt is not there"
-        name = insertion.request_id
-        kept = self._kept(name)
+        row, name = insertion.row, insertion.request_id
+        assert row not in self.rows, "the row is in use"
+        assert self.prefilled == name, "its segment is not there"
+        assert self._shared_row in (None, row), "another row holds what comes before"
         for layer, heads in enumerate(self.layout.head_of_slot):
             for head in range(self.layout.num_heads):
+                contents = self._contents(name, layer, head)
                 owned = insertion.slot_lengths[layer, heads == head]
-                assert sorted(owned)[-1] == owned.sum() == kept[layer, head], "one owner per head"
+                assert sorted(owned)[-1] == owned.sum() == len(contents), "one owner per head"
+                slot = int(np.flatnonzero((heads == head) & (insertion.slot_lengths[layer] > 0))[0])
+                device, pages, places = self._at(row, layer, slot, len(contents))
+                start = len(contents) - self._kept(*self._last_segment(name))[layer, head]
+                self.pages[device, pages[start:], places[start:]] = contents[start:]
         expected = [token(name, i) for i in range(len(insertion.output_token_ids))]
         assert insertion.output_token_ids == expected
-        assert expected
-        self.rows[insertion.row] = name
-        self.lengths[:, insertion.row] = insertion.slot_lengths
-        self.prefilled = None
+        self._check(row, insertion.slot_lengths, name)
+        if insertion.is_last:
+            assert expected
+            self.rows[row] = name
+            self.lengths[:, row] = insertion.slot_lengths
+        self.prefilled = self._shared_row = None
 
-    def _prefill(self, output: SchedulerOutput) -> PrefillResult | None:
-        chunks = output.prefill
-        assert chunks is not None
+    def _last_segment(self, name: str) -> tuple[list[int], int]:
+        """The prompt up to the end of its last segment, and where that starts."""
+        return self.prompts[name], [0, *self.segments[name]][-2]
+
+    def _prefill(self, chunks: PrefillChunks) -> PrefillResult | None:
         assert (chunks.new_request is not None) == (chunks.start == 0)
+        name, prefix = chunks.request_id, chunks.cached_prefix
         if chunks.new_request is not None:
-            name = chunks.new_request.request_id
-            self.prompts[name] = len(chunks.new_request.prompt_token_ids)
+            before = [] if prefix is None else prefix.token_ids
+            prompt = [*before, *chunks.new_request.prompt_token_ids]
+            self.prompts[name] = prompt
+            self.segments[name] = [*self._ends.get(tuple(before), []), len(prompt)]
+            self._ends[tuple(prompt)] = self.segments[name]
+            self.num_prefilled_tokens += len(chunks.new_request.prompt_token_ids)
             self._prefilling, self._chunks_done, self.prefilled = name, 0, None
-        assert self._prefilling == chunks.request_id
+            self._shared_row = None
+        if prefix is not None:
+            assert prefix.row not in self.rows
+            assert not self.lengths[:, prefix.row].any()
+            copies = prefix.page_copies
+            assert copies is not None
+            self.pages[copies.devices, copies.target] = self.pages[copies.devices, copies.source]
+            self._shared_row = prefix.row
+            self._prefix_lengths = prefix.slot_lengths
+        assert self._prefilling == name
         assert chunks.start == self._chunks_done < chunks.stop <= chunks.num_chunks
+        if self._shared_row is not None:
+            self._check_prefix(name)
         self._chunks_done = chunks.stop
         if not chunks.is_last:
             return None
-        self.prefilled = name = chunks.request_id
-        kept = KeptTokens(self._kept(name), None)
+        self.prefilled = name
+        kept = KeptTokens(self._kept(*self._last_segment(name)), None)
         first = sampled([[token(name, 0)]]) if chunks.samples_token else None
         return PrefillResult(kept, first, None)
+
+    def _check_prefix(self, name: str) -> None:
+        """The row that a prefill reads holds what was kept before its segment."""
+        assert self._shared_row is not None
+        whole, ends = self.prompts[name], self.segments[name]
+        self.prompts[name], self.segments[name] = whole[: ends[-2]], ends[:-1]
+        self._check(self._shared_row, self._prefix_lengths, name)
+        self.prompts[name], self.segments[name] = whole, ends
 
     def _decode(self, output: SchedulerOutput) -> SampledTokens | None:
         decode = output.decode
@@ -116,14 +180,20 @@ class FakeDevice:
         assert {each.row: each.request_id for each in decode.rows} == self.rows
         tokens = np.zeros((decode.num_steps, self.spec.num_rows), int)
         for each in decode.rows:
-            assert each.position == self.prompts[each.request_id] + each.output_index - 1
-            grown = self.lengths[:, each.row].max() - self._kept(each.request_id).max()
-            assert grown == each.output_index - 1, "as many tokens are cached as were appended"
+            name, row = each.request_id, each.row
+            assert each.position == len(self.prompts[name]) + each.output_index - 1
             for step in range(decode.num_steps):
-                tokens[step, each.row] = token(each.request_id, each.output_index + step)
-        self.lengths += decode.num_steps * (self.lengths > 0)
-        self.check_pages()
+                tokens[step, row] = token(name, each.output_index + step)
+                self._append(row, -1 - token(name, each.output_index + step - 1))
+        self.check_rows()
         return sampled(tokens)
+
+    def _append(self, row: int, value: int) -> None:
+        """Writes one more token to every slot that owns a part of a row."""
+        self.lengths[:, row] += self.lengths[:, row] > 0
+        for layer, slot in np.argwhere(self.lengths[:, row] > 0):
+            device, pages, places = self._at(row, layer, slot, self.lengths[layer, row, slot])
+            self.pages[device, pages[-1], places[-1]] = value
 
 
 def sampled(tokens: object) -> SampledTokens:

@@ -12,16 +12,17 @@ from fairkv_jax.sharding.slots import SlotLayout
 LAYERS, ROWS, DEVICES, SLOTS, PAGE = 2, 3, 2, 2, 8
 
 
-def make_spec(pages_per_device: int = 200) -> KVCacheSpec:
+def make_spec(pages_per_device: int = 200, num_rows: int = ROWS, sharing: int = 1) -> KVCacheSpec:
     return KVCacheSpec(
         num_layers=LAYERS,
-        num_rows=ROWS,
+        num_rows=num_rows,
         num_devices=DEVICES,
         slots_per_device=SLOTS,
         head_dim=16,
         page_size=PAGE,
         pages_per_device=pages_per_device,
         max_tokens=64,
+        sharing=sharing,
     )
 
 
@@ -33,6 +34,16 @@ def make_layout() -> SlotLayout:
 
 def make_manager(pages_per_device: int = 200) -> KVCacheManager:
     return KVCacheManager(make_spec(pages_per_device), make_layout())
+
+
+def occupy(
+    manager: KVCacheManager, row: int, lengths: np.ndarray, num_known_tokens: int = 0
+) -> np.ndarray | None:
+    """Reserves an empty row for a prompt and lets it decode."""
+    reserved = manager.reserve_prompt(row, lengths, num_known_tokens)
+    if reserved is not None:
+        manager.activate(row)
+    return reserved
 
 
 @pytest.mark.parametrize("seed", range(6))
@@ -118,7 +129,7 @@ def test_a_compacted_list_is_sent_as_a_whole():
 
 def test_an_update_holds_only_what_has_changed():
     manager = make_manager()
-    manager.reserve_prompt(0, np.full((LAYERS, 3), 20))
+    occupy(manager, 0, np.full((LAYERS, 3), 20))
     assert manager.take_page_table_update().num_entries == 2 * 3 * 3  # 20 tokens are 3 pages
     assert not manager.take_page_table_update()
     manager.reserve(4)
@@ -131,7 +142,7 @@ def test_an_update_holds_only_what_has_changed():
 
 def test_a_page_opens_at_each_boundary_and_nowhere_else():
     manager = make_manager()
-    manager.reserve_prompt(0, np.full((LAYERS, 3), PAGE - 1))
+    occupy(manager, 0, np.full((LAYERS, 3), PAGE - 1))
     opened = []
     for _ in range(2 * PAGE + 2):
         before = manager.used_pages.sum()
@@ -143,10 +154,10 @@ def test_a_page_opens_at_each_boundary_and_nowhere_else():
 
 def test_rows_get_all_pages_or_none():
     manager = make_manager(pages_per_device=13)
-    assert manager.reserve_prompt(0, np.full((LAYERS, 3), PAGE)) is not None
+    assert occupy(manager, 0, np.full((LAYERS, 3), PAGE)) is not None
     used = manager.used_pages
     assert used.sum() == 6
-    assert manager.reserve_prompt(1, np.full((LAYERS, 3), 5 * PAGE)) is None
+    assert occupy(manager, 1, np.full((LAYERS, 3), 5 * PAGE)) is None
     np.testing.assert_array_equal(manager.used_pages, used)
     assert manager.can_reserve(1)
     assert manager.reserve(PAGE)
@@ -162,8 +173,8 @@ def test_a_prompt_needs_room_for_its_known_tokens_too():
     """A preempted row that just fits, but not with what it had generated, waits."""
     lengths = np.full((LAYERS, 3), PAGE)
     manager = make_manager(pages_per_device=8)
-    assert manager.reserve_prompt(0, lengths, 3 * PAGE) is None
-    assert manager.reserve_prompt(0, lengths, PAGE - 1) is not None
+    assert occupy(manager, 0, lengths, 3 * PAGE) is None
+    assert occupy(manager, 0, lengths, PAGE - 1) is not None
 
 
 def test_heads_go_to_the_replica_on_the_emptier_device():
@@ -172,7 +183,7 @@ def test_heads_go_to_the_replica_on_the_emptier_device():
     assert len(replicated)
     served = set()
     for row in range(ROWS):
-        lengths = manager.reserve_prompt(row, np.array([[40, 10, 10], [10, 10, 40]]))
+        lengths = occupy(manager, row, np.array([[40, 10, 10], [10, 10, 40]]))
         assert lengths is not None
         for layer, head in replicated:
             slots = np.flatnonzero(layout.head_of_slot[layer] == head)
@@ -186,7 +197,7 @@ def test_a_suffix_goes_behind_the_tokens_of_its_row():
     """To the slots that own the row, whether the tokens fill a page, open several, or are none."""
     layout, manager = make_layout(), make_manager()
     for row in range(2):
-        manager.reserve_prompt(row, np.array([[40, PAGE, 11], [10, 10, 40]]))
+        occupy(manager, row, np.array([[40, PAGE, 11], [10, 10, 40]]))
     before = manager.lengths
     pairs = np.argwhere(before > 0)
     pages = {tuple(pair): manager.pages_of(*pair).tolist() for pair in pairs}
@@ -212,13 +223,14 @@ def test_a_suffix_goes_behind_the_tokens_of_its_row():
 
 def test_a_suffix_gets_all_pages_or_none():
     """Those that get them leave a page for one more token in every row."""
-    manager = make_manager(pages_per_device=13)
-    manager.reserve_prompt(0, np.full((LAYERS, 3), PAGE))
-    fullest = manager.used_pages.max()  # pages of one token more in every slot, too
+    manager = make_manager(pages_per_device=25)
     page_more = np.full((LAYERS, 3), PAGE)
+    occupy(manager, 1, page_more)
+    fullest = manager.used_pages.max()  # pages of one token more in every slot, too
+    assert manager.reserve_prompt(0, page_more) is not None
     while manager.reserve_suffix(0, page_more) is not None:
-        assert manager.can_reserve(1)
-    assert 0 <= 13 - fullest - manager.used_pages.max() < fullest
+        pass
+    assert fullest <= 25 - manager.used_pages.max() < 3 * fullest
     lengths, used = manager.lengths, manager.used_pages
     assert used.max() > fullest
     manager.take_page_table_update()
@@ -227,11 +239,13 @@ def test_a_suffix_gets_all_pages_or_none():
     np.testing.assert_array_equal(manager.used_pages, used)
     assert not manager.take_page_table_update()
     assert manager.reserve_suffix(0, np.full((LAYERS, 3), 0)) is not None
+    manager.activate(0)
+    assert manager.can_reserve(1)
 
 
 def test_tokens_count_when_they_are_committed():
     manager = make_manager()
-    manager.reserve_prompt(1, np.full((LAYERS, 3), 5))
+    occupy(manager, 1, np.full((LAYERS, 3), 5))
     manager.reserve(3)
     assert manager.lengths.sum() == 6 * 8
     assert manager.committed_lengths.sum() == 6 * 5
@@ -241,6 +255,30 @@ def test_tokens_count_when_they_are_committed():
     manager.free(1)
     assert not manager.lengths.any()
     assert not manager.committed_lengths.any()
+    assert not manager.used_pages.any()
+
+
+@pytest.mark.parametrize("sharing", [1, 3])
+def test_rows_share_a_prefix_as_often_as_the_tables_can_list_it(sharing: int):
+    """Then the pages lack, as far as the scheduler is told; nothing has been taken."""
+    spec = make_spec(pages_per_device=100, num_rows=60, sharing=sharing)
+    manager = KVCacheManager(spec, make_layout())
+    assert manager.reserve_prompt(0, np.full((LAYERS, 3), 8 * PAGE + 3)) is not None
+    prefix = manager.retain(0)
+    row = 0
+    manager.free(0)
+    while manager.share(row, prefix) is not None:
+        manager.activate(row)
+        row += 1
+    per_row = np.bincount(prefix.devices, minlength=DEVICES).max()
+    assert row >= (100 * sharing - 2 * per_row) // (per_row + 6)
+    assert row < 60
+    used = manager.used_pages
+    assert manager.share(row, prefix) is None
+    np.testing.assert_array_equal(manager.used_pages, used)
+    for each in range(row):
+        manager.free(each)
+    manager.release(prefix)
     assert not manager.used_pages.any()
 
 

@@ -1,7 +1,9 @@
 """The scheduler without a model: random arrivals, aborts and pressure, on a device that checks."""
 
 from collections import deque
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,8 +12,10 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from fairkv_jax.engine.kv_cache_manager import KVCacheManager
-from fairkv_jax.engine.scheduler import ScheduledRequest, Scheduler
-from fairkv_jax.engine.scheduler_output import NewRequest, SchedulerOutput
+from fairkv_jax.engine.prefix_cache import Prefix
+from fairkv_jax.engine.scheduled_request import ScheduledRequest, Segment
+from fairkv_jax.engine.scheduler import Scheduler
+from fairkv_jax.engine.scheduler_output import NewRequest, NewTokens, SchedulerOutput
 from fairkv_jax.engine.timings import Timings
 from fairkv_jax.kv_cache_spec import KVCacheSpec
 from fairkv_jax.plan import Profile, make_plan
@@ -21,6 +25,8 @@ from tests.engine.fake_device import FakeDevice, token
 
 MAX_TOKENS = 64
 PAGE = 8
+PREFIXES = {"a": 11, "b": 24, "cc": 62, "dddd": 30}
+"""Tokens by key; "dddd" goes on after "a"."""
 FAST = Timings(step_seconds=0.01, prefill_work_per_second=400.0)
 """Four decode steps at once, five chunks beside them, and a hundred alone."""
 
@@ -31,7 +37,9 @@ def make_layout(num_devices: int) -> SlotLayout:
     return SlotLayout.from_plan(make_plan(profile, num_devices, max_extra_replicas=1))
 
 
-def make_scheduler(num_devices: int, num_rows: int, spare_pages: int) -> Scheduler:
+def make_scheduler(
+    num_devices: int, num_rows: int, spare_pages: int, sharing: int = 1
+) -> Scheduler:
     """With pages for one row of full length and as many more on each device."""
     layout = make_layout(num_devices)
     one_row = int(layout.replicas.sum((0, 1)).max()) * -(-MAX_TOKENS // PAGE)
@@ -44,19 +52,37 @@ def make_scheduler(num_devices: int, num_rows: int, spare_pages: int) -> Schedul
         page_size=PAGE,
         pages_per_device=one_row + spare_pages,
         max_tokens=MAX_TOKENS,
+        sharing=sharing,
     )
     return Scheduler(KVCacheManager(spec, layout), lambda request_id: np.zeros(1, np.uint32))
 
 
 def make_request(
-    name: str, arrival: int, prompt_tokens: int, max_tokens: int, *, grammar: bool = False
+    name: str,
+    arrival: int,
+    prompt_tokens: int,
+    max_tokens: int,
+    *,
+    grammar: bool = False,
+    prefixes: Sequence[Prefix] = (),
 ) -> ScheduledRequest:
-    new = NewRequest(name, list(range(prompt_tokens)), SamplingParams(), seed=0)
-    room = MAX_TOKENS - prompt_tokens
-    work = np.ones(2 * -(-prompt_tokens // 16))
-    return ScheduledRequest(
-        new, arrival, min(max_tokens, room), work, len(work), follows_grammar=grammar
-    )
+    """A request whose prompt begins with a chain of prefixes; `prompt_tokens` come after them."""
+    prompt, segments = [], []
+    for prefix in prefixes:
+        tokens = range(1000 * len(prefix.key), 1000 * len(prefix.key) + prefix.num_tokens)
+        segments.append(make_segment(len(prompt), prefix.num_tokens, prefix))
+        prompt += tokens[len(prompt) :]
+    if prompt_tokens:
+        segments.append(make_segment(len(prompt), len(prompt) + prompt_tokens))
+        prompt += range(prompt_tokens)
+    new = NewRequest(name, prompt, SamplingParams(), seed=0)
+    limit = min(max_tokens, MAX_TOKENS - len(prompt)) if prompt_tokens else 0
+    return ScheduledRequest(new, arrival, limit, tuple(segments), follows_grammar=grammar)
+
+
+def make_segment(start: int, stop: int, prefix: Prefix | None = None) -> Segment:
+    work = np.ones(2 * -(-(stop - start) // 16))
+    return Segment(start, stop, work, len(work), prefix)
 
 
 class Driver:
@@ -70,6 +96,7 @@ class Driver:
         self.outputs: list[SchedulerOutput] = []
         self.tokens: dict[str, list[int]] = {}
         self.max_tokens: dict[str, int] = {}
+        self.num_cached: dict[str, int] = {}
         self.finished: list[str] = []
 
     def add(self, request: ScheduledRequest) -> None:
@@ -88,7 +115,12 @@ class Driver:
         if output is not None:
             self.outputs.append(output)
             waiting = self.scheduler.waiting
-            if waiting and self.scheduler.has_free_row and waiting[0].head_lengths is None:
+            if (
+                waiting
+                and self.scheduler.has_free_row
+                and waiting[0].head_lengths is None
+                and waiting[0].chunks_scheduled > 0
+            ):
                 decode = output.decode
                 assert decode is None or decode.num_steps == 1, "a prompt waits for the others"
             self.in_flight.append((output, self.device.execute(output)))
@@ -96,11 +128,16 @@ class Driver:
 
     def read(self) -> None:
         output, result = self.in_flight.popleft()
-        for new in self.scheduler.update(output, result):
+        self.process(self.scheduler.update(output, result))
+
+    def process(self, new_tokens: Iterable[NewTokens]) -> None:
+        for new in new_tokens:
             have = self.tokens[new.request_id]
             for step in new.steps:
                 assert new.sampled is not None
                 have.append(int(new.sampled.tokens[step, new.row]))
+            if new.prefill is not None:
+                self.num_cached[new.request_id] = new.num_cached_tokens
             limit = self.max_tokens[new.request_id]
             if len(have) >= limit:
                 del have[limit:]
@@ -109,6 +146,7 @@ class Driver:
                 assert have == [token(new.request_id, i) for i in range(limit)]
 
     def step(self, timings: Timings = FAST) -> None:
+        self.process(self.scheduler.take_cached())
         while self.schedule(timings) is not None:
             pass
         assert self.in_flight or not len(self.scheduler), "it waits for nothing"
@@ -130,10 +168,12 @@ class SchedulerMachine(RuleBasedStateMachine):
         num_devices=st.sampled_from([1, 2, 3]),
         num_rows=st.integers(1, 4),
         spare_pages=st.integers(0, 40),
+        sharing=st.sampled_from([1, 4]),
     )
-    def start(self, num_devices: int, num_rows: int, spare_pages: int) -> None:
-        self.driver = Driver(make_scheduler(num_devices, num_rows, spare_pages))
+    def start(self, num_devices: int, num_rows: int, spare_pages: int, sharing: int) -> None:
+        self.driver = Driver(make_scheduler(num_devices, num_rows, spare_pages, sharing))
         self.arrivals = 0
+        self.prefixes = {key: Prefix(key, num_tokens) for key, num_tokens in PREFIXES.items()}
 
     @rule(
         prompt_tokens=st.integers(1, MAX_TOKENS - 1),
@@ -141,11 +181,30 @@ class SchedulerMachine(RuleBasedStateMachine):
         grammar=st.booleans(),
     )
     def add(self, prompt_tokens: int, max_tokens: int, grammar: bool) -> None:
+        self._add(prompt_tokens, max_tokens, grammar=grammar)
+
+    @rule(
+        chain=st.sampled_from(["a", "b", "cc", "dddd"]),
+        suffix_tokens=st.integers(0, 30),
+        max_tokens=st.integers(0, MAX_TOKENS),
+    )
+    def add_to_prefix(self, chain: str, suffix_tokens: int, max_tokens: int) -> None:
+        """Asks about a prefix, or only computes it."""
+        keys = {"a": ["a"], "b": ["b"], "cc": ["cc"], "dddd": ["a", "dddd"]}[chain]
+        prefixes = [self.prefixes[key] for key in keys]
+        left = MAX_TOKENS - 1 - prefixes[-1].num_tokens
+        self._add(min(suffix_tokens, left), max_tokens, prefixes=prefixes)
+
+    def _add(self, prompt_tokens: int, max_tokens: int, **options: Any) -> None:
         name = str(self.arrivals)
-        self.driver.add(
-            make_request(name, self.arrivals, prompt_tokens, max_tokens, grammar=grammar)
-        )
+        self.driver.add(make_request(name, self.arrivals, prompt_tokens, max_tokens, **options))
         self.arrivals += 1
+
+    @rule(key=st.sampled_from(["a", "b", "cc", "dddd"]))
+    def delete(self, key: str) -> None:
+        """Gives up a prefix; whoever asks for it later gets another one of the same tokens."""
+        self.driver.scheduler.prefixes.delete(self.prefixes[key])
+        self.prefixes[key] = Prefix(key, PREFIXES[key])
 
     @rule(data=st.data())
     def abort(self, data: st.DataObject) -> None:
@@ -170,6 +229,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.driver.device = FakeDevice(manager.spec, manager._layout)
         self.driver.device.has_failed = True
         assert not manager.used_pages.any()
+        assert not len(self.driver.scheduler.prefixes)
 
     @invariant()
     def books_agree(self) -> None:
@@ -182,21 +242,27 @@ class SchedulerMachine(RuleBasedStateMachine):
         arrivals = [each.arrival for each in scheduler.waiting]
         assert arrivals == sorted(arrivals), "first come, first served"
         lengths = manager.lengths
-        assert set(np.flatnonzero(lengths.any((0, 2)))) == set(scheduler.running)
+        held = {each.shared_row for each in scheduler.waiting} - {None}
+        assert len(held) <= 1
+        assert set(np.flatnonzero(lengths.any((0, 2)))) == {*scheduler.running, *held}
         references = np.zeros((spec.num_devices, spec.pages_per_device), int)
         for layer, row, slot in np.argwhere(lengths > 0):
             pages = manager.pages_of(layer, row, slot)
             assert len(pages) == -(-lengths[layer, row, slot] // spec.page_size)
             references[slot // spec.slots_per_device, pages] += 1
-        assert references.max(initial=0) <= 1
+        for prefix in scheduler.prefixes:
+            assert prefix.pages is not None
+            np.add.at(references, (prefix.pages.devices, prefix.pages.pages), 1)
         np.testing.assert_array_equal(references, manager._pool.references)
-        np.testing.assert_array_equal(references.sum(1), manager.used_pages)
+        np.testing.assert_array_equal((references > 0).sum(1), manager.used_pages)
         assert (manager.committed_lengths <= lengths).all()
 
     def teardown(self) -> None:
         if not hasattr(self, "driver"):
             return
         self.driver.run()
+        assert not any(prefix.users for prefix in self.driver.scheduler.prefixes)
+        self.driver.scheduler.prefixes.clear()
         assert not self.driver.scheduler.kv_cache.used_pages.any()
 
 
@@ -276,7 +342,9 @@ def test_a_preempted_prompt_repeats_nothing_that_was_handed_out():
     late = make_request("new", 1, 20, 40)
     params = SamplingParams(prompt_logprobs=1)
     late.request = replace(late.request, sampling_params=params, return_kept_positions=True)
-    late.chunk_work = np.ones(len(late.chunk_work) + 3)  # with blocks of log-probabilities
+    (segment,) = late.segments
+    work = np.ones(segment.num_layer_chunks + 3)  # with blocks of log-probabilities
+    late.segments = (replace(segment, chunk_work=work),)
     driver.add(late)
     driver.run()
     assert driver.scheduler.num_preemptions > 0
@@ -285,10 +353,10 @@ def test_a_preempted_prompt_repeats_nothing_that_was_handed_out():
         each for each in chunks if each.request_id == "new" and each.new_request is not None
     ]
     assert others
-    assert first.num_chunks == late.num_layer_chunks + 3
+    assert first.num_chunks == segment.num_layer_chunks + 3
     assert first.new_request == late.request
     for each in others:
-        assert each.num_chunks == late.num_layer_chunks
+        assert each.num_chunks == segment.num_layer_chunks
         assert each.new_request is not None
         assert each.new_request.sampling_params.prompt_logprobs is None
         assert not each.new_request.return_kept_positions

@@ -1,0 +1,123 @@
+"""Gives requests rows of the batch with the pages that they need, and takes both back."""
+
+from fairkv_jax.engine.kv_cache_manager import KVCacheManager
+from fairkv_jax.engine.prefix_cache import Prefix, PrefixCache
+from fairkv_jax.engine.scheduled_request import ScheduledRequest
+from fairkv_jax.engine.scheduler_output import Insertion, RowPrefix
+
+
+class Rows:
+    """The rows of the batch; prefixes that no request uses make room for what is asked for.
+
+    Methods that take `is_alone` are told whether no request runs. Then every prefix may go: there
+    is room for one whole row in any case.
+    """
+
+    def __init__(self, kv_cache: KVCacheManager, prefixes: PrefixCache):
+        self._kv_cache, self._prefixes = kv_cache, prefixes
+        self._free = list(range(kv_cache.spec.num_rows))
+
+    @property
+    def has_free(self) -> bool:
+        return bool(self._free)
+
+    def can_take(self, request: ScheduledRequest) -> bool:
+        """Whether there is a row for a request, which may hold one already."""
+        return request.shared_row is not None or self.has_free
+
+    def insert(self, request: ScheduledRequest, *, is_alone: bool) -> Insertion | None:
+        """Gives pages to what is kept of a segment, after what comes before; None if they lack.
+
+        The last segment of a prompt makes its row active; another becomes a prefix.
+        """
+        segment, kept, known = request.segment, request.head_lengths, request.output_token_ids
+        assert segment is not None
+        assert kept is not None
+        row, reserve = request.shared_row, self._kv_cache.reserve_suffix
+        if row is None:
+            row, reserve = min(self._free), self._kv_cache.reserve_prompt  # the batch stays short
+        lengths = self._prefixes.evict_until(
+            lambda: reserve(row, kept, len(known)), any_prefix=is_alone
+        )
+        if lengths is None:
+            return None
+        if request.shared_row is None:
+            self._free.remove(row)
+        is_last = segment.prefix is None
+        if segment.prefix is None:
+            request.shared_row = None
+            self._kv_cache.activate(row)
+        else:
+            request.shared_row = row  # until what is written there can be shared
+            head_lengths = kept + request.prefix_lengths
+            self._use(request, segment.prefix)
+            self._prefixes.retain(segment.prefix, row, head_lengths)
+        request.next_segment += 1
+        request.chunks_scheduled = request.num_cached = 0
+        request.head_lengths = None
+        return Insertion(request.request_id, row, lengths, list(known), is_last)
+
+    def find_prefix(self, request: ScheduledRequest) -> None:
+        """Lets a request go on after the longest of its prefixes that is cached."""
+        self._leave_row(request)
+        found = [
+            (index, segment.prefix)
+            for index, segment in enumerate(request.segments, 1)
+            if segment.prefix is not None and segment.prefix.pages is not None
+        ]
+        if found:
+            request.next_segment, prefix = found[-1]
+            self._use(request, prefix)
+        else:
+            request.next_segment = 0
+            self._leave_prefix(request)
+        if request.num_cached_tokens is None:
+            request.num_cached_tokens = 0 if request.prefix is None else request.prefix.num_tokens
+
+    def share(self, request: ScheduledRequest, *, is_alone: bool) -> RowPrefix | None:
+        """Lets a row begin with the prefix of a request; None if pages lack."""
+        prefix = request.prefix
+        assert prefix is not None
+        assert prefix.pages is not None
+        row, pages = min(self._free), prefix.pages
+        copies = self._prefixes.evict_until(lambda: self._kv_cache.share(row, pages))
+        if copies is None and is_alone:
+            copies = self._kv_cache.share(row, pages, copies_last=False)
+            self._prefixes.evict(prefix)
+        if copies is None:
+            return None
+        self._free.remove(row)
+        request.shared_row = row
+        return RowPrefix(row, request.prefix_token_ids, pages.slot_lengths, copies)
+
+    def start_over(self, request: ScheduledRequest) -> None:
+        """Takes back what a waiting request holds, and gives its prefill up."""
+        self._leave_row(request)
+        self._leave_prefix(request)
+        request.attempt += 1
+        request.next_segment = request.chunks_scheduled = request.num_cached = 0
+        request.head_lengths = None
+
+    def release(self, row: int, request: ScheduledRequest) -> None:
+        """Takes back the row in which a request runs."""
+        self._kv_cache.free(row)
+        self._free.append(row)
+        self._leave_prefix(request)
+
+    def _leave_row(self, request: ScheduledRequest) -> None:
+        if request.shared_row is not None:
+            self._kv_cache.free(request.shared_row)
+            self._free.append(request.shared_row)
+            request.shared_row = None
+
+    def _use(self, request: ScheduledRequest, prefix: Prefix) -> None:
+        """Lets a prefix remain in the cache until its request has ended or starts over."""
+        if request.prefix is not prefix:
+            self._leave_prefix(request)
+            request.prefix = prefix
+        self._prefixes.use(prefix, request.request_id)
+
+    def _leave_prefix(self, request: ScheduledRequest) -> None:
+        if request.prefix is not None:
+            self._prefixes.leave(request.prefix, request.request_id)
+            request.prefix = None
