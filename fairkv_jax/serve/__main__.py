@@ -3,6 +3,7 @@
 import logging
 import os
 import sys
+from collections.abc import Sequence
 from functools import partial
 
 from fairkv_jax.engine.request import Request
@@ -66,7 +67,12 @@ def _load(options: Options) -> Engine:
 
     engine = build_engine(**{"tensor_parallel_size": len(jax.devices()), **options.engine})
     config = engine.engine_config
-    engine.warm_up(range(1, config.max_model_len), config.max_num_seqs)
+    lengths = range(1, config.max_model_len)
+    engine.warm_up(
+        lengths,
+        config.max_num_seqs,
+        suffix_lengths=lengths if config.enable_prefix_caching else (),
+    )
     _rehearse(engine, config.max_num_seqs)
     return engine
 
@@ -74,8 +80,17 @@ def _load(options: Options) -> Engine:
 def _rehearse(engine: Engine, rows: int) -> None:
     """Fills the batch row by row, so that remaining compilations and failures precede "ready"."""
     params = SamplingParams(max_tokens=rows + 1, ignore_eos=True, seed=0)
-    for row in range(rows):
-        engine.add_request(engine.validate(Request(f"rehearsal-{row}", [0], params)))
+    _run(engine, [Request(f"rehearsal-{row}", [0], params) for row in range(rows)])
+    if engine.engine_config.enable_prefix_caching:
+        _run(engine, [Request("rehearsal", [0], caches_prefix=True)])
+        (record,) = engine.prefixes.of_owner()
+        _run(engine, [Request("rehearsal", [0], params, prefix_id=record.id)])
+        engine.delete_prefix(record.id)
+
+
+def _run(engine: Engine, requests: Sequence[Request]) -> None:
+    for request in requests:
+        engine.add_request(engine.validate(request))
     while engine.has_unfinished_requests():
         engine.step()
 

@@ -12,7 +12,7 @@ from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.middleware.cors import CORSMiddleware
 
 from fairkv_jax import __version__
-from fairkv_jax.serve import chat, completions, tokenization
+from fairkv_jax.serve import chat, completions, prefixes, tokenization
 from fairkv_jax.serve.access import REQUEST_ID, AccessLog
 from fairkv_jax.serve.async_engine import State
 from fairkv_jax.serve.errors import DOCUMENTED, add_error_handlers, error_response
@@ -43,7 +43,13 @@ def create_app(service: Service) -> FastAPI:
     )
     app.state.service = service
     add_error_handlers(app)
-    for router in (completions.router, chat.router, tokenization.router):
+    for router in (
+        completions.router,
+        chat.router,
+        tokenization.router,
+        prefixes.creation,
+        prefixes.router,
+    ):
         app.include_router(router)
     app.include_router(page_routes(service, history))
     _add_status_routes(app, service)

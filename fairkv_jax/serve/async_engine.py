@@ -17,7 +17,8 @@ from queue import Empty, SimpleQueue
 from typing import Protocol
 
 from fairkv_jax.config import EngineConfig, KVConfig, ModelConfig
-from fairkv_jax.engine.request import Request, RequestOutput, ValidatedRequest
+from fairkv_jax.engine.prefix_registry import PrefixRegistry, UnknownPrefix
+from fairkv_jax.engine.request import CachedPrefix, Request, RequestOutput, ValidatedRequest
 from fairkv_jax.engine.stats import EngineStats
 from fairkv_jax.plan import Plan
 from fairkv_jax.sampling_params import StructuredOutputsParams
@@ -29,7 +30,8 @@ log = logging.getLogger(__name__)
 class Engine(Protocol):
     """The engine's methods that the server uses.
 
-    `validate` and `compile_grammar` may be called from any thread, all others from one thread only.
+    `validate`, `compile_grammar` and `cached_prefix` may be called from any thread, and prefixes
+    be looked up; all other methods are called from one thread only.
     """
 
     model_name: str
@@ -38,6 +40,7 @@ class Engine(Protocol):
     kv_config: KVConfig
     tokenizer: Tokenizer
     plan: Plan
+    prefixes: PrefixRegistry
 
     @property
     def kv_capacity_tokens(self) -> int: ...
@@ -48,6 +51,8 @@ class Engine(Protocol):
     def has_unfinished_requests(self) -> bool: ...
     def step(self) -> list[RequestOutput]: ...
     def stats(self) -> EngineStats: ...
+    def cached_prefix(self, prefix_id: str, owner: str = "") -> CachedPrefix: ...
+    def delete_prefix(self, prefix_id: str, owner: str = "") -> None: ...
     def close(self) -> None: ...
 
 
@@ -92,7 +97,17 @@ class _Abort:
     request_id: str
 
 
+@dataclass(frozen=True)
+class _DeletePrefix:
+    prefix_id: str
+    owner: str
+    done: "asyncio.Future[None]"
+
+
 class _Stop: ...
+
+
+_Message = _Add | _Abort | _DeletePrefix | _Stop
 
 
 class OutputStream:
@@ -177,8 +192,10 @@ class AsyncEngine:
         self._max_queued = max_queued
         self._on_ready = on_ready
         self._on_failure = on_failure
-        self._mailbox: SimpleQueue[_Add | _Abort | _Stop] = SimpleQueue()
+        self._mailbox: SimpleQueue[_Message] = SimpleQueue()
         self._streams: dict[str, OutputStream] = {}
+        self._deletions: set[asyncio.Future[None]] = set()
+        """Of prefixes, that the engine has not done yet."""
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._engine: Engine | None = None
         self.state = State.LOADING
@@ -239,13 +256,17 @@ class AsyncEngine:
         Raises:
             EngineUnavailable: the engine does not accept requests in its current state.
             RequestRefused: a request is invalid.
+            UnknownPrefix: a request continues a prefix that is not there.
             QueueFull: the queue has no room for all of them.
         """
         engine = self.engine
         try:
             valid = [engine.validate(request) for request in requests]
+        except UnknownPrefix:
+            raise
         except ValueError as error:
             raise RequestRefused(str(error)) from error
+        requests = [each.request for each in valid]
         limit = self._limit
         if len(requests) > limit:
             raise RequestRefused(
@@ -264,6 +285,20 @@ class AsyncEngine:
         self._observer.dropped(request_ids)
         for request_id in request_ids:
             self._mailbox.put(_Abort(request_id))
+
+    async def delete_prefix(self, prefix_id: str, owner: str) -> None:
+        """Deletes a prefix, see `LLMEngine.delete_prefix`.
+
+        Raises:
+            EngineUnavailable: the engine is not ready, or stops before it is done.
+            UnknownPrefix: there is none with this id and owner.
+        """
+        self.engine.prefixes.get(prefix_id, owner)
+        done: asyncio.Future[None] = self._loop.create_future()
+        self._deletions.add(done)
+        done.add_done_callback(self._deletions.discard)
+        self._mailbox.put(_DeletePrefix(prefix_id, owner, done))
+        await done
 
     def forget(self, request_ids: Iterable[str]) -> None:
         for request_id in request_ids:
@@ -319,6 +354,9 @@ class AsyncEngine:
         self._observer.dropped(streams)
         for stream in set(streams.values()):
             stream.fail(EngineUnavailable(_WHY_NOT[self.state]))
+        for done in list(self._deletions):
+            if not done.done():
+                done.set_exception(EngineUnavailable(_WHY_NOT[self.state]))
 
     # -- called in the engine thread ------------------------------------------------------------
 
@@ -342,7 +380,7 @@ class AsyncEngine:
             outputs = engine.step() if engine.has_unfinished_requests() else []
             self._post(self._deliver, outputs, engine.stats())
 
-    def _messages(self, *, wait: bool) -> Iterable[_Add | _Abort | _Stop]:
+    def _messages(self, *, wait: bool) -> Iterable[_Message]:
         """Yields all messages in the mailbox; `wait` says whether to wait for the first one."""
         try:
             yield self._mailbox.get(block=wait)
@@ -351,9 +389,17 @@ class AsyncEngine:
         except Empty:
             return
 
-    def _apply(self, engine: Engine, message: _Add | _Abort) -> None:
+    def _apply(self, engine: Engine, message: _Add | _Abort | _DeletePrefix) -> None:
         if isinstance(message, _Abort):
             engine.abort_request(message.request_id)
+            return
+        if isinstance(message, _DeletePrefix):
+            error = None
+            try:
+                engine.delete_prefix(message.prefix_id, message.owner)
+            except UnknownPrefix as unknown:
+                error = unknown
+            self._post(_finish, message.done, error)
             return
         try:
             engine.add_request(message.request)
@@ -363,6 +409,16 @@ class AsyncEngine:
     def _post(self, function: Callable[..., None], *args: object) -> None:
         if not self._loop.is_closed():
             self._loop.call_soon_threadsafe(function, *args)
+
+
+def _finish(done: "asyncio.Future[None]", error: Exception | None) -> None:
+    """Ends a future whose waiter may have gone."""
+    if done.done():
+        return
+    if error is None:
+        done.set_result(None)
+    else:
+        done.set_exception(error)
 
 
 _WHY_NOT = {

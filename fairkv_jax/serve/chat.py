@@ -20,7 +20,7 @@ from fairkv_jax.serve.responses import (
     prompt_logprobs,
     usage,
 )
-from fairkv_jax.serve.service import StrictRoute, service_of
+from fairkv_jax.serve.service import StrictRoute, owner_of, service_of
 
 router = APIRouter(route_class=StrictRoute)
 
@@ -30,10 +30,17 @@ async def create_chat_completion(body: ChatBody, request: Request) -> Response:
     """Generates the assistant's next message of a conversation."""
     service = service_of(request)
     service.check_model(body.model)
-    prompt = await render_chat(service.engine.engine, body.messages, body.add_generation_prompt)
-    await compile_grammar(service.engine.engine, body)
+    engine, owner = service.engine.engine, owner_of(request)
+    prefix = None if body.prefix_id is None else engine.prefixes.get(body.prefix_id, owner)
+    prompt = await render_chat(
+        engine,
+        body.messages,
+        add_generation_prompt=body.add_generation_prompt is not False,
+        prefix=prefix,
+    )
+    await compile_grammar(engine, body)
     answer_id = f"chatcmpl-{uuid4().hex}"
-    requests = fan_out(answer_id, [prompt], body)
+    requests = fan_out(answer_id, [prompt], body, owner)
     head = {"id": answer_id, "created": int(time.time()), "model": service.model_name}
     outputs = service.submit(request, requests, body.n or 1)
     if body.stream:

@@ -20,7 +20,7 @@ from fairkv_jax.serve.responses import (
     prompt_logprobs,
     usage,
 )
-from fairkv_jax.serve.service import StrictRoute, service_of
+from fairkv_jax.serve.service import StrictRoute, owner_of, service_of
 from fairkv_jax.tokenizer import Tokenizer
 
 router = APIRouter(route_class=StrictRoute)
@@ -32,10 +32,15 @@ async def create_completion(body: CompletionBody, request: Request) -> Response:
     service = service_of(request)
     service.check_model(body.model)
     engine = service.engine.engine
-    prompts = await encode_prompts(engine, body.prompts, with_text=bool(body.echo))
+    prompts = await encode_prompts(
+        engine,
+        body.prompts,
+        with_text=bool(body.echo),
+        add_special_tokens=body.prefix_id is None,
+    )
     await compile_grammar(engine, body)
     answer_id = f"cmpl-{uuid4().hex}"
-    requests = fan_out(answer_id, prompts, body)
+    requests = fan_out(answer_id, prompts, body, owner_of(request))
     head = {
         "id": answer_id,
         "object": "text_completion",

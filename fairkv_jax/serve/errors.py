@@ -10,7 +10,9 @@ from fastapi.responses import JSONResponse
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
+from starlette.routing import Match, Route
 
+from fairkv_jax.engine.prefix_registry import UnknownPrefix
 from fairkv_jax.serve.async_engine import EngineUnavailable, QueueFull, RequestRefused
 from fairkv_jax.serve.protocol import NotServed
 
@@ -88,6 +90,8 @@ def status_of(error: Exception) -> int:
             return HTTPStatus.SERVICE_UNAVAILABLE
         case RequestRefused():
             return HTTPStatus.BAD_REQUEST
+        case UnknownPrefix():
+            return HTTPStatus.NOT_FOUND
         case ClientGone() | ClientDisconnect():
             return CLIENT_CLOSED_REQUEST
         case _:
@@ -111,8 +115,10 @@ def add_error_handlers(app: FastAPI) -> None:
         response = error_response(
             status_of(error), message_of(error), getattr(error, "param", None)
         )
-        # Starlette adds headers such as `Allow`.
+        # Starlette adds headers such as `Allow`, in which it lists the methods of one route only.
         response.headers.update(getattr(error, "headers", None) or {})
+        if response.status_code == HTTPStatus.METHOD_NOT_ALLOWED:
+            response.headers["Allow"] = ", ".join(sorted(_methods(request)))
         return response
 
     async def invalid(request: Request, error: Exception) -> JSONResponse:
@@ -120,11 +126,25 @@ def add_error_handlers(app: FastAPI) -> None:
         message, param = _describe(error.errors())
         return error_response(HTTPStatus.BAD_REQUEST, message, param)
 
-    for kind in (ApiError, HTTPException, EngineUnavailable, QueueFull, RequestRefused):
+    for kind in (
+        ApiError,
+        HTTPException,
+        EngineUnavailable,
+        QueueFull,
+        RequestRefused,
+        UnknownPrefix,
+    ):
         app.add_exception_handler(kind, expected)
     for kind in (ClientGone, ClientDisconnect, Exception):
         app.add_exception_handler(kind, expected)
     app.add_exception_handler(RequestValidationError, invalid)
+
+
+def _methods(request: Request) -> set[str]:
+    """Returns the methods that some route takes at the request's path."""
+    routes = [route for route in request.app.routes if isinstance(route, Route)]
+    found = [route for route in routes if route.matches(request.scope)[0] is not Match.NONE]
+    return {method for route in found for method in route.methods or ()}
 
 
 def _describe(problems: Any) -> tuple[str, str | None]:

@@ -4,7 +4,8 @@ import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from fairkv_jax.engine.request import Request
+from fairkv_jax.engine.prefix_registry import chat_text
+from fairkv_jax.engine.request import PrefixRecord, Request
 from fairkv_jax.serve.async_engine import Engine
 from fairkv_jax.serve.errors import ApiError
 from fairkv_jax.serve.protocol import GenerationBody, Message
@@ -17,13 +18,17 @@ class Prompt:
 
 
 async def encode_prompts(
-    engine: Engine, prompts: Sequence[str | list[int]], *, with_text: bool
+    engine: Engine,
+    prompts: Sequence[str | list[int]],
+    *,
+    with_text: bool,
+    add_special_tokens: bool = True,
 ) -> list[Prompt]:
     """Tokenizes the prompts of a completion; `with_text` also decodes prompts of token ids."""
     encoded = []
     for prompt in prompts:
         if isinstance(prompt, str):
-            encoded.append(await encode(engine, prompt))
+            encoded.append(await encode(engine, prompt, add_special_tokens=add_special_tokens))
         else:
             text = await _decode(engine, prompt) if with_text else None
             encoded.append(Prompt(prompt, text))
@@ -54,19 +59,29 @@ async def encode(engine: Engine, text: str, *, add_special_tokens: bool = True) 
 
 
 async def render_chat(
-    engine: Engine, messages: Sequence[Message], add_generation_prompt: bool | None
+    engine: Engine,
+    messages: Sequence[Message],
+    *,
+    add_generation_prompt: bool = True,
+    prefix: PrefixRecord | None = None,
 ) -> Prompt:
     """Renders a conversation with the model's chat template and tokenizes it.
 
-    The template writes the special tokens, so the tokenizer does not add any.
+    The template writes the special tokens, so the tokenizer does not add any. With `prefix`, the
+    messages are those that follow the prefix's.
 
     Raises:
         ApiError: the model has no template, or the template rejects the conversation.
     """
     turns = [message.as_dict() for message in messages]
-    render = engine.tokenizer.apply_chat_template
     try:
-        text = await asyncio.to_thread(render, turns, add_generation_prompt is not False)
+        text = await asyncio.to_thread(
+            chat_text,
+            engine.tokenizer,
+            turns,
+            prefix,
+            add_generation_prompt=add_generation_prompt,
+        )
     except ValueError as error:
         raise ApiError(400, str(error), "messages") from error
     return await encode(engine, text, add_special_tokens=False)
@@ -88,7 +103,9 @@ async def compile_grammar(engine: Engine, body: GenerationBody) -> None:
         raise ApiError(400, f"{field}: {error}", field) from error
 
 
-def fan_out(answer_id: str, prompts: Sequence[Prompt], body: GenerationBody) -> list[Request]:
+def fan_out(
+    answer_id: str, prompts: Sequence[Prompt], body: GenerationBody, owner: str
+) -> list[Request]:
     """Makes one engine request per prompt and choice; the choices of a prompt are adjacent.
 
     If the request has a seed, the choices of a prompt have consecutive seeds, so that they differ
@@ -109,6 +126,8 @@ def fan_out(answer_id: str, prompts: Sequence[Prompt], body: GenerationBody) -> 
                     prompt.text,
                     kv_policy=body.kv_policy,
                     kv_budget=body.kv_budget,
+                    prefix_id=body.prefix_id,
+                    owner=owner,
                 )
             )
     return requests

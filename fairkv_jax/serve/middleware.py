@@ -16,7 +16,7 @@ from fairkv_jax.serve.errors import ApiError, error_response
 
 GUARDED_PREFIXES = ("/v1/", "/tokenize", "/detokenize")
 
-GENERATING = ("/v1/completions", "/v1/chat/completions")
+GENERATING = ("/v1/completions", "/v1/chat/completions", "/v1/prefixes")
 
 
 class Room:
@@ -78,21 +78,29 @@ class ApiKeys:
         self.digests = [_digest(key) for key in keys]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and scope["path"].startswith(GUARDED_PREFIXES):
-            scheme, _, key = Headers(scope=scope).get("authorization", "").partition(" ")
-            if scheme.lower() != "bearer" or not self._known(key.strip()):
-                refusal = error_response(
-                    401, "the API key is missing or invalid: send 'Authorization: Bearer KEY'"
-                )
-                refusal.headers["WWW-Authenticate"] = "Bearer"
-                await refusal(scope, receive, send)
-                return
+        is_guarded = scope["type"] == "http" and scope["path"].startswith(GUARDED_PREFIXES)
+        if is_guarded and not self._known(Headers(scope=scope)):
+            refusal = error_response(
+                401, "the API key is missing or invalid: send 'Authorization: Bearer KEY'"
+            )
+            refusal.headers["WWW-Authenticate"] = "Bearer"
+            await refusal(scope, receive, send)
+            return
         await self.app(scope, receive, send)
 
-    def _known(self, given: str) -> bool:
+    def _known(self, headers: Headers) -> bool:
         """Compares with every key in constant time, so that timing reveals nothing of the keys."""
-        digest = _digest(given)
-        return sum(secrets.compare_digest(digest, known) for known in self.digests) > 0
+        digest = key_digest(headers)
+        return (
+            digest is not None
+            and sum(secrets.compare_digest(digest, known) for known in self.digests) > 0
+        )
+
+
+def key_digest(headers: Headers) -> bytes | None:
+    """Returns the hash of the API key in the headers; None without one."""
+    scheme, _, key = headers.get("authorization", "").partition(" ")
+    return _digest(key.strip()) if scheme.lower() == "bearer" else None
 
 
 def _digest(key: str) -> bytes:

@@ -137,6 +137,8 @@ class GenerationBody(Body):
     kv_budget: int | None = Field(None, ge=1)
     """Kept tokens per head on average, at most the server's budget."""
     kv_policy: str | None = None
+    prefix_id: str | None = None
+    """A cached prefix, whose tokens come before those of this request; see /v1/prefixes."""
 
     guided_whitespace_pattern: str | None = None
     allowed_token_ids: list[int] | None = None

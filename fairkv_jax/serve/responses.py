@@ -32,10 +32,12 @@ def usage(outputs: Iterable[RequestOutput], choices: int) -> dict[str, Any]:
     prompt = sum(len(output.prompt_token_ids) for output in once)
     completion = sum(len(output.outputs[0].token_ids) for output in outputs)
     kept = sum(float(o.kv_lengths.mean()) for o in once if o.kv_lengths is not None)
+    cached = sum(output.num_cached_tokens or 0 for output in once)
     return {
         "prompt_tokens": prompt,
         "completion_tokens": completion,
         "total_tokens": prompt + completion,
+        "prompt_tokens_details": {"cached_tokens": cached},
         "kept_prompt_tokens": round(kept, 2),
     }
 

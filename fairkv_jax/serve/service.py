@@ -13,6 +13,7 @@ from fairkv_jax.serve.access import Work
 from fairkv_jax.serve.async_engine import AsyncEngine, OutputStream
 from fairkv_jax.serve.errors import ApiError
 from fairkv_jax.serve.metrics import Metrics
+from fairkv_jax.serve.middleware import key_digest
 from fairkv_jax.serve.options import ServerOptions
 
 
@@ -64,6 +65,12 @@ class Service:
 
 def service_of(request: Request) -> Service:
     return request.app.state.service
+
+
+def owner_of(request: Request) -> str:
+    """Returns whose prefixes a request may use: those of its API key, if there are keys."""
+    digest = key_digest(request.headers) if service_of(request).options.api_keys else None
+    return "" if digest is None else digest.hex()
 
 
 class _StrictRequest(Request):

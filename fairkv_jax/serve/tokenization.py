@@ -44,7 +44,11 @@ async def tokenize(body: TokenizeBody, request: Request) -> dict[str, Any]:
     service.check_model(body.model)
     engine = service.engine.engine
     if body.messages is not None:
-        prompt = await render_chat(engine, body.messages, body.add_generation_prompt)
+        prompt = await render_chat(
+            engine,
+            body.messages,
+            add_generation_prompt=body.add_generation_prompt is not False,
+        )
     else:
         prompt = await encode(engine, body.prompt or "")
     token_ids = prompt.token_ids

@@ -14,9 +14,12 @@ import numpy as np
 from fairkv_jax.checkpoint.open import open_checkpoint
 from fairkv_jax.compress.budgets import num_kept_tokens, request_kv_config
 from fairkv_jax.config import EngineConfig, KVConfig, ModelConfig
+from fairkv_jax.engine.prefix_registry import PrefixRegistry
 from fairkv_jax.engine.request import (
+    CachedPrefix,
     CompletionOutput,
     Logprob,
+    PrefixRecord,
     Request,
     RequestOutput,
     ValidatedRequest,
@@ -48,6 +51,8 @@ class ScriptedEngine:
         self.kv_config = KVConfig("snapkv", budget=64)
         self.kv_capacity_tokens = 60_000
         self.plan = plan_of(self.model_config)
+        self.prefixes = PrefixRegistry(self.model_config, self.kv_config)
+        self.caching: dict[str, PrefixRecord] = {}
         self.step_seconds = step_seconds
         self.grammars = GrammarCompiler(self.tokenizer, self.model_config.vocab_size)
         self.aborted: list[str] = []
@@ -68,11 +73,21 @@ class ScriptedEngine:
         if not 0 < length < limit:
             raise ValueError(f"a prompt of {length} tokens: 1 to {limit - 1} fit the context")
         self._kept(request)
-        return ValidatedRequest(request, limit - length)
+        if request.caches_prefix:
+            return ValidatedRequest(request, 0, self.prefixes.record_of(request))
+        if request.prefix_id is None:
+            return ValidatedRequest(request, limit - length)
+        record = self.prefixes.get(request.prefix_id, request.owner)
+        whole = [*record.request.prompt_token_ids, *request.prompt_token_ids]
+        request = replace(request, prompt_token_ids=whole)
+        return ValidatedRequest(request, limit - len(whole), record)
 
     def add_request(self, request: Request | ValidatedRequest) -> None:
         if isinstance(request, Request):
             request = self.validate(request)
+        if request.request.caches_prefix:
+            assert request.prefix is not None
+            self.caching[request.request_id] = request.prefix
         request = request.request
         self.requests[request.request_id] = request
         self.generated[request.request_id] = []
@@ -84,6 +99,15 @@ class ScriptedEngine:
 
     def has_unfinished_requests(self) -> bool:
         return bool(self.requests)
+
+    def cached_prefix(self, prefix_id: str, owner: str = "") -> CachedPrefix:
+        record = self.prefixes.get(prefix_id, owner)
+        kept = self._kept(record.request)
+        shape = (self.model_config.num_layers, self.model_config.num_kv_heads)
+        return CachedPrefix(prefix_id, record.prefix.num_tokens, np.full(shape, kept), 1000 * kept)
+
+    def delete_prefix(self, prefix_id: str, owner: str = "") -> None:
+        self.prefixes.remove(prefix_id, owner)
 
     def close(self) -> None:
         self.is_closed = True
@@ -112,7 +136,11 @@ class ScriptedEngine:
         outputs = [self._advance(request) for request in running]
         for output in outputs:
             if output.finished:
-                del self.requests[output.request_id]
+                request = self.requests.pop(output.request_id)
+                if request.caches_prefix:
+                    record = self.caching.pop(request.request_id)
+                    self.prefixes.add(record)
+                    output.cached_prefix = self.cached_prefix(record.id, record.request.owner)
         return outputs
 
     def _advance(self, request: Request) -> RequestOutput:

@@ -107,6 +107,7 @@ def test_usage_counts_each_prompt_once(client: httpx.Client):
         "prompt_tokens": 103,
         "completion_tokens": 20,
         "total_tokens": 123,
+        "prompt_tokens_details": {"cached_tokens": 0},
         "kept_prompt_tokens": 3 + 64,
     }
 

@@ -24,6 +24,7 @@ def test_every_operation_describes_what_it_takes_and_its_errors(client: httpx.Cl
     assert {path for path, method, _ in operations if method == "post"} == {
         "/v1/completions",
         "/v1/chat/completions",
+        "/v1/prefixes",
         "/tokenize",
         "/detokenize",
     }

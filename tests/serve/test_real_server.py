@@ -25,6 +25,7 @@ FLAGS = (
     "--kv-budget=40",
     "--head-plan=fair_copying",
     "--served-model-name=tiny,other",
+    "--enable-prefix-caching",
 )
 
 
@@ -217,6 +218,24 @@ def test_requests_of_every_kind_leave_nothing_behind(client: httpx.Client):
     result = asyncio.run(soak(str(client.base_url).rstrip("/"), None, {**options, "seed": 0}))
     assert is_sound(result), result
     assert result["statuses"]["200"] > 80
+
+
+def test_a_prefix_is_asked_twice(client: httpx.Client):
+    """The answers are those of whole prompts, of which the second reads only the question."""
+    document, questions = [5, 9, 30, 77] * 9, ([8, 12], [40] * 50)
+    params = {"max_tokens": 8, "temperature": 0}
+    prefix = client.post("/v1/prefixes", json={"prompt": document}).json()
+    assert (prefix["num_tokens"], prefix["kept_tokens"]) == (36, 36)
+    for question in questions:
+        body = {"prompt": question, "prefix_id": prefix["id"], **params}
+        answer = client.post("/v1/completions", json=body).json()
+        assert answer["usage"]["prompt_tokens"] == len(document) + len(question)
+        assert answer["usage"]["prompt_tokens_details"] == {"cached_tokens": len(document)}
+        if len(question) == 2:  # nothing is dropped: the whole prompt is within the budget
+            body = {"prompt": [*document, *question], **params}
+            whole = client.post("/v1/completions", json=body).json()
+            assert whole["choices"][0]["text"] == answer["choices"][0]["text"]
+    assert client.delete(f"/v1/prefixes/{prefix['id']}").status_code == 204
 
 
 def test_nothing_is_compiled_once_it_is_ready(process: Process, client: httpx.Client):
