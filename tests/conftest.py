@@ -1,6 +1,9 @@
 """Eight CPU devices for every test process, and the two checkpoints that all tests share."""
 
+import gc
 import os
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -26,6 +29,18 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     selected = [item for item in items if ("long" in item.keywords) == wants_long]
     config.hook.pytest_deselected(items=[item for item in items if item not in selected])
     items[:] = selected
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few_memory_maps() -> Iterator[None]:
+    """Forgets compiled programs after each file: they consist of memory maps.
+
+    Linux grants a process 65,530 of them (vm.max_map_count), and XLA aborts at the next one.
+    """
+    yield
+    if "jax" in sys.modules:
+        sys.modules["jax"].clear_caches()
+        gc.collect()
 
 
 @pytest.fixture(scope="session")
