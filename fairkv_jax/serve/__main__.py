@@ -8,7 +8,7 @@ from functools import partial
 
 from fairkv_jax.engine.request import Request
 from fairkv_jax.sampling_params import SamplingParams
-from fairkv_jax.serve.async_engine import Engine
+from fairkv_jax.serve.engine_protocol import Engine
 from fairkv_jax.serve.flags import Options, parse
 
 CPU_DEVICES_FLAG = "--xla_force_host_platform_device_count"

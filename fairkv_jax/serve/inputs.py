@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 from fairkv_jax.engine.prefix_registry import chat_text
 from fairkv_jax.engine.request import PrefixRecord, Request
-from fairkv_jax.serve.async_engine import Engine
+from fairkv_jax.serve.engine_protocol import Engine
 from fairkv_jax.serve.errors import ApiError
 from fairkv_jax.serve.protocol import GenerationBody, Message
 

@@ -5,7 +5,7 @@ from itertools import groupby
 
 from fairkv_jax.plan import Plan
 from fairkv_jax.plan.plan import Layer
-from fairkv_jax.serve.async_engine import Engine
+from fairkv_jax.serve.engine_protocol import Engine
 
 MAX_PLAN_LINES = 40
 """A plan's table with more lines than this is replaced by a summary."""

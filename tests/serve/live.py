@@ -19,7 +19,8 @@ import httpx
 import uvicorn
 
 from fairkv_jax.serve.app import create_app
-from fairkv_jax.serve.async_engine import AsyncEngine, Engine
+from fairkv_jax.serve.async_engine import AsyncEngine
+from fairkv_jax.serve.engine_protocol import Engine
 from fairkv_jax.serve.metrics import Metrics
 from fairkv_jax.serve.options import ServerOptions
 from fairkv_jax.serve.service import Service
