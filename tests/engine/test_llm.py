@@ -1,6 +1,5 @@
 """The Python API: forms of prompts, chats, and the order of outputs."""
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +8,7 @@ import pytest
 
 from fairkv_jax import LLM, SamplingParams
 from fairkv_jax.engine.llm_engine import LLMEngine
-from tests.engine.drive import check_idle, greedy, random_prompt
+from tests.engine.drive import greedy, random_prompt
 
 BOS = 1
 PROMPT = random_prompt(30, seed=4)
@@ -26,14 +25,6 @@ OPTIONS: dict[str, Any] = {
 @pytest.fixture(scope="module")
 def llm(tiny_checkpoint: Path) -> LLM:
     return LLM(model=tiny_checkpoint, **OPTIONS)
-
-
-@pytest.fixture
-def engine(llm: LLM) -> Iterator[LLMEngine]:
-    """Idle before and after every test."""
-    check_idle(llm.engine)
-    yield llm.engine
-    check_idle(llm.engine)
 
 
 def test_prompts_as_text_as_ids_and_mixed(llm: LLM, engine: LLMEngine):

@@ -1,7 +1,6 @@
 """Requests that come, run, stop and leave, on a tiny model over two devices."""
 
 import time
-from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,6 @@ from fairkv_jax.engine.request import CompletionOutput, Request, ValidatedReques
 from fairkv_jax.engine.timings import StepTimer, Timings
 from tests.engine.drive import (
     alone,
-    check_idle,
     check_owners,
     greedy,
     random_prompt,
@@ -39,14 +37,6 @@ OPTIONS: dict[str, Any] = {
 @pytest.fixture(scope="module")
 def llm(tiny_checkpoint: Path) -> LLM:
     return LLM(model=tiny_checkpoint, **OPTIONS)
-
-
-@pytest.fixture
-def engine(llm: LLM) -> Iterator[LLMEngine]:
-    """Idle before and after every test."""
-    check_idle(llm.engine)
-    yield llm.engine
-    check_idle(llm.engine)
 
 
 @pytest.fixture(scope="module")
