@@ -35,14 +35,12 @@ class Prefix:
     """Whether its pages go as soon as no request uses it."""
 
 
-def prefix_key(parent: str, token_ids: Sequence[int], options: object) -> str:
-    """Returns the name of a prefix: a hash of its tokens and of how they are compressed.
+def prefix_key(token_ids: Sequence[int], options: object) -> str:
+    """Returns the name of a prefix: a hash of its tokens and of `options`.
 
-    Args:
-        parent: The key of the prefix that comes before, or whatever else must tell prefixes apart.
-        options: Everything else that the result depends on, as JSON can write it.
+    `options` are everything else that tells prefixes apart, as JSON can write it.
     """
-    digest = hashlib.sha256(json.dumps([parent, options], sort_keys=True).encode())
+    digest = hashlib.sha256(json.dumps(options).encode())
     digest.update(np.asarray(token_ids, np.int64).tobytes())
     return digest.hexdigest()[:32]
 

@@ -33,7 +33,7 @@ class PrefixRegistry:
         self._check_method(config, len(prompt))
         is_chat = request.messages is not None  # what follows is then rendered differently
         options = [request.owner, request.cache_salt, is_chat, *_options(config)]
-        key = prefix_key("", prompt, options)
+        key = prefix_key(prompt, options)
         prefix = self._prefixes.get(key)
         if prefix is None or prefix.is_deleted:
             prefix = self._prefixes[key] = Prefix(key, len(prompt))

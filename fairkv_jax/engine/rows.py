@@ -74,8 +74,8 @@ class Rows:
         if request.num_cached_tokens is None:
             request.num_cached_tokens = 0 if request.prefix is None else request.prefix.num_tokens
 
-    def share(self, request: ScheduledRequest, *, is_alone: bool) -> RowPrefix | None:
-        """Lets a row begin with the prefix of a request; None if pages lack."""
+    def share(self, request: ScheduledRequest, *, is_alone: bool) -> bool:
+        """Lets a row begin with the prefix of a request; False if pages lack."""
         prefix = request.prefix
         assert prefix is not None
         assert prefix.pages is not None
@@ -85,10 +85,12 @@ class Rows:
             copies = self._kv_cache.share(row, pages, copies_last=False)
             self._prefixes.evict(prefix)
         if copies is None:
-            return None
+            return False
         self._free.remove(row)
         request.shared_row = row
-        return RowPrefix(row, request.prefix_token_ids, pages.slot_lengths, copies)
+        tokens = request.request.prompt_token_ids[: prefix.num_tokens]
+        request.row_prefix = RowPrefix(row, tokens, pages.slot_lengths, copies)
+        return True
 
     def start_over(self, request: ScheduledRequest) -> None:
         """Takes back what a waiting request holds, and gives its prefill up."""
@@ -108,7 +110,7 @@ class Rows:
         if request.shared_row is not None:
             self._kv_cache.free(request.shared_row)
             self._free.append(request.shared_row)
-            request.shared_row = None
+            request.shared_row = request.row_prefix = None
 
     def _use(self, request: ScheduledRequest, prefix: Prefix) -> None:
         """Lets a prefix remain in the cache until its request has ended or starts over."""

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from fairkv_jax.engine.prefix_cache import Prefix
-from fairkv_jax.engine.scheduler_output import NewRequest
+from fairkv_jax.engine.scheduler_output import NewRequest, RowPrefix
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class ScheduledRequest:
     next_segment: int = 0
     """The segment that is prefilled, or will be."""
     chunks_scheduled: int = 0
-    """Of that segment."""
+    """Chunks of that segment that have been scheduled."""
     head_lengths: np.ndarray | None = None
     """[L, K] kept tokens of that segment, once its prefill is done and while the result has not
     been inserted."""
@@ -54,6 +54,8 @@ class ScheduledRequest:
     """What its row begins with; while it is set, the prefix is in use."""
     shared_row: int | None = None
     """The row that holds the prefix while the segment after it is prefilled, or before."""
+    row_prefix: RowPrefix | None = None
+    """What that row begins with, until the runner is told with the segment's first chunk."""
     num_cached_tokens: int | None = None
     """Prompt tokens whose compressed cache was there when its prefill began first."""
     attempt: int = 0
@@ -80,13 +82,6 @@ class ScheduledRequest:
     def num_remaining_steps(self) -> int:
         """Decode steps until it has all the tokens that it may generate."""
         return self.max_tokens - self.num_cached - 1
-
-    @property
-    def prefix_token_ids(self) -> list[int]:
-        """The tokens that its prefix stands for."""
-        return (
-            [] if self.prefix is None else self.request.prompt_token_ids[: self.prefix.num_tokens]
-        )
 
     @property
     def prefix_lengths(self) -> np.ndarray | int:

@@ -25,7 +25,6 @@ from fairkv_jax.engine.scheduler_output import (
     NewTokens,
     PrefillChunks,
     PrefillResult,
-    RowPrefix,
     SchedulerOutput,
 )
 from fairkv_jax.engine.timings import Timings
@@ -132,15 +131,15 @@ class Scheduler:
         if not len(self) or self._must_wait():
             return None
         insertion = self._insert()
-        # A prefix is shared only after it has been written.
-        is_between = insertion is not None and not insertion.is_last
-        begun = None if is_between else self._begin_prefill()
-        attempt = self.waiting[0].attempt if begun is not None else 0
-        awaited = is_between or begun is not None or self._prefill_is_in_flight
-        decode, preempted = self._decode(timings, one_step=awaited)
+        inserts_prefix = insertion is not None and not insertion.is_last
+        # A prefix is shared only after it has been written, by the next output.
+        request = None if inserts_prefix else self._next_to_prefill()
+        attempt = 0 if request is None else request.attempt
+        is_awaited = inserts_prefix or request is not None or self._prefill_is_in_flight
+        decode, preempted = self._decode(timings, one_step=is_awaited)
         prefill = None
-        if begun is not None and self.waiting[0] is begun[0] and begun[0].attempt == attempt:
-            prefill = self._prefill(timings, *begun)
+        if request is not None and (self.waiting[0], request.attempt) == (request, attempt):
+            prefill = self._prefill(timings, request)  # decoding has not taken its pages
         if insertion is None and prefill is None and decode is None:
             return None
         output = SchedulerOutput(
@@ -156,8 +155,7 @@ class Scheduler:
         )
         self._index += 1
         self._finished, self._released, self._resets_cache = [], [], False
-        first = self.waiting[0] if prefill is not None else None
-        chunks = None if first is None else (first, first.attempt)
+        chunks = None if prefill is None or request is None else (request, attempt)
         rows = dict(self.running) if decode is not None else {}
         self._in_flight.append(_InFlight(output, chunks, rows))
         return output
@@ -269,26 +267,20 @@ class Scheduler:
             return False
         return 0 < request.chunks_scheduled == request.num_chunks
 
-    def _begin_prefill(self) -> tuple[ScheduledRequest, RowPrefix | None] | None:
-        """Returns the request whose prefill goes on, and what it begins with if it begins now.
+    def _next_to_prefill(self) -> ScheduledRequest | None:
+        """Returns the request whose chunks are scheduled next, with the row that they need.
 
         None where no request waits for chunks, or no row or too few pages are free.
         """
         request = self.waiting[0] if self.waiting else None
         if request is None or not self._rows.can_take(request):
             return None
-        if request.chunks_scheduled > 0:
-            has_more = request.chunks_scheduled < request.num_chunks
-            return (request, None) if has_more else None
-        if request.head_lengths is not None:
-            return None
-        self._rows.find_prefix(request)
-        if request.segment is None:
-            return None
-        if request.prefix is None:
-            return request, None
-        shared = self._rows.share(request, is_alone=not self.running)
-        return None if shared is None else (request, shared)
+        if request.chunks_scheduled == 0:
+            self._rows.find_prefix(request)
+            has_prefix = request.segment is not None and request.prefix is not None
+            if has_prefix and not self._rows.share(request, is_alone=not self.running):
+                return None
+        return request if request.chunks_scheduled < request.num_chunks else None
 
     def _decode(self, timings: Timings, *, one_step: bool) -> tuple[Decode | None, tuple[str, ...]]:
         """Schedules decode steps of all rows; also returns the requests preempted to make room."""
@@ -335,9 +327,7 @@ class Scheduler:
         self._wait(self._release(row))
         return [newest.request_id]
 
-    def _prefill(
-        self, timings: Timings, request: ScheduledRequest, shared: RowPrefix | None
-    ) -> PrefillChunks:
+    def _prefill(self, timings: Timings, request: ScheduledRequest) -> PrefillChunks:
         """Schedules the next chunks of the first waiting request; fewer while others decode."""
         segment, start = request.segment, request.chunks_scheduled
         assert segment is not None
@@ -353,6 +343,7 @@ class Scheduler:
         bitmask = None
         if is_last and samples and request.follows_grammar:
             bitmask = self._grammar_bitmask(request.request_id)
+        row_prefix, request.row_prefix = request.row_prefix, None
         return PrefillChunks(
             request.request_id,
             start,
@@ -360,7 +351,7 @@ class Scheduler:
             request.num_chunks,
             work=float(done[count - 1]),
             new_request=request.for_runner(segment) if start == 0 else None,
-            cached_prefix=shared,
+            cached_prefix=row_prefix,
             samples_token=is_last and samples,
             grammar_bitmask=bitmask,
         )
