@@ -118,8 +118,13 @@ class LLM:
             text = chat_text(self.engine.tokenizer, messages, add_generation_prompt=False)
             token_ids = self.engine.tokenizer.encode(text, add_special_tokens=False)
         else:
-            (single,) = _as_batch(prompt)  # pyright: ignore[reportArgumentType]
-            text, token_ids = self._encoded(single, None)
+            prompts = _as_batch(prompt)  # pyright: ignore[reportArgumentType]
+            if len(prompts) != 1:
+                raise ValueError(
+                    f"cache_prefix takes one text, list of token ids or conversation, got "
+                    f"{len(prompts)}: call it once for each"
+                )
+            text, token_ids = self._encoded(prompts[0], None)
         self._num_requests += 1
         request = Request(
             str(self._num_requests),

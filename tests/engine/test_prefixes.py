@@ -266,6 +266,12 @@ def test_bad_prefixes_are_refused(llm: LLM, options: dict[str, Any], said: str):
     check_idle(llm.engine)
 
 
+@pytest.mark.parametrize("prompt", [[], ["a", "b"], [[5], [6]]])
+def test_one_prefix_is_cached_at_a_time(llm: LLM, prompt: Any):
+    with pytest.raises(ValueError, match=f"one text, .* got {len(prompt)}"):
+        llm.cache_prefix(prompt)
+
+
 def test_methods_that_look_at_the_end_share_only_what_they_keep_whole(tiny_checkpoint: Path):
     llm = make_llm(tiny_checkpoint, kv_policy="ada_snapkv", kv_budget=64)
     with pytest.raises(ValueError, match="a head may keep 64: use kv_policy streaming_llm for it"):
