@@ -16,10 +16,11 @@ import numpy as np
 
 from fairkv_jax.config import ModelConfig
 from fairkv_jax.models.params import ParamSpec
-from fairkv_jax.plan import Profile
+from fairkv_jax.plan import HeadScores, Profile
 from fairkv_jax.tokenizer import Tokenizer
 
 PROFILE_FILE = "profile.json"
+HEAD_SCORES_FILE = "head_scores.json"
 BLOCK_VALUES = 1 << 20
 """Values that are read at once: they stay in the processor's caches on their way to the devices."""
 
@@ -65,6 +66,11 @@ class Checkpoint(Protocol):
     @property
     def profile(self) -> Profile | None:
         """The head profile stored with the weights, or None."""
+        ...
+
+    @property
+    def head_scores(self) -> HeadScores | None:
+        """The head scores stored with the weights, or None."""
         ...
 
     def names(self) -> tuple[str, ...]:
@@ -151,6 +157,17 @@ def read_profile(folder: Path) -> Profile | None:
         return Profile.from_json(path.read_text(encoding="utf-8"))
     except (OSError, TypeError, ValueError) as error:
         raise CheckpointError(f"{path} cannot be read: {error}: measure a new profile") from error
+
+
+def read_head_scores(folder: Path) -> HeadScores | None:
+    """The head scores in a folder or None; raises CheckpointError if they are damaged."""
+    path = folder / HEAD_SCORES_FILE
+    if not path.is_file():
+        return None
+    try:
+        return HeadScores.from_json(path.read_text(encoding="utf-8"))
+    except (OSError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from error
 
 
 def check_tokenizer(tokenizer: Tokenizer, config: ModelConfig, path: Path) -> Tokenizer:

@@ -17,7 +17,13 @@ from typing import Any
 import numpy as np
 import orbax.checkpoint as ocp
 
-from fairkv_jax.checkpoint.base import PROFILE_FILE, Checkpoint, CheckpointError, LazyTensor
+from fairkv_jax.checkpoint.base import (
+    HEAD_SCORES_FILE,
+    PROFILE_FILE,
+    Checkpoint,
+    CheckpointError,
+    LazyTensor,
+)
 from fairkv_jax.checkpoint.orbax_checkpoint import (
     DTYPES,
     FORMAT,
@@ -97,6 +103,8 @@ def _write_record(checkpoint: Checkpoint, folder: Path, tensors: dict[str, Any])
     checkpoint.tokenizer().save(folder)
     if checkpoint.profile is not None:
         (folder / PROFILE_FILE).write_text(checkpoint.profile.to_json())
+    if checkpoint.head_scores is not None:
+        (folder / HEAD_SCORES_FILE).write_text(checkpoint.head_scores.to_json())
     files = sorted(path for path in folder.iterdir() if path.is_file())
     record = {
         "format": FORMAT,

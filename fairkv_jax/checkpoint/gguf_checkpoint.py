@@ -19,13 +19,14 @@ from fairkv_jax.checkpoint.base import (
     check_tokenizer,
     context_within_window,
     head_order,
+    read_head_scores,
     read_profile,
 )
 from fairkv_jax.checkpoint.gguf_file import GGUFFile
 from fairkv_jax.checkpoint.gguf_tokenizer import build_tokenizer
 from fairkv_jax.config import ModelConfig
 from fairkv_jax.models import FAMILIES, Family, param_specs
-from fairkv_jax.plan import Profile
+from fairkv_jax.plan import HeadScores, Profile
 from fairkv_jax.tokenizer import Tokenizer
 
 EMBEDDING, OUTPUT, ROPE_DIVISORS = "token_embd.weight", "output.weight", "rope_freqs.weight"
@@ -53,6 +54,10 @@ class GGUFCheckpoint:
     @property
     def profile(self) -> Profile | None:
         return read_profile(self._file.path.parent)
+
+    @property
+    def head_scores(self) -> HeadScores | None:
+        return read_head_scores(self._file.path.parent)
 
     def names(self) -> tuple[str, ...]:
         return tuple(self._specs)

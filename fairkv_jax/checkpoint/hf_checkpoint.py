@@ -14,6 +14,7 @@ from fairkv_jax.checkpoint.base import (
     check_tokenizer,
     context_within_window,
     head_order,
+    read_head_scores,
     read_profile,
 )
 from fairkv_jax.checkpoint.files import read_object
@@ -21,7 +22,7 @@ from fairkv_jax.checkpoint.hf_tokenizer import build_tokenizer
 from fairkv_jax.checkpoint.safetensors_file import open_safetensors
 from fairkv_jax.config import ModelConfig
 from fairkv_jax.models import FAMILIES, Family, param_specs
-from fairkv_jax.plan import Profile
+from fairkv_jax.plan import HeadScores, Profile
 from fairkv_jax.tokenizer import Tokenizer
 
 LM_HEAD = "lm_head.weight"
@@ -46,6 +47,10 @@ class HFCheckpoint:
     @property
     def profile(self) -> Profile | None:
         return read_profile(self._folder)
+
+    @property
+    def head_scores(self) -> HeadScores | None:
+        return read_head_scores(self._folder)
 
     def names(self) -> tuple[str, ...]:
         return tuple(self._specs)

@@ -29,13 +29,14 @@ from fairkv_jax.checkpoint.base import (
     LazyTensor,
     Stored,
     check_tokenizer,
+    read_head_scores,
     read_profile,
 )
 from fairkv_jax.checkpoint.files import Buffers, read_object
 from fairkv_jax.checkpoint.hf_tokenizer import build_tokenizer
 from fairkv_jax.config import ModelConfig
 from fairkv_jax.models import param_specs
-from fairkv_jax.plan import Profile
+from fairkv_jax.plan import HeadScores, Profile
 from fairkv_jax.tokenizer import Tokenizer
 
 MODEL_FILE = "model.json"
@@ -91,6 +92,11 @@ class OrbaxCheckpoint:
     def profile(self) -> Profile | None:
         self._check_files()
         return read_profile(self._folder)
+
+    @property
+    def head_scores(self) -> HeadScores | None:
+        self._check_files()
+        return read_head_scores(self._folder)
 
     def names(self) -> tuple[str, ...]:
         return tuple(self._shapes)

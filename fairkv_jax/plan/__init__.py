@@ -2,6 +2,7 @@
 
 from fairkv_jax.plan.calibrate import Calibration, Step, calibrate
 from fairkv_jax.plan.cost import HARDWARE, OBJECTIVES, CostModel
+from fairkv_jax.plan.head_scores import HeadScores, shipped_head_scores
 from fairkv_jax.plan.make import ROW_SPLITS, STRATEGIES, default_cost, make_plan
 from fairkv_jax.plan.plan import Plan, Replica
 from fairkv_jax.plan.profile import Profile, shipped_profile
@@ -17,6 +18,7 @@ __all__ = [
     "STRATEGIES",
     "Calibration",
     "CostModel",
+    "HeadScores",
     "ModelShape",
     "Plan",
     "Profile",
@@ -30,6 +32,7 @@ __all__ = [
     "make_plan",
     "route",
     "row_counts",
+    "shipped_head_scores",
     "shipped_profile",
     "simulate",
 ]
