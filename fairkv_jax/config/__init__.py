@@ -6,7 +6,14 @@ tools can read configurations without importing JAX.
 """
 
 from fairkv_jax.config.engine_config import DTYPES, QUANTIZATIONS, BuildOptions, EngineConfig
-from fairkv_jax.config.kv_config import POLICY_NAMES, REQUEST_POLICIES, KVConfig
+from fairkv_jax.config.kv_config import (
+    ALLOCATOR_NAMES,
+    POLICIES,
+    REQUEST_POLICIES,
+    SCORER_NAMES,
+    KVConfig,
+    takes_budget,
+)
 from fairkv_jax.config.model_config import ModelConfig
 from fairkv_jax.options import options_of
 
@@ -15,14 +22,17 @@ ENGINE_OPTIONS = options_of(*ENGINE_CLASSES)
 """Everything that `LLM` and `python -m fairkv_jax.serve` accept for the engine."""
 
 __all__ = [
+    "ALLOCATOR_NAMES",
     "DTYPES",
     "ENGINE_CLASSES",
     "ENGINE_OPTIONS",
-    "POLICY_NAMES",
+    "POLICIES",
     "QUANTIZATIONS",
     "REQUEST_POLICIES",
+    "SCORER_NAMES",
     "BuildOptions",
     "EngineConfig",
     "KVConfig",
     "ModelConfig",
+    "takes_budget",
 ]

@@ -1,5 +1,6 @@
 """Checks of options that several configurations share."""
 
+import math
 from numbers import Integral, Real
 
 
@@ -23,3 +24,14 @@ def check_fraction(name: str, value: float, *, closed: bool) -> None:
     number = isinstance(value, Real) and not isinstance(value, bool)
     if not number or not (0 <= value <= 1 if closed else 0 <= value < 1):
         raise ValueError(f"{name} must lie in [0, 1{']' if closed else ')'}, got {value!r}")
+
+
+def check_optional_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
+    if value is not None:
+        check_choice(name, value, choices)
+
+
+def check_number(name: str, value: float, low: float) -> None:
+    is_number = isinstance(value, Real) and not isinstance(value, bool)
+    if not is_number or not low <= value < math.inf:
+        raise ValueError(f"{name} must be a finite number of at least {low}, got {value!r}")

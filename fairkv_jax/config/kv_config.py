@@ -1,16 +1,48 @@
 """How the keys and values of prompts are compressed."""
 
 from dataclasses import dataclass
+from typing import Any
 
-from fairkv_jax.config.checks import check_bool, check_choice, check_fraction, check_int
+from fairkv_jax.config.checks import (
+    check_bool,
+    check_choice,
+    check_fraction,
+    check_int,
+    check_number,
+    check_optional_choice,
+)
 from fairkv_jax.options import accept_old_names, option
 
-POLICY_NAMES = ("full", "streaming_llm", "snapkv", "ada_snapkv", "pyramidkv", "head_budgets")
-POOLINGS = ("max", "avg")
-SAFEGUARDS = ("blend", "reserve")
-SUFFIXES = ("keep", "compress")
+SCORER_NAMES = (
+    "streaming_llm",
+    "snapkv",
+    "expected_attention",
+    "keydiff",
+    "knorm",
+    "tova",
+)
+ALLOCATOR_NAMES = ("full", "uniform", "pyramid", "ada", "critical_ada", "head_budgets", "duo")
+POLICIES = {
+    "full": ("streaming_llm", "full"),
+    "streaming_llm": ("streaming_llm", "uniform"),
+    "snapkv": ("snapkv", "uniform"),
+    "ada_snapkv": ("snapkv", "ada"),
+    "pyramidkv": ("snapkv", "pyramid"),
+    "head_budgets": ("snapkv", "head_budgets"),
+    "expected_attention": ("expected_attention", "ada"),
+    "keydiff": ("keydiff", "uniform"),
+    "knorm": ("knorm", "uniform"),
+    "tova": ("tova", "uniform"),
+    "critical_ada": ("snapkv", "critical_ada"),
+    "duo_attention": ("streaming_llm", "duo"),
+}
+"""The scorer and the allocator that each policy names."""
 REQUEST_POLICIES = ("streaming_llm", "snapkv", "ada_snapkv")
 """Policies that a request may choose in place of the server's."""
+POOLINGS = ("max", "avg")
+SAFEGUARDS = ("blend", "reserve")
+STREAMING = ("recent", "snapkv")
+SUFFIXES = ("keep", "compress")
 _COMPRESSION = "Compression of the KV cache"
 
 
@@ -27,14 +59,39 @@ class KVConfig:
 
     policy: str = option(
         "full",
-        "Compression policy. full: all tokens are kept. streaming_llm: the first and the last "
-        "tokens are kept. snapkv: each head keeps its highest-scored tokens. ada_snapkv: the "
-        "highest-scored tokens of a whole layer are kept, so that its heads get different budgets. "
-        "pyramidkv: like snapkv, with budgets that decrease with depth. head_budgets: like snapkv, "
-        "with the budgets of kv_head_budgets.",
+        "Compression policy: a scorer, which says how much each token matters to each head, and an "
+        "allocator, which spreads the budget over the heads. full: all tokens are kept. "
+        "streaming_llm: the first and the last tokens are kept. snapkv: each head keeps the tokens "
+        "that the end of the prompt attends to most. ada_snapkv: the same for a whole layer, so "
+        "that its heads get different budgets. pyramidkv: like snapkv, with budgets that decrease "
+        "with depth. head_budgets: like snapkv, with the budgets of kv_head_budgets. "
+        "expected_attention: the tokens that later queries are expected to attend to. keydiff: "
+        "the tokens whose keys are least alike. knorm: the tokens whose keys are shortest. tova: "
+        "the tokens that the last one attends to. critical_ada: like ada_snapkv, with half of each "
+        "budget chosen by what the values contribute. duo_attention: the heads with the highest "
+        "kv_head_scores keep all tokens, the others the first and the last ones.",
         name="kv_policy",
         group=_COMPRESSION,
-        choices=POLICY_NAMES,
+        choices=tuple(POLICIES),
+    )
+    scorer: str | None = option(
+        None,
+        "Scorer, if not that of kv_policy.",
+        name="kv_scorer",
+        group=_COMPRESSION,
+        choices=SCORER_NAMES,
+        default_text="that of kv_policy",
+    )
+    allocator: str | None = option(
+        None,
+        "Allocator, if not that of kv_policy. uniform: the same budget for every head. pyramid: "
+        "budgets that decrease with depth. ada: by the best scores of a layer. critical_ada: as "
+        "ada, and half of each budget by what the values contribute. head_budgets: those of "
+        "kv_head_budgets. duo: by kv_head_scores.",
+        name="kv_allocator",
+        group=_COMPRESSION,
+        choices=ALLOCATOR_NAMES,
+        default_text="that of kv_policy",
     )
     budget: int | None = option(
         None,
@@ -51,8 +108,8 @@ class KVConfig:
     )
     window: int = option(
         32,
-        "Size of the observation window in tokens. These last tokens of a prompt are always kept, "
-        "and their queries score the other tokens. streaming_llm does not use it.",
+        "Size of snapkv's observation window in tokens. These last tokens of a prompt are always "
+        "kept, and their queries score the other tokens.",
         name="kv_window",
         group=_COMPRESSION,
     )
@@ -79,7 +136,7 @@ class KVConfig:
     )
     safeguard: str = option(
         "blend",
-        "How ada_snapkv protects heads with low scores: blend, as first published, or reserve, "
+        "How ada protects heads with low scores: blend, as first published, or reserve, "
         "as in kvpress.",
         name="kv_safeguard",
         group=_COMPRESSION,
@@ -92,6 +149,30 @@ class KVConfig:
         name="kv_alpha_safeguard",
         group=_COMPRESSION,
         old_name="kv_alpha",
+    )
+    epsilon: float = option(
+        1e-2,
+        "Added to the expected attention before it is multiplied by the norm of the value; 0 in "
+        "kvpress.",
+        name="kv_epsilon",
+        group=_COMPRESSION,
+    )
+    head_scores: Any = option(
+        None,
+        "Path of head scores in JSON, see `python -m fairkv_jax.profile learn`, for duo_attention.",
+        name="kv_head_scores",
+        group=_COMPRESSION,
+        type=str,
+        default_text="head_scores.json beside the weights, else those of the demo model",
+    )
+    """A `plan.HeadScores`, or None: the model's own, which `build_engine` looks up."""
+    streaming: str = option(
+        "recent",
+        "What the heads of duo_attention that do not keep everything keep. recent: the first and "
+        "the most recent tokens. snapkv: as many tokens, chosen by SnapKV.",
+        name="kv_streaming",
+        group=_COMPRESSION,
+        choices=STREAMING,
     )
     suffix: str = option(
         "keep",
@@ -112,18 +193,33 @@ class KVConfig:
     """Tokens kept for every layer and head, [L][K]."""
 
     def __post_init__(self) -> None:
-        if self.policy not in POLICY_NAMES:
-            names = ", ".join(POLICY_NAMES)
+        if self.policy not in POLICIES:
+            names = ", ".join(POLICIES)
             raise ValueError(f"unknown kv_policy {self.policy!r}: use one of {names}")
-        if (self.policy == "head_budgets") != (self.head_budgets is not None):
+        check_optional_choice("kv_scorer", self.scorer, SCORER_NAMES)
+        check_optional_choice("kv_allocator", self.allocator, ALLOCATOR_NAMES)
+        check_choice("kv_streaming", self.streaming, STREAMING)
+        if (self.allocator_name == "head_budgets") != (self.head_budgets is not None):
             raise ValueError(
-                "kv_head_budgets goes with kv_policy 'head_budgets', and no other: give both"
+                "kv_head_budgets goes with kv_policy or kv_allocator 'head_budgets', and no other: "
+                "give both"
             )
-        if self.policy in ("full", "head_budgets"):
+        if self.head_scores is not None and self.allocator_name != "duo":
+            raise ValueError(
+                "kv_head_scores goes with kv_policy 'duo_attention' or kv_allocator 'duo': drop "
+                f"it, or choose one of them in place of {self.policy!r}"
+            )
+        if self.scorer is not None and self.allocator_name == "full":
+            raise ValueError(
+                f"kv_scorer {self.scorer!r} has no effect where every token is kept: choose a "
+                "kv_policy or kv_allocator other than 'full'"
+            )
+        if not self.takes_budget:
             if self.budget is not None or self.ratio is not None:
+                name = "policy" if self.allocator is None else "allocator"
                 raise ValueError(
-                    f"kv_policy {self.policy!r} takes neither kv_budget nor kv_ratio: drop them, "
-                    "or choose a policy that takes one"
+                    f"kv_{name} {self.allocator or self.policy!r} takes neither kv_budget nor "
+                    "kv_ratio: drop them, or choose one that takes one"
                 )
         elif (self.budget is None) == (self.ratio is None):
             raise ValueError(
@@ -143,3 +239,33 @@ class KVConfig:
             check_fraction("kv_ratio", self.ratio, closed=False)
         if self.budget is not None:
             check_int("kv_budget", self.budget, 1)
+        check_number("kv_epsilon", self.epsilon, 0)
+
+    @property
+    def scorer_name(self) -> str:
+        """The scorer in use."""
+        if self.scorer is not None:
+            return self.scorer
+        if self.allocator_name == "duo" and self.streaming == "snapkv":
+            return "snapkv"
+        return POLICIES[self.policy][0]
+
+    @property
+    def allocator_name(self) -> str:
+        """The allocator in use."""
+        return self.allocator or POLICIES[self.policy][1]
+
+    @property
+    def takes_budget(self) -> bool:
+        """Whether a budget or a ratio says how many tokens are kept."""
+        return takes_budget(self.allocator_name)
+
+    @property
+    def spans_layers(self) -> bool:
+        """Whether the budget is shared by all layers, so that one layer may be kept whole."""
+        return self.allocator_name == "duo"
+
+
+def takes_budget(allocator: str) -> bool:
+    """Returns whether an allocator spreads a budget or a ratio that the user gives."""
+    return allocator not in ("full", "head_budgets")
