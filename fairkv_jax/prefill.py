@@ -34,7 +34,7 @@ from jax.sharding import Mesh, PartitionSpec
 from jax.stages import Lowered
 from jaxtyping import Array, Bool, Float, Int
 
-from fairkv_jax.attention import PagedPrefix, attend_to_prompt
+from fairkv_jax.attention import PagedPrefix
 from fairkv_jax.cache import LAYERS_BY_DEVICE, PrefixView
 from fairkv_jax.compress.budgets import MaxKept
 from fairkv_jax.compress.contract import (
@@ -48,9 +48,9 @@ from fairkv_jax.compress.contract import (
 from fairkv_jax.compress_layer import pack, with_layer
 from fairkv_jax.models.model import Layer, Model
 from fairkv_jax.models.rope import rotate
+from fairkv_jax.prefill_block import LayerState, contributing_slots, paged_prefix, run_block
 from fairkv_jax.prefill_carry import PrefillCarry, PrefillShapes, layer_shape
 from fairkv_jax.sampling import Sampled, ranked_logprobs
-from fairkv_jax.shapes import TENSOR_AXIS
 from fairkv_jax.sharding.load_weights import partition_specs
 
 
@@ -222,17 +222,10 @@ def _run_chunks_local(
     max_kept: MaxKept,
 ) -> tuple[PrefillCarry, Int[Array, ""]]:
     """Runs one device's part of `run_chunks`, inside `shard_map`."""
-    num_layers, num_slots = head_of_slot.shape
-    num_heads = first_slot.shape[1]
+    num_layers, num_heads = first_slot.shape
     per_layer = (length + chunk_size - 1) // chunk_size
     first, last = start // per_layer, (stop - 1) // per_layer
-    slot = jax.lax.axis_index(TENSOR_AXIS) * num_slots + jnp.arange(num_slots)
-    # One replica of each head contributes, so that the sum over devices counts each head once: the
-    # first one while no row is routed to a replica yet, else the one that owns the row's prefix.
-    if prefix is None:
-        contributes = jnp.take_along_axis(first_slot, jnp.maximum(head_of_slot, 0), 1) == slot
-    else:
-        contributes = prefix.lengths > 0
+    contributes = contributing_slots(head_of_slot, first_slot, prefix)
     scorers = distinct_scorers(methods)
     observer = jnp.where(keeps_whole, -1, scorer_index(methods, method))
     num_tokens = carry.k.shape[1]
@@ -241,12 +234,12 @@ def _run_chunks_local(
 
     def run_layer(index: Array, carry: PrefillCarry) -> PrefillCarry:
         layer = model.layer(index)
-        paged_prefix = None if prefix is None else _paged_prefix(prefix, index)
+        of_layer = None if prefix is None else paged_prefix(prefix, index)
 
         def run(i: Array, carry: PrefillCarry) -> PrefillCarry:
             at = i * chunk_size
             carry, chunk = _run_chunk(
-                model, layer, carry, contributes[index], at, length, chunk_size, paged_prefix
+                model, layer, carry, contributes[index], at, length, chunk_size, of_layer
             )
             return replace(carry, stats=_observe(scorers, observer, carry.stats, chunk, shape))
 
@@ -267,11 +260,6 @@ def _run_chunks_local(
     return replace(carry, prefix=replace(carry.prefix, logits=logits)), stop - start
 
 
-def _paged_prefix(prefix: PrefixView, layer: Int[Array, ""]) -> PagedPrefix:
-    """Returns one layer's part of a prefix."""
-    return PagedPrefix((prefix.k_pages, prefix.v_pages), *prefix.of_layer(layer))
-
-
 def _run_chunk(
     model: Model,
     layer: Layer,
@@ -283,34 +271,26 @@ def _run_chunk(
     prefix: PagedPrefix | None,
 ) -> tuple[PrefillCarry, Chunk]:
     """Runs the tokens from `at` on through a layer; also returns what scorers may observe."""
-
-    def attend(q: Array, k: Array, v: Array, cache: None, _: None) -> tuple[Any, None, Any]:
-        keys = jax.lax.dynamic_update_slice_in_dim(carry.k, k.swapaxes(0, 1), at, 1)
-        values = jax.lax.dynamic_update_slice_in_dim(carry.v, v.swapaxes(0, 1), at, 1)
-        out = attend_to_prompt(q, keys, values, at, prefix)
-        out = jnp.where(contributes[:, None, None], out, 0)
-        return out, cache, (q, k, v, keys, values)
-
-    index = at + jnp.arange(chunk_size)
-    angles = model.angles(carry.first_position + index)
-    x = jax.lax.dynamic_slice_in_dim(carry.hidden, at, chunk_size)
-    out, _, (q, k, v, keys, values) = layer(x, angles, attend, None, None)
-    hidden = jax.lax.dynamic_update_slice_in_dim(carry.hidden, out, at, 0)
-    heads = q.reshape(chunk_size, -1, q.shape[-1])
+    first = carry.first_position
+    state = LayerState(carry.hidden, carry.k, carry.v)
+    state, block = run_block(
+        model, layer, state, contributes, at, chunk_size, first_position=first, prefix=prefix
+    )
+    heads = block.q.reshape(chunk_size, -1, block.q.shape[-1])
     # XLA removes what no scorer reads.
     chunk = Chunk(
         length,
-        first_position=carry.first_position,
-        positions=index,
+        first_position=first,
+        positions=block.index,
         frequencies=model.angles(jnp.ones(1, jnp.int32))[0],
-        x=layer.attention_inputs(x),
-        q_unrotated=rotate(heads, -angles).reshape(q.shape),
-        q=q,
-        k=k,
-        v=v,
+        x=block.x,
+        q_unrotated=rotate(heads, -block.angles).reshape(block.q.shape),
+        q=block.q,
+        k=block.k,
+        v=block.v,
         w_o=layer.output_weights(),
     )
-    return replace(carry, hidden=hidden, k=keys, v=values), chunk
+    return replace(carry, hidden=state.hidden, k=state.k, v=state.v), chunk
 
 
 def _observe(

@@ -73,6 +73,22 @@ class PrefillCarry:
         split: Any = PartitionSpec(TENSOR_AXIS)
         return cls(whole, whole, split, split, split, CompressedPrefix.partition())
 
+    def whole_layer(
+        self, layer: Int[Array, ""]
+    ) -> tuple[Float[Array, "C T H"], Float[Array, "C T H"]]:
+        """Returns a layer's keys and values of a prompt that is kept whole, inside `shard_map`.
+
+        Those at and past the prompt's length, and of empty slots, are undefined but finite.
+        """
+        lengths = self.prefix.slot_lengths
+        starts = jnp.cumsum(lengths.reshape(-1)).reshape(lengths.shape) - lengths
+
+        def of_slot(x: Float[Array, "R H"], start: Array) -> Float[Array, "T H"]:
+            return jax.lax.dynamic_slice_in_dim(x, start, self.k.shape[1])
+
+        slots = jax.vmap(of_slot, in_axes=(None, 0))
+        return slots(self.prefix.k, starts[layer]), slots(self.prefix.v, starts[layer])
+
 
 @dataclass(frozen=True)
 class PrefillShapes:
@@ -86,6 +102,8 @@ class PrefillShapes:
     max_kept: MaxKept
     has_prefix: bool = False
     """Whether the prompts are suffixes of prefixes in the KV cache."""
+    max_repetition: int = 0
+    """Most tokens of a repetition of a part of a prompt; 0 where the method needs none."""
 
     @cached_property
     def carry(self) -> "PrefillCarry":

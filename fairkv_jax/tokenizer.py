@@ -102,6 +102,10 @@ class Tokenizer:
         """Returns an incremental decoder for one output; `context` holds the preceding ids."""
         return Detokenizer(self._backend, skip_special_tokens, context)
 
+    @property
+    def has_chat_template(self) -> bool:
+        return self._chat_template is not None
+
     def apply_chat_template(
         self, messages: Sequence[Message], add_generation_prompt: bool = True, **kwargs: Any
     ) -> str:

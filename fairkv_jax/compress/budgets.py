@@ -40,7 +40,10 @@ def budgets_per_head(
         total = pairs * kept
         if config.ratio is not None:
             total = max(pairs, pairs * prompt_tokens - int(pairs * prompt_tokens * config.ratio))
-        flat = _duo(config.head_scores, total, prompt_tokens)
+        if config.allocator_name == "duo":
+            flat = _duo(config.head_scores, total, prompt_tokens)
+        else:
+            flat = [total // pairs + (index < total % pairs) for index in range(pairs)]
         rows = range(0, pairs, num_heads)
         return tuple(tuple(flat[row : row + num_heads]) for row in rows)
     layers = [kept] * num_layers

@@ -106,6 +106,42 @@ class Scorer(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class RepeatedChunk:
+    """A block of tokens with which the model repeats part of a prompt, in one layer.
+
+    The repetition follows the whole prompt, and attends to all of it.
+    """
+
+    length: Int[Array, ""]
+    """Tokens of the whole prompt."""
+    part: tuple[Int[Array, ""], Int[Array, ""]]
+    """The tokens of the prompt that are repeated: the first, and the one behind the last."""
+    index: Int[Array, "b"]
+    """Index of each token in the repetition."""
+    num_tokens: Int[Array, ""]
+    """Tokens of the repetition, the instruction included; later ones are padding."""
+    x: Float[Array, "b D"]
+    """Normalised input of the attention block."""
+    q: Float[Array, "b C G H"]
+    prompt_k: Float[Array, "C T H"]
+    """Keys of the prompt."""
+    k: Float[Array, "C S H"]
+    """Keys of the repetition, up to the end of this block."""
+
+
+class RepeatingScorer(Scorer, Protocol):
+    """A scorer that also looks at how the model repeats the prompt.
+
+    Its statistics of every layer are kept until the whole prompt has been repeated. Only then does
+    it observe the prompt's own chunks, of which it may read `positions`, `k`, `v` and `w_o`.
+    """
+
+    def observe_repetition(self, stats: Stats, chunk: RepeatedChunk) -> Stats:
+        """Adds a block of a repetition."""
+        ...
+
+
 class FromKeysAndValues:
     """What scorers have in common that need nothing but the layer's keys and values."""
 

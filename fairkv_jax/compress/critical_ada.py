@@ -1,11 +1,19 @@
 """CriticalKV (Feng et al., 2025): a second ranking, by what a token's value adds to the output."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from fairkv_jax.compress.contract import Chunk, LayerShape, Scorer, Scores, Stats
+from fairkv_jax.compress.contract import (
+    Chunk,
+    LayerShape,
+    RepeatedChunk,
+    Scorer,
+    Scores,
+    Stats,
+)
 
 _EPSILON = 1e-4
 """Added to the scores, so that a value counts also where its token got no attention."""
@@ -37,6 +45,12 @@ class WithContributions:
         of_chunk = jnp.mean(jnp.sum(jnp.abs(outputs.astype(jnp.float32)), -1), -1)
         norms = norms.at[:, chunk.positions].set(of_chunk.T, mode="drop")
         return self.scorer.observe(inner, chunk), norms
+
+    def observe_repetition(self, stats: Stats, chunk: RepeatedChunk) -> Stats:
+        """Hands the block on, where the other scorer is a `RepeatingScorer`."""
+        inner, norms = stats
+        scorer: Any = self.scorer
+        return scorer.observe_repetition(inner, chunk), norms
 
     def score(
         self,

@@ -10,6 +10,7 @@ from fairkv_jax.compress.critical_ada import WithContributions
 from fairkv_jax.compress.expected_attention import ExpectedAttention
 from fairkv_jax.compress.keydiff import KeyDiff
 from fairkv_jax.compress.knorm import KeyNorm
+from fairkv_jax.compress.kvzip import Repetition
 from fairkv_jax.compress.snapkv import WindowAttention
 from fairkv_jax.compress.streaming_llm import Recency
 from fairkv_jax.compress.tova import last_query_attention
@@ -41,10 +42,16 @@ SCORERS: dict[str, ScorerEntry] = {
     "tova": ScorerEntry(
         lambda config: last_query_attention(), is_query_agnostic=False, mean_over_heads=True
     ),
+    "kvzip": ScorerEntry(lambda config: Repetition(weighs_values=False), is_query_agnostic=True),
+    "kvzip_plus": ScorerEntry(
+        lambda config: Repetition(weighs_values=True), is_query_agnostic=True
+    ),
 }
 
 
 def _ada(config: KVConfig) -> Allocator:
+    if config.repeats_prompt:  # KVzip has no safeguard
+        return AdaReserve(0.0)
     allocator = {"blend": AdaBlend, "reserve": AdaReserve}[config.safeguard]
     return allocator(config.alpha_safeguard)
 

@@ -20,6 +20,8 @@ SCORER_NAMES = (
     "keydiff",
     "knorm",
     "tova",
+    "kvzip",
+    "kvzip_plus",
 )
 ALLOCATOR_NAMES = ("full", "uniform", "pyramid", "ada", "critical_ada", "head_budgets", "duo")
 POLICIES = {
@@ -34,11 +36,15 @@ POLICIES = {
     "knorm": ("knorm", "uniform"),
     "tova": ("tova", "uniform"),
     "critical_ada": ("snapkv", "critical_ada"),
+    "kvzip": ("kvzip", "ada"),
+    "kvzip_plus": ("kvzip_plus", "ada"),
     "duo_attention": ("streaming_llm", "duo"),
 }
 """The scorer and the allocator that each policy names."""
 REQUEST_POLICIES = ("streaming_llm", "snapkv", "ada_snapkv")
 """Policies that a request may choose in place of the server's."""
+REPEATING_SCORERS = ("kvzip", "kvzip_plus")
+"""Scorers that let the model repeat the prompt, once it has been read."""
 POOLINGS = ("max", "avg")
 SAFEGUARDS = ("blend", "reserve")
 STREAMING = ("recent", "snapkv")
@@ -68,8 +74,10 @@ class KVConfig:
         "expected_attention: the tokens that later queries are expected to attend to. keydiff: "
         "the tokens whose keys are least alike. knorm: the tokens whose keys are shortest. tova: "
         "the tokens that the last one attends to. critical_ada: like ada_snapkv, with half of each "
-        "budget chosen by what the values contribute. duo_attention: the heads with the highest "
-        "kv_head_scores keep all tokens, the others the first and the last ones.",
+        "budget chosen by what the values contribute. kvzip and kvzip_plus: the tokens that the "
+        "model attends to when it repeats the prompt, which costs 2 to 3 prefills. duo_attention: "
+        "the heads with the highest kv_head_scores keep all tokens, the others the first and the "
+        "last ones.",
         name="kv_policy",
         group=_COMPRESSION,
         choices=tuple(POLICIES),
@@ -85,9 +93,9 @@ class KVConfig:
     allocator: str | None = option(
         None,
         "Allocator, if not that of kv_policy. uniform: the same budget for every head. pyramid: "
-        "budgets that decrease with depth. ada: by the best scores of a layer. critical_ada: as "
-        "ada, and half of each budget by what the values contribute. head_budgets: those of "
-        "kv_head_budgets. duo: by kv_head_scores.",
+        "budgets that decrease with depth. ada: by the best scores of a layer, and with kvzip of "
+        "all layers. critical_ada: as ada, and half of each budget by what the values contribute. "
+        "head_budgets: those of kv_head_budgets. duo: by kv_head_scores.",
         name="kv_allocator",
         group=_COMPRESSION,
         choices=ALLOCATOR_NAMES,
@@ -174,6 +182,13 @@ class KVConfig:
         group=_COMPRESSION,
         choices=STREAMING,
     )
+    replay_suffix: str | None = option(
+        None,
+        "What kvzip writes between the instruction to repeat the prompt and the prompt.",
+        name="kv_replay_suffix",
+        group=_COMPRESSION,
+        default_text="what ends a user's turn in the chat template, or a newline without one",
+    )
     suffix: str = option(
         "keep",
         "What happens to the tokens that follow a cached prefix. keep: all are kept. compress: "
@@ -240,6 +255,8 @@ class KVConfig:
         if self.budget is not None:
             check_int("kv_budget", self.budget, 1)
         check_number("kv_epsilon", self.epsilon, 0)
+        if self.replay_suffix is not None and not isinstance(self.replay_suffix, str):
+            raise ValueError(f"kv_replay_suffix must be a text, got {self.replay_suffix!r}")
 
     @property
     def scorer_name(self) -> str:
@@ -263,7 +280,12 @@ class KVConfig:
     @property
     def spans_layers(self) -> bool:
         """Whether the budget is shared by all layers, so that one layer may be kept whole."""
-        return self.allocator_name == "duo"
+        return self.allocator_name == "duo" or self.repeats_prompt
+
+    @property
+    def repeats_prompt(self) -> bool:
+        """Whether the model repeats the prompt before it is compressed."""
+        return self.scorer_name in REPEATING_SCORERS and self.allocator_name != "full"
 
 
 def takes_budget(allocator: str) -> bool:

@@ -17,6 +17,7 @@ from fairkv_jax.engine.scheduler_output import (
     SchedulerOutput,
 )
 from fairkv_jax.prefill_carry import CompressedPrefix, PrefillCarry
+from fairkv_jax.repeat_prompt import RepetitionCarry
 from fairkv_jax.sampling import Sampled
 from fairkv_jax.sharding.slots import SlotLayout
 
@@ -41,6 +42,8 @@ class PrefillTask:
     """Per block, as `score_prompt` gives them; perhaps not computed yet."""
     progress: Any = None
     """An array that is computed with the chunks that were given to the devices last."""
+    repetition: RepetitionCarry | None = None
+    """The repetition of the prompt that is under way."""
 
     @property
     def prompt_token_ids(self) -> list[int]:

@@ -369,7 +369,13 @@ class LLMEngine:
 
     def segments(self, valid: ValidatedRequest) -> tuple[Segment, ...]:
         """The parts in which a prompt is prefilled and compressed."""
-        return segments_of(valid, self.model_config, self.engine_config, self.kv_config)
+        return segments_of(
+            valid,
+            self.model_config,
+            self.engine_config,
+            self.kv_config,
+            self.runner.instruction,
+        )
 
     def _check_kv_options(self, request: Request) -> None:
         wanted = request_kv_config(

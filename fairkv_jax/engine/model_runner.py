@@ -11,10 +11,10 @@ from typing import Any
 import jax
 import numpy as np
 
-from fairkv_jax.cache import KVCache, PrefixView, TableWrites
+from fairkv_jax.cache import KVCache, TableWrites
 from fairkv_jax.checkpoint import Checkpoint
-from fairkv_jax.compress.budgets import budgets_per_head, request_kv_config
-from fairkv_jax.compress.registry import make_method, offered_methods
+from fairkv_jax.compress.instruction import RepeatInstruction
+from fairkv_jax.compress.registry import offered_methods
 from fairkv_jax.config import EngineConfig, KVConfig
 from fairkv_jax.engine.cache_size import size_cache
 from fairkv_jax.engine.device_errors import (
@@ -27,10 +27,10 @@ from fairkv_jax.engine.execution import (
     Execution,
     PendingPrefill,
     PrefillTask,
-    logprobs_start,
 )
 from fairkv_jax.engine.page_tables import PageCopies
-from fairkv_jax.engine.prefill_chunking import PrefillChunking, prefill_bucket
+from fairkv_jax.engine.prefill_chunking import prefill_bucket
+from fairkv_jax.engine.prefill_runner import PrefillRunner
 from fairkv_jax.engine.programs import Programs
 from fairkv_jax.engine.scheduler_output import (
     Decode,
@@ -41,7 +41,6 @@ from fairkv_jax.engine.scheduler_output import (
     SchedulerOutput,
 )
 from fairkv_jax.plan import Plan
-from fairkv_jax.prefill import split_at_layers
 from fairkv_jax.prefill_carry import CompressedPrefix
 from fairkv_jax.sampling import Sampled, TokenHistory
 from fairkv_jax.sampling_params import SamplingParams, num_bitmask_words
@@ -81,8 +80,23 @@ class ModelRunner:
                 checkpoint, self.layout, self.mesh, config.dtype, int8=int8, progress=progress
             )
             self.model = jax.block_until_ready(model)
+        self.instruction = None
+        """How the model is told to repeat a prompt; None where no method needs that."""
+        if kv_config.repeats_prompt:
+            self.instruction = RepeatInstruction.of(checkpoint.tokenizer(), kv_config.replay_suffix)
         shapes = StepShapes(self.mesh, self.model_config, self.layout, self.cache_spec, self.model)
-        self.programs = Programs(shapes, config, kv_config, self.methods, show=progress)
+        self.programs = Programs(
+            shapes, config, kv_config, self.methods, self.instruction, show=progress
+        )
+        self._prefills = PrefillRunner(
+            self.programs,
+            self.model,
+            self.layout,
+            config,
+            kv_config,
+            self.methods,
+            self.instruction,
+        )
         self._inputs = DeviceInputs(
             self.mesh,
             self.cache_spec,
@@ -177,80 +191,12 @@ class ModelRunner:
         *,
         cached_prefix: RowPrefix | None = None,
     ) -> PrefillTask:
-        """Starts the prefill of a prompt, or with `cached_prefix`, of the segment that follows it.
-
-        `kv_config` replaces the options that the request leads to.
-
-        Raises:
-            ValueError: prefix and suffix together are longer than `max_model_len`.
-        """
-        prompt, model = request.prompt_token_ids, self.model_config
-        num_before = 0 if cached_prefix is None else len(cached_prefix.token_ids)
-        if cached_prefix is not None and num_before + len(prompt) > self.config.max_model_len:
-            raise ValueError(
-                f"a prefix of {num_before} and a suffix of {len(prompt)} tokens exceed "
-                f"max_model_len {self.config.max_model_len}: shorten them, or raise max_model_len"
-            )
-        shape = PrefillChunking.of(
-            len(prompt),
-            model,
-            self.config,
-            wants_logprobs=request.sampling_params.prompt_logprobs is not None,
-        )
-        padded = np.zeros(shape.bucket, np.int32)
-        padded[: len(prompt)] = prompt
-        budgets, method = self._compression(request, kv_config)
-        start = self.programs.start_prefill(shape.bucket, has_prefix=cached_prefix is not None)
-        return PrefillTask(
-            request,
-            cached_prefix,
-            shape,
-            padded,
-            budgets,
-            method,
-            bool((budgets >= len(prompt)).all()),
-            start(self.model, padded, np.int32(num_before)),
-        )
+        """Starts the prefill of a prompt, or of a segment of one, see `PrefillRunner.start`."""
+        return self._prefills.start(request, kv_config, cached_prefix=cached_prefix)
 
     def run_chunks(self, task: PrefillTask, start: int, stop: int) -> None:
         """Runs chunks [start, stop) of a prefill; the KV cache is not touched."""
-        bucket, layer_chunks = task.shape.bucket, task.shape.num_layer_chunks
-        cached_prefix, prefix = task.cached_prefix, None
-        if cached_prefix is not None:
-            prefix = PrefixView.of(
-                self.cache, np.int32(cached_prefix.row), cached_prefix.slot_lengths
-            )
-        has_prefix = cached_prefix is not None
-        length, method = np.int32(task.shape.num_tokens), np.int32(task.method)
-        slots, heads = self.layout.head_of_slot, self.layout.first_slot
-        calls = split_at_layers(
-            start,
-            min(stop, layer_chunks),
-            layer_chunks // task.shape.num_layers,
-            keeps_whole=task.keeps_whole,
-        )
-        for first, end, layer in calls:
-            task.carry, task.progress = self.programs.run_chunks(bucket, has_prefix=has_prefix)(
-                self.model,
-                task.carry,
-                length,
-                method,
-                np.bool_(task.keeps_whole),
-                (np.int32(first), np.int32(end)),
-                slots,
-                heads,
-                prefix,
-            )
-            if layer is not None:
-                task.carry = self.programs.compress_layer(bucket, has_prefix=has_prefix)(
-                    task.carry, np.int32(layer), length, task.budgets, method, slots, heads
-                )
-        for block in range(max(start, layer_chunks), stop):
-            at = logprobs_start(task, block - layer_chunks)
-            score = self.programs.score_prompt(bucket)
-            scores = score(self.model, task.carry.hidden, task.token_ids, np.int32(at))
-            task.progress = scores.tokens
-            task.prompt_logprobs.append(scores)
+        self._prefills.run_chunks(task, start, stop, self.cache)
 
     def sample_first(self, task: PrefillTask, grammar_bitmask: np.ndarray | None = None) -> Sampled:
         """Samples the token that follows a prompt, all of whose chunks have run."""
@@ -341,21 +287,6 @@ class ModelRunner:
         self.cache = program(
             self.cache, prefix, np.int32(row), slot_lengths, *tokens, np.bool_(is_active)
         )
-
-    def _compression(
-        self, request: NewRequest, kv_config: KVConfig | None
-    ) -> tuple[np.ndarray, int]:
-        """Returns the budgets [L, K] of a segment, and the index of its method."""
-        model, num_tokens = self.model_config, len(request.prompt_token_ids)
-        heads = model.num_layers, model.num_kv_heads
-        if kv_config is None and request.keeps_whole:
-            return np.full(heads, num_tokens, np.int32), 0  # no method sees what is kept whole
-        if kv_config is None:
-            kv_config = request_kv_config(
-                self.kv_config, request.kv_policy, request.kv_budget, request.kv_ratio
-            )
-        budgets = budgets_per_head(kv_config, num_tokens, *heads)
-        return np.array(budgets, np.int32), self.methods.index(make_method(kv_config))
 
     def _prefill(self, chunks: PrefillChunks) -> PendingPrefill | None:
         """Runs chunks of a prompt; returns its pending results after the last chunk."""

@@ -1,16 +1,20 @@
 """How the work of a prefill is divided into chunks; plain arithmetic that host and devices share.
 
-A chunk is a block of prompt tokens in one layer. Chunks are counted layer by layer; after those of
-the layers follow, if requested, blocks of the prompt's own log-probabilities:
+A chunk is a block of prompt tokens in one layer. Chunks are counted layer by layer. After those of
+the prompt follow those of its repetitions, where the method lets the model repeat it, and blocks of
+the prompt's own log-probabilities, if requested:
 
-    layer 0: 0, 1, .. | layer 1: n, n + 1, .. | ... | log-probabilities: L*n, ..
+    layer 0: 0, 1, .. | layer 1: n, n + 1, .. | ... | repetitions | log-probabilities
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 
-from fairkv_jax.config import EngineConfig, ModelConfig
+from fairkv_jax.compress.budgets import budgets_per_head
+from fairkv_jax.compress.instruction import RepeatInstruction
+from fairkv_jax.config import EngineConfig, KVConfig, ModelConfig
 
 MIN_PREFILL_BUCKET = 32
 _LOGPROBS_BLOCK = 128
@@ -27,37 +31,88 @@ class PrefillChunking:
     chunk_size: int
     num_layers: int
     wants_logprobs: bool = False
+    repetitions: tuple[int, ...] = ()
+    """Tokens of each repetition of a part of the prompt."""
 
     @classmethod
     def of(
-        cls, num_tokens: int, model: ModelConfig, config: EngineConfig, *, wants_logprobs: bool
+        cls,
+        num_tokens: int,
+        model: ModelConfig,
+        config: EngineConfig,
+        *,
+        wants_logprobs: bool,
+        repetitions: tuple[int, ...] = (),
     ) -> "PrefillChunking":
         """The chunks of a prompt of `num_tokens`."""
         bucket = prefill_bucket(num_tokens, config)
         chunk_size = chunk_size_of(bucket, config)
-        return cls(num_tokens, bucket, chunk_size, model.num_layers, wants_logprobs)
+        return cls(num_tokens, bucket, chunk_size, model.num_layers, wants_logprobs, repetitions)
 
     @property
     def num_layer_chunks(self) -> int:
-        """Chunks of all layers."""
-        return self.num_layers * -(-self.num_tokens // self.chunk_size)
+        """Chunks of the prompt in all layers."""
+        return self._layer_chunks(self.num_tokens)
+
+    @property
+    def num_cache_chunks(self) -> int:
+        """Chunks of the prompt and of its repetitions: after these its cache is complete."""
+        return self.num_layer_chunks + sum(map(self._layer_chunks, self.repetitions))
 
     @property
     def num_chunks(self) -> int:
-        """Chunks of the layers, and blocks of log-probabilities."""
+        """All chunks, and blocks of log-probabilities."""
         blocks = -(-(self.num_tokens - 1) // logprobs_block(self.bucket))
-        return self.num_layer_chunks + blocks * self.wants_logprobs
+        return self.num_cache_chunks + blocks * self.wants_logprobs
+
+    def repetition_calls(self, start: int, stop: int) -> Iterator[tuple[int, int, int]]:
+        """Lists the parts of the chunks [start, stop) that belong to repetitions.
+
+        Yields the index of a repetition, and the first of its chunks and the one behind the last,
+        counted from its own start.
+        """
+        begin = self.num_layer_chunks
+        for index, num_tokens in enumerate(self.repetitions):
+            end = begin + self._layer_chunks(num_tokens)
+            if start < end and begin < stop:
+                yield index, max(start, begin) - begin, min(stop, end) - begin
+            begin = end
 
     def work(self, model: ModelConfig) -> np.ndarray:
         """Multiply-adds of every chunk: of a layer's weights, and of its attention."""
         heads = model.num_heads * model.head_dim
         weights = 2 * model.hidden_size * heads * (1 + 1 / model.group_size)
         weights += 3 * model.hidden_size * model.intermediate_size
-        per_layer = self.num_layer_chunks // self.num_layers
-        past = (np.arange(self.num_layer_chunks) % per_layer + 0.5) * self.chunk_size
         logits = logprobs_block(self.bucket) * model.hidden_size * model.vocab_size
-        logprobs = np.full(self.num_chunks - self.num_layer_chunks, float(logits))
-        return np.concatenate([self.chunk_size * (weights + 2 * heads * past), logprobs])
+        passes = [(0, self.num_tokens), *((self.num_tokens, each) for each in self.repetitions)]
+        work = []
+        for num_before, num_tokens in passes:
+            chunks = np.tile(np.arange(self._per_layer(num_tokens)), self.num_layers)
+            past = num_before + (chunks + 0.5) * self.chunk_size
+            work.append(self.chunk_size * (weights + 2 * heads * past))
+        work.append(np.full(self.num_chunks - self.num_cache_chunks, float(logits)))
+        return np.concatenate(work)
+
+    def _per_layer(self, num_tokens: int) -> int:
+        return -(-num_tokens // self.chunk_size)
+
+    def _layer_chunks(self, num_tokens: int) -> int:
+        return self.num_layers * self._per_layer(num_tokens)
+
+
+def repetitions_of(
+    num_tokens: int,
+    model: ModelConfig,
+    kv_config: KVConfig,
+    instruction: RepeatInstruction | None,
+) -> tuple[int, ...]:
+    """Returns the tokens of each repetition of a prompt: none where it is kept whole."""
+    if instruction is None or not kv_config.repeats_prompt:
+        return ()
+    budgets = budgets_per_head(kv_config, num_tokens, model.num_layers, model.num_kv_heads)
+    if min(map(min, budgets)) >= num_tokens:
+        return ()
+    return instruction.part_lengths(num_tokens)
 
 
 def chunk_size_of(bucket: int, config: EngineConfig) -> int:

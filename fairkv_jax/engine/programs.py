@@ -15,7 +15,9 @@ from jax.stages import Compiled, Lowered
 from fairkv_jax.cache import copy_pages, release_rows, write_tables
 from fairkv_jax.compress.budgets import MaxKept
 from fairkv_jax.compress.contract import Method
+from fairkv_jax.compress.instruction import RepeatInstruction
 from fairkv_jax.compress_layer import lower_compress_layer
+from fairkv_jax.compress_prompt import lower_compress_prompt
 from fairkv_jax.config import EngineConfig, KVConfig
 from fairkv_jax.decode import (
     abstract_table_writes,
@@ -29,6 +31,7 @@ from fairkv_jax.engine.prefill_chunking import chunk_size_of, logprobs_block, pr
 from fairkv_jax.insert import lower_insert
 from fairkv_jax.prefill import lower_run_chunks, lower_score_prompt
 from fairkv_jax.prefill_carry import PrefillShapes, lower_start_prefill
+from fairkv_jax.repeat_prompt import lower_repeat_chunks, lower_start_repetition
 from fairkv_jax.sampling import TokenHistory, sample_first
 from fairkv_jax.shapes import TENSOR_AXIS
 from fairkv_jax.sharding.mesh import compiler_options
@@ -44,12 +47,13 @@ class Programs:
         config: EngineConfig,
         kv_config: KVConfig,
         methods: tuple[Method, ...],
+        instruction: RepeatInstruction | None,
         *,
         show: bool,
     ):
         """`show` says whether to show a progress bar while many programs are compiled."""
         self._shapes, self._config, self._kv_config = shapes, config, kv_config
-        self._methods, self._show = methods, show
+        self._methods, self._instruction, self._show = methods, instruction, show
         self._compiled: dict[tuple[str, int], Compiled] = {}
         self.max_table_writes = max_table_writes(shapes)
 
@@ -73,6 +77,8 @@ class Programs:
             prompt_logprobs: also what computes the log-probabilities of the prompts.
         """
         steps = [self.start_prefill, self.run_chunks, self.compress_layer, self.insert]
+        if self._instruction is not None:
+            steps += [self.start_repetition, self.repeat_chunks, self.compress_prompt]
         of_prompts = [*steps, *[self.score_prompt] * prompt_logprobs]
         suffix_buckets = self._buckets(suffix_lengths)
         once = [self.sample_first, self.release_rows, self.write_tables]
@@ -121,6 +127,21 @@ class Programs:
     def compress_layer(self, bucket: int, *, has_prefix: bool = False) -> Compiled:
         return self._get_prefill(
             "compress_layer", bucket, lower_compress_layer, has_prefix=has_prefix
+        )
+
+    def start_repetition(self, bucket: int, *, has_prefix: bool = False) -> Compiled:
+        return self._get_prefill(
+            "start_repetition", bucket, lower_start_repetition, has_prefix=has_prefix
+        )
+
+    def repeat_chunks(self, bucket: int, *, has_prefix: bool = False) -> Compiled:
+        return self._get_prefill(
+            "repeat_chunks", bucket, lower_repeat_chunks, has_prefix=has_prefix
+        )
+
+    def compress_prompt(self, bucket: int, *, has_prefix: bool = False) -> Compiled:
+        return self._get_prefill(
+            "compress_prompt", bucket, lower_compress_prompt, has_prefix=has_prefix
         )
 
     def insert(self, bucket: int, *, has_prefix: bool = False) -> Compiled:
@@ -202,6 +223,7 @@ class Programs:
             # A suffix may be kept whole, whatever the engine does with prompts.
             MaxKept.of(KVConfig() if has_prefix else self._kv_config, bucket, *heads),
             has_prefix,
+            0 if self._instruction is None else self._instruction.max_part_length(bucket),
         )
         return self._get(_with_prefix(name) if has_prefix else name, bucket, lambda: lower(shapes))
 

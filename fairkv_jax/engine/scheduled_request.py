@@ -17,8 +17,8 @@ class Segment:
     """Tokens [start, stop) of the prompt."""
     chunk_work: np.ndarray
     """Multiply-adds of each chunk of its prefill."""
-    num_layer_chunks: int
-    """Chunks of the layers; the others are the log-probabilities of the prompt."""
+    num_cache_chunks: int
+    """Chunks that its cache needs; the others are the log-probabilities of the prompt."""
     prefix: Prefix | None = None
     """The prefix that ends with it, if that is to be kept for other requests."""
     kv_policy: str | None = None
@@ -76,7 +76,7 @@ class ScheduledRequest:
         segment = self.segment
         if segment is None:
             return 0
-        return segment.num_layer_chunks if self.output_token_ids else len(segment.chunk_work)
+        return segment.num_cache_chunks if self.output_token_ids else len(segment.chunk_work)
 
     @property
     def num_remaining_steps(self) -> int:

@@ -13,6 +13,7 @@ from fairkv_jax import LLM
 from fairkv_jax.compress.registry import make_method
 from fairkv_jax.config import KVConfig
 from fairkv_jax.engine.execution import kept_tokens
+from fairkv_jax.engine.prefill_runner import PrefillRunner
 from fairkv_jax.engine.programs import Programs
 from fairkv_jax.plan import Profile, make_plan
 from tests.engine.texts import STORY
@@ -129,7 +130,16 @@ def test_kept_positions(
     other.kv_config = several[0].config
     other.methods = (make_method(other.kv_config),)
     other.programs = Programs(
-        engine.programs._shapes, engine.config, other.kv_config, other.methods, show=False
+        engine.programs._shapes, engine.config, other.kv_config, other.methods, None, show=False
+    )
+    other._prefills = PrefillRunner(
+        other.programs,
+        other.model,
+        other.layout,
+        other.config,
+        other.kv_config,
+        other.methods,
+        None,
     )
     for case in several:
         prefix = other.prefill(token_ids[:PROMPT], case.config)

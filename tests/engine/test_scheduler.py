@@ -343,7 +343,7 @@ def test_a_preempted_prompt_repeats_nothing_that_was_handed_out():
     params = SamplingParams(prompt_logprobs=1)
     late.request = replace(late.request, sampling_params=params, return_kept_positions=True)
     (segment,) = late.segments
-    work = np.ones(segment.num_layer_chunks + 3)  # with blocks of log-probabilities
+    work = np.ones(segment.num_cache_chunks + 3)  # with blocks of log-probabilities
     late.segments = (replace(segment, chunk_work=work),)
     driver.add(late)
     driver.run()
@@ -353,10 +353,10 @@ def test_a_preempted_prompt_repeats_nothing_that_was_handed_out():
         each for each in chunks if each.request_id == "new" and each.new_request is not None
     ]
     assert others
-    assert first.num_chunks == segment.num_layer_chunks + 3
+    assert first.num_chunks == segment.num_cache_chunks + 3
     assert first.new_request == late.request
     for each in others:
-        assert each.num_chunks == segment.num_layer_chunks
+        assert each.num_chunks == segment.num_cache_chunks
         assert each.new_request is not None
         assert each.new_request.sampling_params.prompt_logprobs is None
         assert not each.new_request.return_kept_positions
