@@ -120,7 +120,7 @@ class Recorded:
         del about["kept"]
         keys = list(self.kept)
         about["keys"] = keys
-        arrays = {str(i): np.packbits(self.kept[key]) for i, key in enumerate(keys)}
+        arrays: dict[str, Any] = {str(i): np.packbits(self.kept[key]) for i, key in enumerate(keys)}
         np.savez_compressed(path, about=np.array(json.dumps(about)), **arrays)
 
     @classmethod

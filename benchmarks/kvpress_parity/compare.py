@@ -85,7 +85,7 @@ def keep(case: Case, size: Size, recorded: Recorded) -> dict[int, Any]:
     kept = {}
     for index, output in zip(indices, outputs, strict=True):
         kept[index] = np.zeros((*recorded.shape, len(output.prompt_token_ids)), bool)
-        for layer, heads in enumerate(output.kept_positions):
+        for layer, heads in enumerate(output.kept_positions or []):
             for head, positions in enumerate(heads):
                 kept[index][layer, head, positions] = True
     return kept

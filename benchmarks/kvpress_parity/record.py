@@ -1,7 +1,6 @@
 """Records the positions that kvpress keeps, with PyTorch on CPU in float32.
 
-    python -m benchmarks.kvpress_parity.record --model checkpoints/SmolLM2-135M-Instruct/FILE.gguf \\
-        --output kept.npz
+    python -m benchmarks.kvpress_parity.record --model FOLDER/FILE.gguf --output kept.npz
 
 Needs an environment of its own with kvpress==0.5.5, torch, transformers and gguf. The prompts are
 the raw texts of benchmarks/prompts.jsonl, cut to the lengths asked for.
