@@ -86,20 +86,9 @@ CASES = (
     Case("kvzip", "model", {"kv_policy": "kvzip"}),
     Case("kvzip_plus", "model", {"kv_policy": "kvzip_plus"}),
 )
+CASE_NAMES = [case.name for case in CASES]
 SIZES = (Size(ratio=0.5), Size(ratio=0.8), Size(budget=128))
-
-
-def chosen_cases(names: list[str]) -> list[Case]:
-    """Returns the cases of these names, or all of them for none.
-
-    Raises:
-        ValueError: there is no case of such a name.
-    """
-    known = {case.name: case for case in CASES}
-    unknown = [name for name in names if name not in known]
-    if unknown:
-        raise ValueError(f"no case {', '.join(unknown)}: choose from {', '.join(known)}")
-    return [known[name] for name in names] if names else list(CASES)
+SIZE_NAMES = [size.name for size in SIZES]
 
 
 @dataclass

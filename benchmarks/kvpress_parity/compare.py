@@ -13,19 +13,19 @@ from typing import Any
 from absl import app, flags
 
 from benchmarks.kvpress_parity.cases import (
+    CASE_NAMES,
     CASES,
     SIZES,
     Case,
     Recorded,
     Size,
-    chosen_cases,
     num_differing,
 )
 from fairkv_jax.command_line import engine_flag, with_underscores
 
 _MODEL = engine_flag("model")
 _RECORDED = flags.DEFINE_string("recorded", None, "Path of the recorded sets.", required=True)
-_CASES = flags.DEFINE_list("cases", [], "Names of cases; all of the file by default.")
+_CASES = flags.DEFINE_multi_enum("cases", CASE_NAMES, CASE_NAMES, "Cases to compare.")
 
 HEADER = (
     "| method | allocator | size | prompts | positions | differing | share |",
@@ -39,12 +39,10 @@ def main(_argv: list[str]) -> None:
     lengths = ", ".join(str(len(ids)) for ids in recorded.prompts)
     print(f"{about}; float32 on CPU; prompts of {lengths} tokens.\n")
     print(*HEADER, sep="\n")
-    recorded_names = {case for case, _, _ in recorded.kept}
-    names = _CASES.value or [case.name for case in CASES if case.name in recorded_names]
-    for case in chosen_cases(names):
-        for size in SIZES:
-            if any((case.name, size.name, i) in recorded.kept for i in range(100)):
-                print(row(case, size, recorded), flush=True)
+    there = {(case, size) for case, size, _ in recorded.kept}
+    for case in (case for case in CASES if case.name in _CASES.value):
+        for size in (size for size in SIZES if (case.name, size.name) in there):
+            print(row(case, size, recorded), flush=True)
 
 
 def row(case: Case, size: Size, recorded: Recorded) -> str:

@@ -19,9 +19,16 @@ from typing import Any
 import kvpress
 import numpy as np
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
+from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, PreTrainedTokenizerFast
 
-from benchmarks.kvpress_parity.cases import SIZES, Case, Recorded, chosen_cases
+from benchmarks.kvpress_parity.cases import (
+    CASE_NAMES,
+    CASES,
+    SIZE_NAMES,
+    SIZES,
+    Case,
+    Recorded,
+)
 
 SNAPKV = {"window_size": 64, "kernel_size": 5}
 SCORERS: dict[str, Callable[[Case, float], Any]] = {
@@ -48,8 +55,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("--model", type=Path, required=True, help="Path of a GGUF file.")
     parser.add_argument("--output", type=Path, required=True, help="Path of the .npz file.")
-    parser.add_argument("--cases", nargs="*", default=[], help="Names of cases; all by default.")
-    parser.add_argument("--sizes", nargs="*", default=[], help='For example "ratio 0.5".')
+    parser.add_argument("--cases", nargs="*", choices=CASE_NAMES, default=CASE_NAMES)
+    parser.add_argument("--sizes", nargs="*", choices=SIZE_NAMES, default=SIZE_NAMES)
     parser.add_argument(
         "--lengths", nargs="*", type=int, default=[300, 700, 1200], help="Tokens of each prompt."
     )
@@ -66,26 +73,25 @@ def main() -> None:
         config._name_or_path = folder
         for index, ids in enumerate(prompts):
             keys = prefill(model, ids, None)
-            for case in chosen_cases(args.cases):
-                for size in SIZES:
-                    if args.sizes and size.name not in args.sizes:
-                        continue
+            for case in (case for case in CASES if case.name in args.cases):
+                for size in (size for size in SIZES if size.name in args.sizes):
                     press = ALLOCATORS[case.allocator](
                         SCORERS[case.method](case, size.ratio_for(len(ids)))
                     )
                     kept = kept_positions(model, ids, press, keys)
                     recorded.kept[case.name, size.name, index] = kept
                     print(f"prompt {index}, {case.name}, {size.name}: {kept.sum()}", flush=True)
-    recorded.save(args.output)
+            recorded.save(args.output)
 
 
 def load(path: Path) -> tuple[Any, Any]:
     """Returns the model in float32, and its tokenizer without a chat template."""
     files = {"pretrained_model_name_or_path": path.parent, "gguf_file": path.name}
     model = AutoModelForCausalLM.from_pretrained(**files, dtype=torch.float32)
-    tokenizer = AutoTokenizer.from_pretrained(**files)
-    tokenizer.chat_template = None
-    return model, tokenizer
+    # Of GGUF files transformers makes a CodeLlamaTokenizer, which encodes differently once it has
+    # been saved and opened again; the plain class does not.
+    backend = AutoTokenizer.from_pretrained(**files).backend_tokenizer
+    return model, PreTrainedTokenizerFast(tokenizer_object=backend)
 
 
 def read_prompts(tokenizer: Any, lengths: list[int]) -> list[np.ndarray]:
