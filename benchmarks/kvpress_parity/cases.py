@@ -45,16 +45,18 @@ class Size:
         """Keyword arguments of `LLM`."""
         return {"kv_ratio": self.ratio} if self.budget is None else {"kv_budget": self.budget}
 
-    def ratio_for(self, num_tokens: int) -> float:
+    def ratio_for(self, case: Case, num_tokens: int) -> float:
         """Returns the ratio at which kvpress keeps this much of a prompt.
 
-        kvpress keeps int(num_tokens * (1 - ratio)): half a token more than a budget keeps the
-        product from being rounded below it.
+        kvpress keeps int(num_tokens * (1 - ratio)) of a head, while KVzip removes
+        int(pairs * ratio) of the model: a little more is kept, or removed, so that the product is
+        not rounded below its integer.
         """
         if self.budget is None:
             assert self.ratio is not None
             return self.ratio
-        return max(0.0, 1 - (self.budget + 0.5) / num_tokens)
+        margin = -1e-4 if case.allocator == "model" else 0.5
+        return max(0.0, 1 - (self.budget + margin) / num_tokens)
 
 
 _SNAPKV = {"kv_window": 64, "kv_pooling": "avg", "kv_kernel": 5}

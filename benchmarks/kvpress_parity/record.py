@@ -76,7 +76,7 @@ def main() -> None:
             for case in (case for case in CASES if case.name in args.cases):
                 for size in (size for size in SIZES if size.name in args.sizes):
                     press = ALLOCATORS[case.allocator](
-                        SCORERS[case.method](case, size.ratio_for(len(ids)))
+                        SCORERS[case.method](case, size.ratio_for(case, len(ids)))
                     )
                     kept = kept_positions(model, ids, press, keys)
                     recorded.kept[case.name, size.name, index] = kept
