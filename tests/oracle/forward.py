@@ -69,15 +69,45 @@ class Llama:
 
 
 @dataclass(frozen=True)
+class Layer:
+    """What one attention block computes of a sequence, and the weights that read it.
+
+    T: the tokens of the sequence.
+    """
+
+    q: np.ndarray
+    """[N, T, H], after RoPE."""
+    k: np.ndarray
+    """[K, T, H], after RoPE."""
+    v: np.ndarray
+    """[K, T, H]"""
+    q_unrotated: np.ndarray
+    """[N, T, H], before RoPE, and after the norms of query heads if the model has them."""
+    h: np.ndarray
+    """[T, D], the block's input after its norm."""
+    w_o: np.ndarray
+    """[N, H, D], the output projection of each query head."""
+    frequencies: np.ndarray
+    """[H/2], radians per position by which RoPE turns each pair of dimensions."""
+
+
+@dataclass(frozen=True)
 class Forward:
-    """What one pass computes; q and k have RoPE applied, one entry a layer."""
+    """What one pass computes."""
 
     logits: np.ndarray
     """[V], of the last position."""
-    q: list[np.ndarray]
-    """[N, T, H]"""
-    k: list[np.ndarray]
-    """[K, T, H]"""
+    layers: list[Layer]
+
+    @property
+    def q(self) -> list[np.ndarray]:
+        """Queries [N, T, H] of each layer, after RoPE."""
+        return [layer.q for layer in self.layers]
+
+    @property
+    def k(self) -> list[np.ndarray]:
+        """Keys [K, T, H] of each layer, after RoPE."""
+        return [layer.k for layer in self.layers]
 
 
 def read_llama(path: Path) -> Llama:
@@ -139,10 +169,11 @@ def forward(model: Llama, token_ids: Sequence[int], dtype: type = np.float32) ->
         return rms_norm(x, dtype(model.norm_offset) + weight(name), eps)
 
     N, K, T = model.num_heads, model.num_kv_heads, len(token_ids)
+    frequencies = rope_frequencies(model.head_dim, model.rope_theta, model.rope_divisors)
     cos, sin = rope_table(T, model.head_dim, model.rope_theta, dtype, model.rope_divisors)
     eps = dtype(model.rms_norm_eps)
     x = weight("embed_tokens")[np.asarray(token_ids)] * dtype(model.embedding_scale)
-    queries, keys = [], []
+    layers = []
     for index in range(model.num_layers):
         layer = f"layers.{index}"
         h = norm(x, f"{layer}.input_layernorm")
@@ -155,16 +186,17 @@ def forward(model: Llama, token_ids: Sequence[int], dtype: type = np.float32) ->
         if f"{layer}.q_norm" in model.weights:
             q = norm(q, f"{layer}.q_norm")
             k = norm(k, f"{layer}.k_norm")
+        unrotated, x_normed = q, h
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         attended = attention(q, k, v).transpose(1, 0, 2).reshape(T, -1)
         x = x + attended @ weight(f"{layer}.o_proj").T
         h = norm(x, f"{layer}.post_attention_layernorm")
         gate, up = h @ weight(f"{layer}.gate_proj").T, h @ weight(f"{layer}.up_proj").T
         x = x + (model.activation(gate) * up) @ weight(f"{layer}.down_proj").T
-        queries.append(q)
-        keys.append(k)
+        w_o = weight(f"{layer}.o_proj").T.reshape(N, model.head_dim, -1)
+        layers.append(Layer(q, k, v, unrotated, x_normed, w_o, frequencies))
     lm_head = weight("lm_head" if "lm_head" in model.weights else "embed_tokens")
-    return Forward(lm_head @ norm(x[-1], "norm"), queries, keys)
+    return Forward(lm_head @ norm(x[-1], "norm"), layers)
 
 
 def _split_heads(x: np.ndarray, heads: int) -> np.ndarray:
@@ -177,14 +209,17 @@ def rms_norm(x: np.ndarray, weight: np.ndarray, eps: np.floating) -> np.ndarray:
     return x / np.sqrt(np.mean(x * x, axis=-1, keepdims=True) + eps) * weight
 
 
+def rope_frequencies(H: int, theta: float, divisors: np.ndarray | None = None) -> np.ndarray:
+    """Radians per position of the H/2 pairs, theta^(-2i/H) / divisor, in float64."""
+    frequencies = theta ** (-2 * np.arange(H // 2, dtype=np.float64) / H)
+    return frequencies if divisors is None else frequencies / divisors
+
+
 def rope_table(
     T: int, H: int, theta: float, dtype: type, divisors: np.ndarray | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
     """cos and sin [T, H/2] of position * theta^(-2i/H) / divisor; angles exact to float64."""
-    frequencies = theta ** (-2 * np.arange(H // 2, dtype=np.float64) / H)
-    if divisors is not None:
-        frequencies = frequencies / divisors
-    angles = np.arange(T, dtype=np.float64)[:, None] * frequencies
+    angles = np.arange(T, dtype=np.float64)[:, None] * rope_frequencies(H, theta, divisors)
     return np.cos(angles).astype(dtype), np.sin(angles).astype(dtype)
 
 

@@ -156,12 +156,17 @@ def reserved_positions(
     )
     chosen = np.zeros(everything.shape, bool)
     for head, budget in enumerate(budgets):
-        chosen[head, ranking(everything[head])[: max(1, math.floor(_exact(alpha) * budget))]] = True
+        chosen[head, ranking(everything[head])[: max(1, exact_floor(alpha, budget))]] = True
     for index in ranking(everything.ravel()):
         if chosen.sum() == sum(budgets):
             break
         chosen.flat[index] = True
     return [np.flatnonzero(row) for row in chosen]
+
+
+def exact_floor(alpha: float, tokens: int) -> int:
+    """Returns floor(alpha * tokens), of the decimal alpha as it was written."""
+    return math.floor(_exact(alpha) * tokens)
 
 
 def _exact(alpha: float) -> Fraction:
