@@ -11,7 +11,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Bool, Float, Int
 from tqdm import tqdm
 
 from fairkv_jax.attention import KEY_BLOCK
@@ -27,26 +29,25 @@ _MIN_WORDS = 8
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Example:
-    """A context and the questions about its facts; the arrays are NumPy's or JAX's.
+    """A context and the questions about its facts. All examples of a run have the same shapes.
 
-    All examples of a run have the same shapes.
+    `predicts`, `targets` and `weights` list the tokens of all answers, padded with zeros.
     """
 
-    context: np.ndarray
-    """[T] int32 tokens; those past the length are padding."""
-    length: np.ndarray
-    """int32, the tokens of the context."""
-    tails: np.ndarray
-    """[Q, S] int32 tokens; what follows an answer is padding."""
-    is_fact: np.ndarray
-    """[Q, T] bool: the tokens of the context that are the answer in the fact."""
-    predicts: np.ndarray
-    """[R] int32 positions in the Q * S tokens of the tails whose next token is one of an answer,
-    of all questions, padded with 0."""
-    targets: np.ndarray
-    """[R] int32: the token after each of `predicts`."""
-    weights: np.ndarray
-    """[R] float32: 0 for padding, otherwise one over the number of answer tokens."""
+    context: Int[Array, "T"]
+    """Tokens; those past the length are padding."""
+    length: Int[Array, ""]
+    """The number of tokens of the context."""
+    tails: Int[Array, "Q S"]
+    """Tokens; what follows an answer is padding."""
+    is_fact: Bool[Array, "Q T"]
+    """Which tokens of the context are the answer in the fact."""
+    predicts: Int[Array, "R"]
+    """Positions in the Q * S tokens of the tails whose next token belongs to an answer."""
+    targets: Int[Array, "R"]
+    """The token after each of `predicts`."""
+    weights: Float[Array, "R"]
+    """0 for padding, otherwise one over the number of answer tokens."""
 
 
 def make_examples(
@@ -85,7 +86,8 @@ def make_examples(
     context_size = config.context_tokens
     if context_size > KEY_BLOCK:
         context_size = round_up(context_size, KEY_BLOCK)
-    return [_example(*each, (context_size, tail_size, answer_size)) for each in encoded]
+    sizes = context_size, tail_size, answer_size
+    return [_example(context, tails, sizes) for context, tails in encoded]
 
 
 @dataclass(frozen=True)
@@ -198,11 +200,11 @@ def _example(
         targets[row, used] = np.array(tail.ids)[tail.at]
         weights[row, used] = 1
     return Example(
-        context=np.pad(np.array(ids, np.int32), (0, context_size - len(ids))),
-        length=np.int32(len(ids)),  # pyright: ignore[reportArgumentType]
-        tails=padded_tails,
-        is_fact=is_fact,
-        predicts=predicts.reshape(-1),
-        targets=targets.reshape(-1),
-        weights=weights.reshape(-1) / weights.sum(),
+        context=jnp.asarray(np.pad(np.array(ids, np.int32), (0, context_size - len(ids)))),
+        length=jnp.int32(len(ids)),
+        tails=jnp.asarray(padded_tails),
+        is_fact=jnp.asarray(is_fact),
+        predicts=jnp.asarray(predicts.reshape(-1)),
+        targets=jnp.asarray(targets.reshape(-1)),
+        weights=jnp.asarray(weights.reshape(-1) / weights.sum()),
     )

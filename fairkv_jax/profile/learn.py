@@ -1,7 +1,7 @@
 """Learns how much each KV head needs whole prompts, from the model's own answers.
 
-    attention   forward passes: the attention that a head pays to an answer that it must repeat
-    gates       DuoAttention (arXiv 2410.10819): gates between full and streaming attention, trained
+attention   forward passes: the attention that a head pays to an answer that it must repeat
+gates       DuoAttention (arXiv 2410.10819): gates between full and streaming attention, trained
 """
 
 from collections.abc import Callable, Sequence
@@ -155,7 +155,7 @@ def attention_mass(attention: np.ndarray, example: Example) -> np.ndarray:
     """Returns float64 [L, K] of `Answers.attention` in the order of the heads, [L, K, G, Q, S]."""
     num_tails, size = example.tails.shape
     is_answer = np.zeros(num_tails * size)
-    is_answer[example.predicts[example.weights > 0]] = 1
+    is_answer[np.asarray(example.predicts)[np.asarray(example.weights) > 0]] = 1
     is_answer = is_answer.reshape(num_tails, size)
     by_query = attention.astype(np.float64) * is_answer
     return (by_query.sum(-1) / is_answer.sum(-1)).max(axis=2).mean(axis=-1)
@@ -229,20 +229,22 @@ def _train_step(
 
     (_, divergence), gradient = jax.value_and_grad(loss, has_aux=True)(gates)
     updates, state = optimizer.update(gradient, state)
-    return jnp.clip(gates + updates, 0, 1), state, divergence
+    updated: Any = optax.apply_updates(gates, updates)
+    return jnp.clip(updated, 0, 1), state, divergence
 
 
-def _is_kept(example: Example, config: LearnConfig) -> np.ndarray:
+def _is_kept(example: Example, config: LearnConfig) -> Array:
     """The tokens of a context that closed gates let through, [T] bool."""
-    position = np.arange(len(example.context))
+    position = jnp.arange(len(example.context))
     is_recent = position >= example.length - config.recent
     return (position < example.length) & ((position < config.sinks) | is_recent)
 
 
 def _num_correct(example: Example, tokens: Array) -> tuple[int, int]:
     """The number of answer tokens that the model predicts, and of all."""
-    is_answer = example.weights > 0
-    return int((np.asarray(tokens) == example.targets)[is_answer].sum()), int(is_answer.sum())
+    is_answer = np.asarray(example.weights) > 0
+    is_correct = np.asarray(tokens) == np.asarray(example.targets)
+    return int((is_correct & is_answer).sum()), int(is_answer.sum())
 
 
 def _fraction(counts: Sequence[tuple[int, int]]) -> float:
