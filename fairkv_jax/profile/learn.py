@@ -138,9 +138,9 @@ def measure_attention(
 ) -> Learned:
     """Scores a KV head by its attention to the answers that the model repeats.
 
-    The score is the sum of the probabilities that a query head gives to the answer's tokens in the
-    context, averaged over the positions that predict the answer, for the query head of the group
-    that gives most; averaged over all facts.
+    The score is the sum of the probabilities that a query head gives to an answer's tokens in the
+    context, averaged over the positions that predict tokens of the context's answers, for the query
+    head of the group that gives most; averaged over the contexts.
     """
     masses, correct = [], []
     for example in tqdm(examples, "contexts", disable=not progress):
@@ -152,13 +152,15 @@ def measure_attention(
 
 
 def attention_mass(attention: np.ndarray, example: Example) -> np.ndarray:
-    """Returns float64 [L, K] of `Answers.attention` in the order of the heads, [L, K, G, Q, S]."""
+    """Returns float64 [L, K] of `Answers.attention` in the order of the heads, [L, K, G, Q, S].
+
+    Every answer token of the context counts once, whichever fact it belongs to.
+    """
     num_tails, size = example.tails.shape
-    is_answer = np.zeros(num_tails * size)
-    is_answer[np.asarray(example.predicts)[np.asarray(example.weights) > 0]] = 1
-    is_answer = is_answer.reshape(num_tails, size)
-    by_query = attention.astype(np.float64) * is_answer
-    return (by_query.sum(-1) / is_answer.sum(-1)).max(axis=2).mean(axis=-1)
+    weights = np.zeros(num_tails * size)
+    np.add.at(weights, np.asarray(example.predicts), np.asarray(example.weights))
+    by_query_head = np.einsum("lkgqs,qs->lkg", attention, weights.reshape(num_tails, size))
+    return by_query_head.max(axis=-1)
 
 
 def learn_gates(

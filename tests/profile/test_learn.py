@@ -66,8 +66,9 @@ def attention_mass(path: Path, example: Example) -> tuple[np.ndarray, np.ndarray
                 for head in range(len(q)):
                     scores = k[head // group, : at + 1] @ q[head, at] / np.sqrt(q.shape[-1])
                     by_query_head[i, head] = softmax(scores)[:length][is_fact].sum()
-            masses[-1].append(by_query_head.mean(0).reshape(len(k), group).max(1))
-    return np.mean(masses, axis=0), np.array(tokens)
+            masses[-1].append(by_query_head.reshape(len(positions), len(k), group))
+    of_tokens = np.concatenate([np.stack(of_fact, 1) for of_fact in masses])  # [tokens, L, K, G]
+    return of_tokens.mean(0).max(-1), np.array(tokens)
 
 
 @pytest.mark.parametrize(
