@@ -11,6 +11,7 @@ from jax.stages import Lowered
 from jaxtyping import Array, Bool, Int
 
 from fairkv_jax.cache import LAYERS_BY_DEVICE
+from fairkv_jax.compress.budgets import MaxKept
 from fairkv_jax.compress.contract import (
     Method,
     Scores,
@@ -20,8 +21,8 @@ from fairkv_jax.compress.contract import (
 from fairkv_jax.prefill_carry import CompressedPrefix, PrefillCarry, PrefillShapes
 from fairkv_jax.shapes import TENSOR_AXIS
 
-Packed = tuple[Array, Array, Array, Array, Array]
-"""Keys, values, positions, lengths by slot and lengths by head; see `CompressedPrefix`."""
+PackedLayer = tuple[Array, Array, Array, Array, Array]
+"""Keys, values and positions of one layer's kept tokens; their numbers by slot and by head."""
 
 
 def lower_compress_layer(shapes: PrefillShapes) -> Lowered:
@@ -38,10 +39,11 @@ def lower_compress_layer(shapes: PrefillShapes) -> Lowered:
         steps.by_head,
         mesh=steps.mesh,
         methods=shapes.methods,
+        max_kept=shapes.max_kept,
     )
 
 
-@partial(jax.jit, static_argnames=("mesh", "methods"), donate_argnums=0)
+@partial(jax.jit, static_argnames=("mesh", "methods", "max_kept"), donate_argnums=0)
 def compress_layer(
     carry: PrefillCarry,
     layer: Int[Array, ""],
@@ -53,11 +55,14 @@ def compress_layer(
     *,
     mesh: Mesh,
     methods: tuple[Method, ...],
+    max_kept: MaxKept,
 ) -> PrefillCarry:
     """Packs what `methods[method]` keeps of a layer whose chunks have all run."""
 
     def local(carry: PrefillCarry, head_of_slot: Array, *whole: Array) -> PrefillCarry:
-        return _compress_layer_local(carry, head_of_slot, *whole, methods=methods)
+        return _compress_layer_local(
+            carry, head_of_slot, *whole, methods=methods, max_kept=max_kept
+        )
 
     run = jax.shard_map(
         local,
@@ -79,6 +84,7 @@ def _compress_layer_local(
     method: Int[Array, ""],
     *,
     methods: tuple[Method, ...],
+    max_kept: MaxKept,
 ) -> PrefillCarry:
     """Runs one device's part of `compress_layer`, inside `shard_map`."""
     scorers = distinct_scorers(methods)
@@ -105,12 +111,19 @@ def _compress_layer_local(
     by_head = jax.tree.map(lambda x: x[first_slot[layer]], gathered)
     selections = [partial(each.select, by_head, of_heads, length) for each in methods]
     keep = jax.lax.switch(method, selections)
-    return replace(carry, prefix=with_layer(carry.prefix, layer, pack(carry, keep, heads)))
+    packed = pack(carry, keep, heads, max_kept)
+    return replace(carry, prefix=with_layer(carry.prefix, layer, packed))
 
 
-def pack(carry: PrefillCarry, keep: Bool[Array, "K T"], head_of_slot: Int[Array, "C"]) -> Packed:
+def pack(
+    carry: PrefillCarry,
+    keep: Bool[Array, "K T"],
+    head_of_slot: Int[Array, "C"],
+    max_kept: MaxKept,
+) -> PackedLayer:
     """Packs the kept tokens of this device's slots of the current layer, slot after slot."""
-    num_tokens, size = carry.k.shape[1], carry.prefix.k.shape[1]
+    num_slots, num_tokens, _ = carry.k.shape
+    size = max_kept.in_layer_of(num_slots, num_tokens)
     kept = keep[head_of_slot] & (head_of_slot >= 0)[:, None]
     flat = kept.reshape(-1)
     output_index = jnp.where(flat, jnp.cumsum(flat) - 1, size)  # out of bounds: dropped
@@ -120,15 +133,21 @@ def pack(carry: PrefillCarry, keep: Bool[Array, "K T"], head_of_slot: Int[Array,
     return k, v, carry.first_position + token, jnp.sum(kept, 1), jnp.sum(keep, 1)
 
 
-def packed_part(prefix: CompressedPrefix) -> Packed:
-    """Returns the arrays of a prefix that have a layer axis."""
-    return prefix.k, prefix.v, prefix.positions, prefix.slot_lengths, prefix.head_lengths
+def with_layer(
+    prefix: CompressedPrefix, layer: Int[Array, ""], packed: PackedLayer
+) -> CompressedPrefix:
+    """Returns the prefix with one layer packed after those before it.
 
-
-def with_layer(prefix: CompressedPrefix, layer: Int[Array, ""], packed: Packed) -> CompressedPrefix:
-    """Returns the prefix with one layer's packed arrays replaced."""
-    arrays = (
-        jax.lax.dynamic_update_index_in_dim(old, new, layer, 0)
-        for old, new in zip(packed_part(prefix), packed, strict=True)
+    The block of a layer is as long as the most that a layer can keep. What it covers beyond its
+    tokens belongs to the next layers, which are packed later.
+    """
+    k, v, positions, of_slots, of_heads = packed
+    before = jnp.arange(len(prefix.slot_lengths))[:, None] < layer
+    start = jnp.sum(jnp.where(before, prefix.slot_lengths, 0))
+    blocks = ((prefix.k, k), (prefix.v, v), (prefix.positions, positions))
+    lengths = ((prefix.slot_lengths, of_slots), (prefix.head_lengths, of_heads))
+    return CompressedPrefix(
+        *(jax.lax.dynamic_update_slice_in_dim(whole, block, start, 0) for whole, block in blocks),
+        *(jax.lax.dynamic_update_index_in_dim(whole, new, layer, 0) for whole, new in lengths),
+        logits=prefix.logits,
     )
-    return CompressedPrefix(*arrays, logits=prefix.logits)

@@ -73,24 +73,24 @@ def _insert_local(
     is_active: Array,
 ) -> KVCache:
     """One device's part, inside `shard_map`."""
-    num_pages, page_size, head_dim = cache.k_pages.shape
-    num_layers, size, _ = prefix.k.shape
-    ends = jnp.cumsum(prefix.slot_lengths, axis=1)
-    item = jnp.arange(size)
-    slot = jnp.sum(item[:, None] >= ends[:, None], axis=-1)
-    is_kept = slot < ends.shape[1]
-    slot = jnp.minimum(slot, ends.shape[1] - 1)
-    layer = jnp.arange(num_layers)[:, None]
+    num_pages, page_size, _ = cache.k_pages.shape
+    num_slots = lengths.shape[1]
+    ends = jnp.cumsum(prefix.slot_lengths.reshape(-1))
+    item = jnp.arange(len(prefix.k))
+    pair = jnp.searchsorted(ends, item, side="right")
+    is_kept = pair < len(ends)
+    pair = jnp.minimum(pair, len(ends) - 1)
+    layer, slot = pair // num_slots, pair % num_slots
     # A slot's last packed token becomes the last one of its length.
-    token = item - (ends - lengths)[layer, slot]
+    token = item - (ends[pair] - lengths[layer, slot])
     owned = is_kept & (lengths[layer, slot] > 0) & (token >= 0)
     start = cache.page_table.starts[layer, row, slot]
     page = cache.page_table.entries(start, jnp.where(owned, token // page_size, 0))
-    page = jnp.where(owned, page, num_pages).reshape(-1)  # past the pool: dropped
-    token = (token % page_size).reshape(-1)
+    page = jnp.where(owned, page, num_pages)  # past the pool: dropped
+    token = token % page_size
     return KVCache(
-        cache.k_pages.at[page, token].set(prefix.k.reshape(-1, head_dim), mode="drop"),
-        cache.v_pages.at[page, token].set(prefix.v.reshape(-1, head_dim), mode="drop"),
+        cache.k_pages.at[page, token].set(prefix.k, mode="drop"),
+        cache.v_pages.at[page, token].set(prefix.v, mode="drop"),
         cache.page_table,
         cache.lengths.at[:, row].set(jnp.where(is_active, lengths, 0)),
         cache.token_ids.at[row].set(token_ids),

@@ -16,7 +16,7 @@ can run all of them. `split_at_layers` lists the calls for a range of chunks.
 Every device computes the slots that it holds. The scores of all heads are gathered, every device
 makes the same selection, and packs what its own slots keep, slot after slot:
 
-    packed keys of one layer and device   [ slot 0's kept tokens | slot 1's | ... | unused ]
+    packed keys of one device   [ layer 0: slot 0 | slot 1 | .. | layer 1: slot 0 | .. | unused ]
 
 A prompt whose beginning is in the KV cache already is prefilled from there on: its suffix runs
 through the same programs, and its tokens attend to the cached prefix as well. Lengths, chunks and
@@ -36,6 +36,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from fairkv_jax.attention import PagedPrefix, attend_to_prompt
 from fairkv_jax.cache import LAYERS_BY_DEVICE, PrefixView
+from fairkv_jax.compress.budgets import MaxKept
 from fairkv_jax.compress.contract import (
     Chunk,
     LayerShape,
@@ -44,7 +45,7 @@ from fairkv_jax.compress.contract import (
     distinct_scorers,
     scorer_index,
 )
-from fairkv_jax.compress_layer import pack, packed_part, with_layer
+from fairkv_jax.compress_layer import pack, with_layer
 from fairkv_jax.models.model import Layer, Model
 from fairkv_jax.models.rope import rotate
 from fairkv_jax.prefill_carry import PrefillCarry, PrefillShapes, layer_shape
@@ -88,10 +89,11 @@ def lower_run_chunks(shapes: PrefillShapes) -> Lowered:
         mesh=steps.mesh,
         methods=shapes.methods,
         chunk_size=shapes.chunk_size,
+        max_kept=shapes.max_kept,
     )
 
 
-@partial(jax.jit, static_argnames=("mesh", "methods", "chunk_size"), donate_argnums=1)
+@partial(jax.jit, static_argnames=("mesh", "methods", "chunk_size", "max_kept"), donate_argnums=1)
 def run_chunks(
     model: Model,
     carry: PrefillCarry,
@@ -106,6 +108,7 @@ def run_chunks(
     mesh: Mesh,
     methods: tuple[Method, ...],
     chunk_size: int,
+    max_kept: MaxKept,
 ) -> tuple[PrefillCarry, Int[Array, ""]]:
     """Runs the chunks from the first to before the second of `chunks`, at least one.
 
@@ -127,7 +130,14 @@ def run_chunks(
         *whole: Array,
     ) -> tuple[PrefillCarry, Array]:
         return _run_chunks_local(
-            model, carry, head_of_slot, prefix, *whole, methods=methods, chunk_size=chunk_size
+            model,
+            carry,
+            head_of_slot,
+            prefix,
+            *whole,
+            methods=methods,
+            chunk_size=chunk_size,
+            max_kept=max_kept,
         )
 
     run = jax.shard_map(
@@ -209,6 +219,7 @@ def _run_chunks_local(
     *,
     methods: tuple[Method, ...],
     chunk_size: int,
+    max_kept: MaxKept,
 ) -> tuple[PrefillCarry, Int[Array, ""]]:
     """Runs one device's part of `run_chunks`, inside `shard_map`."""
     num_layers, num_slots = head_of_slot.shape
@@ -243,11 +254,9 @@ def _run_chunks_local(
         end = jnp.where(index == last, (stop - 1) % per_layer + 1, per_layer)
         carry = jax.lax.fori_loop(begin, end, run, carry)
         # What is written for an incomplete layer, or for one to be compressed, is overwritten.
-        packed = jax.lax.cond(
-            keeps_whole & (end == per_layer),
-            lambda: pack(carry, keep_prompt, head_of_slot[index]),
-            lambda: jax.tree.map(lambda x: jnp.zeros_like(x[0]), packed_part(carry.prefix)),
-        )
+        pack_all = partial(pack, carry, keep_prompt, head_of_slot[index], max_kept)
+        nothing = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(pack_all))
+        packed = jax.lax.cond(keeps_whole & (end == per_layer), pack_all, lambda: nothing)
         return replace(carry, prefix=with_layer(carry.prefix, index, packed))
 
     carry = jax.lax.fori_loop(first, last + 1, run_layer, carry)
@@ -291,7 +300,9 @@ def _run_chunk(
     # XLA removes what no scorer reads.
     chunk = Chunk(
         length,
+        first_position=carry.first_position,
         positions=index,
+        frequencies=model.angles(jnp.ones(1, jnp.int32))[0],
         x=layer.attention_inputs(x),
         q_unrotated=rotate(heads, -angles).reshape(q.shape),
         q=q,

@@ -12,6 +12,7 @@ from jaxtyping import Array, Float, Int
 
 from fairkv_jax.attention import KEY_BLOCK
 from fairkv_jax.cache import LAYERS_BY_DEVICE
+from fairkv_jax.compress.budgets import MaxKept
 from fairkv_jax.compress.contract import (
     LayerShape,
     Method,
@@ -28,13 +29,13 @@ from fairkv_jax.sharding.step_shapes import StepShapes
 class CompressedPrefix:
     """The compressed cache of one prompt, or of its suffix, ready to be inserted into a row.
 
-    R is the largest number of tokens that a device packs per layer. `positions` counts from the
-    prompt's start, also in a suffix.
+    Every device packs the kept tokens of its slots, layer after layer, slot after slot. R is how
+    many it has room for. `positions` counts from the prompt's start, also in a suffix.
     """
 
-    k: Float[Array, "L PR H"]
-    v: Float[Array, "L PR H"]
-    positions: Int[Array, "L PR"]
+    k: Float[Array, "PR H"]
+    v: Float[Array, "PR H"]
+    positions: Int[Array, "PR"]
     slot_lengths: Int[Array, "L PC"]
     """Kept tokens of every slot, replicas included; 0 in empty slots."""
     head_lengths: Int[Array, "L K"]
@@ -45,8 +46,8 @@ class CompressedPrefix:
     def partition(cls) -> "CompressedPrefix":
         """Returns how each array is split over the mesh."""
         whole: Any = PartitionSpec()
-        split: Any = LAYERS_BY_DEVICE
-        return cls(split, split, split, split, whole, whole)
+        split: Any = PartitionSpec(TENSOR_AXIS)
+        return cls(split, split, split, LAYERS_BY_DEVICE, whole, whole)
 
 
 @jax.tree_util.register_dataclass
@@ -82,8 +83,7 @@ class PrefillShapes:
     """The longest prompt that the programs take, in tokens."""
     chunk_size: int
     methods: tuple[Method, ...]
-    packed_size: int
-    """Most tokens that all heads of one layer keep together."""
+    max_kept: MaxKept
     has_prefix: bool = False
     """Whether the prompts are suffixes of prefixes in the KV cache."""
 
@@ -96,7 +96,7 @@ class PrefillShapes:
                 mesh=self.steps.mesh,
                 chunk_size=self.chunk_size,
                 methods=self.methods,
-                packed_size=self.packed_size,
+                max_kept=self.max_kept,
             ),
             self.steps.model,
             self.tokens,
@@ -120,11 +120,11 @@ def lower_start_prefill(shapes: PrefillShapes) -> Lowered:
         mesh=shapes.steps.mesh,
         chunk_size=shapes.chunk_size,
         methods=shapes.methods,
-        packed_size=shapes.packed_size,
+        max_kept=shapes.max_kept,
     )
 
 
-@partial(jax.jit, static_argnames=("mesh", "chunk_size", "methods", "packed_size"))
+@partial(jax.jit, static_argnames=("mesh", "chunk_size", "methods", "max_kept"))
 def start_prefill(
     model: Model,
     tokens: Int[Array, "T"],
@@ -133,12 +133,11 @@ def start_prefill(
     mesh: Mesh,
     chunk_size: int,
     methods: tuple[Method, ...],
-    packed_size: int,
+    max_kept: MaxKept,
 ) -> PrefillCarry:
     """Embeds a prompt and allocates the carry of its prefill.
 
-    `first_position` is that of the first token. `packed_size` bounds the tokens that all heads of
-    one layer keep together.
+    `first_position` is that of the first token. `max_kept` must hold for the prompt.
     """
 
     def local(model: Model, tokens: Array, first_position: Array) -> PrefillCarry:
@@ -147,8 +146,11 @@ def start_prefill(
         shape = layer_shape(model, num_tokens)
         keys = jnp.zeros((shape.num_slots, num_tokens, config.head_dim), model.dtype)
         # The bound is over all heads; this device's slots cannot hold more than all their tokens.
-        size = min(packed_size, shape.num_slots * num_tokens)
-        packed = jnp.zeros((config.num_layers, size, config.head_dim), model.dtype)
+        most = config.num_layers * shape.num_slots * num_tokens
+        # A layer is packed as a block, which also covers what follows, see `with_layer`.
+        size = min(max_kept.in_all_layers, most)
+        size += max_kept.in_layer_of(shape.num_slots, num_tokens)
+        packed = jnp.zeros((size, config.head_dim), model.dtype)
         integers = partial(jnp.zeros, dtype=jnp.int32)
         return PrefillCarry(
             first_position,
@@ -159,7 +161,7 @@ def start_prefill(
             CompressedPrefix(
                 packed,
                 packed,
-                integers(packed.shape[:2]),
+                integers(size),
                 integers((config.num_layers, shape.num_slots)),
                 integers((config.num_layers, config.num_kv_heads)),
                 jnp.zeros(config.vocab_size),

@@ -42,21 +42,21 @@ def dense(tiny_checkpoint: Path) -> Forward:
 
 
 def test_every_replica_packs_its_head(runner: ModelRunner, dense: Forward):
-    """Keys of the kept positions slot after slot, in both copies of a head."""
+    """Keys of the kept positions layer by layer, slot after slot, in both copies of a head."""
     layout = runner.layout
     assert (layout.replicas.sum(2) == 2).any()
     prefix = runner.prefill(random_prompt(PROMPT))
     kept = kept_tokens(prefix, layout, positions=True)
     assert kept.positions is not None
-    packed = np.asarray(prefix.k).reshape(2, 2, -1, 16)
+    packed = np.asarray(prefix.k).reshape(2, -1, 16)
+    at = [0, 0]
     for layer, heads in enumerate(layout.head_of_slot.reshape(2, 2, -1)):
         for device, slots in enumerate(heads):
-            at = 0
             for head in slots[slots >= 0]:
                 positions = kept.positions[layer][head]
-                keys = packed[layer, device, at : at + len(positions)]
+                keys = packed[device, at[device] : at[device] + len(positions)]
                 np.testing.assert_allclose(keys, dense.k[layer][head, positions], atol=1e-4)
-                at += len(positions)
+                at[device] += len(positions)
 
 
 def test_inserted_keys_lie_in_the_owners_pages(runner: ModelRunner, dense: Forward):

@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 from jax.stages import Lowered
 
 from fairkv_jax import decode
-from fairkv_jax.compress.budgets import max_kept_per_layer
+from fairkv_jax.compress.budgets import MaxKept
 from fairkv_jax.compress.registry import make_method
 from fairkv_jax.compress_layer import lower_compress_layer
 from fairkv_jax.config import KVConfig, ModelConfig
@@ -112,7 +112,7 @@ def lower_prefill(
         num_tokens,
         min(setup.prefill_chunk_size, num_tokens),
         (make_method(kv_config),),
-        max_kept_per_layer(kv_config, num_tokens, config.num_layers, config.num_kv_heads),
+        MaxKept.of(kv_config, num_tokens, config.num_layers, config.num_kv_heads),
     )
     return {
         "prefill": lower_run_chunks(shapes),

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
-from fairkv_jax.compress.contract import Scores
+from fairkv_jax.compress.contract import Allocator, Scores
 from fairkv_jax.select import keep_top
 
 Budgets = Int[Array, "K"]
@@ -63,6 +63,24 @@ class AdaReserve:
         reserved = keep_top(scores.primary, jnp.maximum(1, _floor_product(self.alpha, budgets)))
         candidates = jnp.where(reserved, jnp.inf, scores.primary)
         return keep_top(candidates.reshape(-1), jnp.sum(budgets)).reshape(candidates.shape)
+
+
+@dataclass(frozen=True)
+class CriticalAda:
+    """Two stages within the budgets that another allocator gives (CriticalKV, Feng et al., 2025).
+
+    Each head keeps the first half of its budget by the primary ranking, and the rest by the
+    secondary one.
+    """
+
+    budgets_by: Allocator
+
+    def __call__(self, scores: Scores, budgets: Budgets) -> Keep:
+        assert scores.secondary is not None
+        counts = jnp.sum(self.budgets_by(scores, budgets), -1)
+        first = keep_top(scores.primary, counts // 2) | (scores.primary == jnp.inf)
+        secondary = jnp.where(scores.primary == -jnp.inf, -jnp.inf, scores.secondary)
+        return keep_top(jnp.where(first, jnp.inf, secondary), counts)
 
 
 def _floor_product(alpha: float, tokens: Int[Array, "K"]) -> Int[Array, "K"]:

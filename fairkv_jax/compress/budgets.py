@@ -1,18 +1,20 @@
 """How many tokens each KV head keeps of a prompt: budgets by layer and head.
 
-Standard library only, so that schedulers and planners can use it without JAX.
+Without JAX, so that schedulers and planners can use it.
 """
 
-from dataclasses import replace
+import math
+from dataclasses import dataclass, replace
 
 from fairkv_jax.config import REQUEST_POLICIES, KVConfig
+from fairkv_jax.plan import HeadScores
 
 PYRAMID_STEEPNESS = 20
 """PyramidKV's last layer keeps this fraction (1/20) of the mean outside the window."""
 
 
 def num_kept_tokens(config: KVConfig, prompt_tokens: int) -> int:
-    """Returns the tokens kept per head, averaged over layers and heads."""
+    """Returns the tokens kept per head, averaged over layers and heads and rounded down."""
     if config.head_budgets is not None:
         kept = [min(budget, prompt_tokens) for layer in config.head_budgets for budget in layer]
         return sum(kept) // len(kept)
@@ -26,31 +28,51 @@ def num_kept_tokens(config: KVConfig, prompt_tokens: int) -> int:
 def budgets_per_head(
     config: KVConfig, prompt_tokens: int, num_layers: int, num_heads: int
 ) -> tuple[tuple[int, ...], ...]:
-    """Returns the budgets [L][K] in tokens, which an allocator may move within a layer.
+    """Returns the budgets [L][K] in tokens, which an allocator may move within its scope.
 
     Only budgets from a table (`head_budgets`) may exceed the prompt.
     """
     if config.head_budgets is not None:
         return config.head_budgets
     kept = num_kept_tokens(config, prompt_tokens)
+    if config.spans_layers:
+        pairs = num_layers * num_heads
+        total = pairs * kept
+        if config.ratio is not None:
+            total = max(pairs, pairs * prompt_tokens - int(pairs * prompt_tokens * config.ratio))
+        flat = _duo(config.head_scores, total, prompt_tokens)
+        rows = range(0, pairs, num_heads)
+        return tuple(tuple(flat[row : row + num_heads]) for row in rows)
     layers = [kept] * num_layers
-    if config.policy == "pyramidkv" and kept < prompt_tokens:
+    if config.allocator_name == "pyramid" and kept < prompt_tokens:
         window = min(config.window, kept)
         layers = _pyramid(kept - window, prompt_tokens - window, num_layers)
         layers = [window + outside for outside in layers]
     return tuple((budget,) * num_heads for budget in layers)
 
 
-def max_kept_per_layer(
-    config: KVConfig, prompt_tokens: int, num_layers: int, num_heads: int
-) -> int:
-    """Returns an upper bound on the tokens that all heads of one layer keep together.
+@dataclass(frozen=True)
+class MaxKept:
+    """Upper bounds on the tokens that all heads together keep of a prompt."""
 
-    The bound holds for every prompt of at most `prompt_tokens` tokens.
-    """
-    # Ada-SnapKV rounds each head's quota, which may exceed its share by half a token.
-    budgets = budgets_per_head(config, prompt_tokens, num_layers, num_heads)
-    return max(sum(min(budget + 1, prompt_tokens) for budget in layer) for layer in budgets)
+    in_all_layers: int
+    in_one_layer: int
+
+    @classmethod
+    def of(cls, config: KVConfig, prompt_tokens: int, num_layers: int, num_heads: int) -> "MaxKept":
+        """Returns bounds for every prompt of at most `prompt_tokens` tokens.
+
+        They hold before a method that replays the prompt has compressed it, too.
+        """
+        whole = num_heads * prompt_tokens
+        # Ada-SnapKV rounds each head's quota, which may exceed its share by half a token.
+        budgets = budgets_per_head(config, prompt_tokens, num_layers, num_heads)
+        layers = [sum(min(budget + 1, prompt_tokens) for budget in layer) for layer in budgets]
+        return cls(sum(layers), whole if config.spans_layers else max(layers))
+
+    def in_layer_of(self, num_slots: int, num_tokens: int) -> int:
+        """Returns the most that so many head slots keep of one layer of `num_tokens` tokens."""
+        return min(self.in_one_layer, num_slots * num_tokens)
 
 
 def request_kv_config(
@@ -72,13 +94,64 @@ def request_kv_config(
             f"kv_budget {budget} is beyond the {config.budget} that every request may keep: "
             "lower it, or raise the engine's own"
         )
+    if budget is None and ratio is None:
+        budget, ratio = config.budget, config.ratio
+    if policy == config.policy:
+        return replace(config, budget=budget, ratio=ratio)
+    return with_policy(config, policy, budget=budget, ratio=ratio)
+
+
+def check_least_kept(config: KVConfig, prompt_tokens: int) -> None:
+    """Raises ValueError if less is asked for than DuoAttention keeps of such a prompt."""
+    if config.allocator_name != "duo" or config.head_scores is None:
+        return
+    sinks, recent = config.head_scores.sinks, config.head_scores.recent
+    kept, least = num_kept_tokens(config, prompt_tokens), min(prompt_tokens, sinks + recent)
+    if kept >= least:
+        return
+    given, remedy = f"kv_budget {config.budget}", f"raise it to at least {least}"
+    if config.ratio is not None:
+        limit = math.floor(1000 * (1 - least / prompt_tokens)) / 1000
+        given = f"kv_ratio {config.ratio} leaves {kept} of {prompt_tokens} tokens per head, which"
+        remedy = f"lower it to at most {limit}"
+    raise ValueError(
+        f"{given} is less than the {sinks} sinks and {recent} recent tokens that every head keeps: "
+        f"{remedy}, or give kv_head_scores with fewer"
+    )
+
+
+def with_policy(
+    config: KVConfig, policy: str, *, budget: int | None, ratio: float | None
+) -> KVConfig:
+    """Returns the options with another policy, without what belongs to the engine's own."""
     return replace(
         config,
         policy=policy,
-        budget=config.budget if budget is None and ratio is None else budget,
-        ratio=config.ratio if budget is None and ratio is None else ratio,
-        head_budgets=config.head_budgets if policy == config.policy else None,
+        budget=budget,
+        ratio=ratio,
+        scorer=None,
+        allocator=None,
+        head_scores=None,
+        head_budgets=None,
     )
+
+
+def _duo(scores: HeadScores, total: int, prompt_tokens: int) -> list[int]:
+    """Returns DuoAttention's budgets (Xiao et al., 2024), layer after layer.
+
+    The heads of the highest scores keep the whole prompt, as far as the total goes, the next one
+    takes what is left, and the others keep sinks and recent tokens: these in any case, so that the
+    total of a short prompt may be larger.
+    """
+    flat = [score for layer in scores.scores for score in layer]
+    least = min(prompt_tokens, scores.sinks + scores.recent)
+    budgets = [least] * len(flat)
+    spare = total - sum(budgets)
+    for index in sorted(range(len(flat)), key=lambda index: -flat[index]):
+        more = max(0, min(spare, prompt_tokens - least))
+        budgets[index] += more
+        spare -= more
+    return budgets
 
 
 def _pyramid(mean: int, maximum: int, num_layers: int) -> list[int]:

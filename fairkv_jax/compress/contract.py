@@ -43,8 +43,12 @@ class Chunk:
 
     length: Int[Array, ""]
     """Tokens of the whole prompt."""
+    first_position: Int[Array, ""]
+    """Position of the prompt's first token: 0, or where the prompt is a suffix, its start."""
     positions: Int[Array, "b"]
     """Index of each token in the prompt; entries at or past `length` are padding."""
+    frequencies: Float[Array, "half"]
+    """Rotary angle of each pair of dimensions per position, in radians."""
     x: Float[Array, "b D"]
     """Normalised input of the attention block."""
     q_unrotated: Float[Array, "b C G H"]
@@ -100,6 +104,16 @@ class Scorer(Protocol):
     ) -> Scores:
         """Scores all tokens of the layer; the budgets are at most `length`."""
         ...
+
+
+class FromKeysAndValues:
+    """What scorers have in common that need nothing but the layer's keys and values."""
+
+    def init(self, shape: LayerShape) -> Stats:
+        return ()
+
+    def observe(self, stats: Stats, chunk: Chunk) -> Stats:
+        return stats
 
 
 class Allocator(Protocol):

@@ -1,40 +1,63 @@
-"""The compression methods by name, which are the values of `kv_policy`."""
+"""The scorers and allocators by name, and the methods that `kv_policy` composes of them."""
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass
 
-from fairkv_jax.compress.allocators import AdaBlend, AdaReserve, KeepAll, Uniform
-from fairkv_jax.compress.contract import Method
+from fairkv_jax.compress.allocators import AdaBlend, AdaReserve, CriticalAda, KeepAll, Uniform
+from fairkv_jax.compress.budgets import with_policy
+from fairkv_jax.compress.contract import Allocator, Method, Scorer
+from fairkv_jax.compress.critical_ada import WithContributions
+from fairkv_jax.compress.expected_attention import ExpectedAttention
+from fairkv_jax.compress.keydiff import KeyDiff
+from fairkv_jax.compress.knorm import KeyNorm
 from fairkv_jax.compress.snapkv import WindowAttention
 from fairkv_jax.compress.streaming_llm import Recency
-from fairkv_jax.config import REQUEST_POLICIES, KVConfig
+from fairkv_jax.compress.tova import last_query_attention
+from fairkv_jax.config import POLICIES, REQUEST_POLICIES, KVConfig
 
 
-def _full(config: KVConfig) -> Method:
-    return Method(Recency(), KeepAll(), is_query_agnostic=True)
+@dataclass(frozen=True)
+class ScorerEntry:
+    """How a scorer is made from the options, and what holds for its scores."""
+
+    make: Callable[[KVConfig], Scorer]
+    is_query_agnostic: bool
+    """See `Method`; so is the following."""
+    mean_over_heads: bool = False
 
 
-def _streaming_llm(config: KVConfig) -> Method:
-    return Method(Recency(), Uniform(), is_query_agnostic=True)
+def _recency(config: KVConfig) -> Recency:
+    return Recency() if config.head_scores is None else Recency(config.head_scores.sinks)
 
 
-def _snapkv(config: KVConfig) -> Method:
-    return Method(WindowAttention.from_config(config), Uniform(), is_query_agnostic=False)
+SCORERS: dict[str, ScorerEntry] = {
+    "streaming_llm": ScorerEntry(_recency, is_query_agnostic=True),
+    "snapkv": ScorerEntry(WindowAttention.from_config, is_query_agnostic=False),
+    "expected_attention": ScorerEntry(
+        lambda config: ExpectedAttention(config.epsilon), is_query_agnostic=True
+    ),
+    "keydiff": ScorerEntry(lambda config: KeyDiff(), is_query_agnostic=True),
+    "knorm": ScorerEntry(lambda config: KeyNorm(), is_query_agnostic=True),
+    "tova": ScorerEntry(
+        lambda config: last_query_attention(), is_query_agnostic=False, mean_over_heads=True
+    ),
+}
 
 
-def _ada_snapkv(config: KVConfig) -> Method:
-    allocator = {"blend": AdaBlend, "reserve": AdaReserve}[config.safeguard](config.alpha_safeguard)
-    return Method(WindowAttention.from_config(config), allocator, is_query_agnostic=False)
+def _ada(config: KVConfig) -> Allocator:
+    allocator = {"blend": AdaBlend, "reserve": AdaReserve}[config.safeguard]
+    return allocator(config.alpha_safeguard)
 
 
-METHODS: dict[str, Callable[[KVConfig], Method]] = {
-    "full": _full,
-    "streaming_llm": _streaming_llm,
-    "snapkv": _snapkv,
-    "ada_snapkv": _ada_snapkv,
-    # These two differ from SnapKV in their budgets only, see `budgets`.
-    "pyramidkv": _snapkv,
-    "head_budgets": _snapkv,
+ALLOCATORS: dict[str, Callable[[KVConfig], Allocator]] = {
+    "full": lambda config: KeepAll(),
+    "uniform": lambda config: Uniform(),
+    # These differ from uniform in their budgets only, see `budgets`.
+    "pyramid": lambda config: Uniform(),
+    "head_budgets": lambda config: Uniform(),
+    "duo": lambda config: Uniform(),
+    "ada": _ada,
+    "critical_ada": lambda config: CriticalAda(_ada(config)),
 }
 
 
@@ -44,26 +67,33 @@ def make_method(config: KVConfig) -> Method:
     Raises:
         ValueError: the budget is smaller than the window.
     """
-    method = METHODS[config.policy](config)
-    window = method.scorer.window
-    if config.budget is not None and config.budget < window:
+    entry = SCORERS[config.scorer_name]
+    scorer = entry.make(config)
+    if config.allocator_name == "critical_ada":
+        scorer = WithContributions(scorer)
+    if config.budget is not None and config.budget < scorer.window:
         raise ValueError(
-            f"kv_budget {config.budget} is smaller than the window {window}: "
+            f"kv_budget {config.budget} is smaller than the window {scorer.window}: "
             "raise kv_budget or lower kv_window"
         )
-    return method
+    return Method(
+        scorer,
+        ALLOCATORS[config.allocator_name](config),
+        entry.is_query_agnostic,
+        entry.mean_over_heads,
+    )
 
 
 def query_agnostic_policies() -> tuple[str, ...]:
     """Returns the policies whose choice does not depend on how the prompt ends."""
-    names = [name for name, make in METHODS.items() if make(KVConfig()).is_query_agnostic]
-    return tuple(names)
+    return tuple(
+        policy for policy, (scorer, _) in POLICIES.items() if SCORERS[scorer].is_query_agnostic
+    )
 
 
 def offered_methods(config: KVConfig) -> tuple[Method, ...]:
     """Returns the engine's own method, and those that a request may choose in its place."""
     others = [
-        make_method(replace(config, policy=name, budget=None, ratio=0.0, head_budgets=None))
-        for name in REQUEST_POLICIES
+        make_method(with_policy(config, name, budget=None, ratio=0.0)) for name in REQUEST_POLICIES
     ]
     return tuple(dict.fromkeys([make_method(config), *others]))

@@ -5,22 +5,16 @@ from dataclasses import dataclass
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from fairkv_jax.compress.contract import Chunk, LayerShape, Scores, Stats
+from fairkv_jax.compress.contract import FromKeysAndValues, Scores, Stats
 
 
 @dataclass(frozen=True)
-class Recency:
+class Recency(FromKeysAndValues):
     """Scores each token by its position, so that later tokens are more important."""
 
     num_sinks: int = 4
     window: int = 0
     """No window is needed, since the most recent tokens have the highest scores."""
-
-    def init(self, shape: LayerShape) -> Stats:
-        return ()
-
-    def observe(self, stats: Stats, chunk: Chunk) -> Stats:
-        return stats
 
     def score(
         self,

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from fairkv_jax.checkpoint import Checkpoint, open_checkpoint
 from fairkv_jax.checkpoint.fetch import DEMO_MODEL
-from fairkv_jax.compress.budgets import max_kept_per_layer
+from fairkv_jax.compress.budgets import MaxKept, check_least_kept
 from fairkv_jax.compress.registry import make_method
 from fairkv_jax.config import (
     DTYPES,
@@ -32,7 +32,7 @@ from fairkv_jax.models.params import device_bytes
 from fairkv_jax.options import split_options, with_new_names
 from fairkv_jax.pallas.ragged_decode import check_backend
 from fairkv_jax.pallas.ragged_decode.pieces import MAX_PAIRS
-from fairkv_jax.plan import ModelShape, Plan, Profile
+from fairkv_jax.plan import HeadScores, ModelShape, Plan, Profile, shipped_head_scores
 
 _CPU_KV_BYTES = 1 << 30
 _PREFILL_CHUNK_SIZES = {"cpu": 128}
@@ -66,6 +66,7 @@ def build_engine(
     kv_config = _kv_config(for_kv)
     _check_names(for_engine)
     checkpoint = open_checkpoint(build_options.model or DEMO_MODEL)
+    kv_config = _with_head_scores(kv_config, checkpoint, for_engine.get("max_model_len"))
     _check_head_budgets(kv_config, checkpoint.config)
     engine_config = _engine_config(for_engine, checkpoint.config, jax.default_backend())
     plan, engine_config = _plan_and_size(
@@ -115,9 +116,12 @@ def resolved_dtype(dtype: str, platform: str) -> str:
 
 def _kv_config(fields: dict[str, Any]) -> KVConfig:
     """Makes the KV configuration; a wrong one is refused before anything is loaded."""
-    source = fields.get("head_budgets")
-    budgets = None if source is None else _head_budgets(source)
-    kv_config = KVConfig(**{**fields, "head_budgets": budgets})
+    budgets, scores = fields.get("head_budgets"), fields.get("head_scores")
+    read = {
+        "head_budgets": None if budgets is None else _head_budgets(budgets),
+        "head_scores": None if scores is None else _head_scores(scores),
+    }
+    kv_config = KVConfig(**{**fields, **read})
     make_method(kv_config)
     return kv_config
 
@@ -196,6 +200,41 @@ def _head_budgets(source: str | Path | Profile) -> tuple[tuple[int, ...], ...]:
     return tuple(tuple(max(1, round(tokens)) for tokens in layer) for layer in profile.tokens)
 
 
+def _head_scores(source: str | Path | HeadScores) -> HeadScores:
+    if isinstance(source, HeadScores):
+        return source
+    if not Path(source).is_file():
+        raise ValueError(
+            f"kv_head_scores {str(source)!r} is not a file: give head scores in JSON, see "
+            "python -m fairkv_jax.profile learn"
+        )
+    return HeadScores.from_json(Path(source).read_text(encoding="utf-8"))
+
+
+def _with_head_scores(
+    kv_config: KVConfig, checkpoint: Checkpoint, max_model_len: int | None
+) -> KVConfig:
+    """Returns the options with the model's own head scores, where they are needed and not given.
+
+    Raises:
+        ValueError: there are none, they are another model's, or not even the longest prompt has
+            as much to keep as every head keeps.
+    """
+    if kv_config.allocator_name != "duo":
+        return kv_config
+    scores = kv_config.head_scores or checkpoint.head_scores or shipped_head_scores(checkpoint.name)
+    if scores is None:
+        raise ValueError(
+            f"kv_allocator 'duo' needs head scores, and {checkpoint.name} has none: learn them "
+            "with python -m fairkv_jax.profile learn, and give the file as kv_head_scores"
+        )
+    config = checkpoint.config
+    scores.check_model(config.num_layers, config.num_kv_heads, checkpoint.name)
+    kv_config = replace(kv_config, head_scores=scores)
+    check_least_kept(kv_config, max_model_len or config.max_position_embeddings)
+    return kv_config
+
+
 def _check_head_budgets(kv_config: KVConfig, config: ModelConfig) -> None:
     """Raises ValueError if a table of budgets does not have the model's layers and heads."""
     table = kv_config.head_budgets
@@ -233,8 +272,9 @@ def _prefill_bytes(
     because packing reads all of them, and the scores of the layer's keys.
     """
     heads = (shape.num_layers, shape.num_kv_heads)
-    kept = max_kept_per_layer(kv_config, max_model_len, *heads)
-    prefix = 2 * shape.num_layers * kept * shape.head_dim * itemsize
+    kept = MaxKept.of(kv_config, max_model_len, *heads)
+    packed = kept.in_all_layers + kept.in_one_layer
+    prefix = 2 * packed * shape.head_dim * itemsize
     keys = 2 * 2 * shape.num_kv_heads * shape.head_dim * itemsize
     scores = 3 * 4 * shape.num_heads * kv_config.window
     return prefix + max_model_len * (shape.hidden_size * itemsize + keys + scores)

@@ -151,15 +151,16 @@ def kept_tokens(prefix: CompressedPrefix, layout: SlotLayout, *, positions: bool
     lengths = np.asarray(prefix.head_lengths)
     if not positions:
         return KeptTokens(lengths, None)
-    num_layers = len(lengths)
-    packed = np.asarray(prefix.positions).reshape(num_layers, layout.num_devices, -1)
-    by_slot = np.asarray(prefix.slot_lengths).reshape(num_layers, layout.num_devices, -1)
-    starts = (np.cumsum(by_slot, -1) - by_slot).reshape(num_layers, -1)
+    num_layers, num_devices = len(lengths), layout.num_devices
+    packed = np.asarray(prefix.positions).reshape(num_devices, -1)
+    by_device = np.asarray(prefix.slot_lengths).reshape(num_layers, num_devices, -1)
+    ends = np.cumsum(by_device.swapaxes(0, 1).reshape(num_devices, -1), -1)
+    ends = ends.reshape(num_devices, num_layers, -1)
 
     def of_head(layer: int, head: int) -> np.ndarray:
-        slot = layout.first_slot[layer, head]
-        start = starts[layer, slot]
-        return packed[layer, slot // layout.slots_per_device][start : start + lengths[layer, head]]
+        device, slot = divmod(layout.first_slot[layer, head], layout.slots_per_device)
+        end = ends[device, layer, slot]
+        return packed[device, end - lengths[layer, head] : end]
 
     heads = range(layout.num_heads)
     return KeptTokens(lengths, [[of_head(n, head) for head in heads] for n in range(num_layers)])

@@ -49,19 +49,33 @@ class LLM:
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
         prefix_id: str | None = None,
+        kv_policy: str | None = None,
+        kv_budget: int | None = None,
+        kv_ratio: float | None = None,
         return_kept_positions: bool = False,
     ) -> list[RequestOutput]:
         """Generates a continuation of every prompt, which is a text or a list of token ids.
 
-        With `prefix_id`, see `cache_prefix`, the prompts are what follows that prefix. Returns the
-        outputs in the order of the prompts.
+        With `prefix_id`, see `cache_prefix`, the prompts are what follows that prefix. The `kv_`
+        options replace the engine's, and may not keep more. Returns the outputs in the order of
+        the prompts.
 
         Raises:
             ValueError: a prompt or a parameter is invalid. All prompts are checked before any is
                 run.
         """
         batch = [self._encoded(prompt, prefix_id) for prompt in _as_batch(prompts)]
-        return self._run(self._requests(batch, sampling_params, return_kept_positions, prefix_id))
+        return self._run(
+            self._requests(
+                batch,
+                sampling_params,
+                return_kept_positions=return_kept_positions,
+                prefix_id=prefix_id,
+                kv_policy=kv_policy,
+                kv_budget=kv_budget,
+                kv_ratio=kv_ratio,
+            )
+        )
 
     def chat(
         self,
@@ -69,11 +83,15 @@ class LLM:
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
         prefix_id: str | None = None,
+        kv_policy: str | None = None,
+        kv_budget: int | None = None,
+        kv_ratio: float | None = None,
         return_kept_positions: bool = False,
     ) -> list[RequestOutput]:
         """Answers one conversation or a list of them, using the model's chat template.
 
-        With `prefix_id`, see `cache_prefix`, the messages are those that follow the prefix's.
+        With `prefix_id`, see `cache_prefix`, the messages are those that follow the prefix's. The
+        `kv_` options are those of `generate`.
         """
         if not isinstance(messages, Sequence) or not messages:
             raise ValueError(f"messages must be a list of messages, got {messages!r}")
@@ -86,7 +104,17 @@ class LLM:
         # The template writes the BOS token if the model has one.
         encode = self.engine.tokenizer.encode
         batch = [(text, encode(text, add_special_tokens=False)) for text in texts]
-        return self._run(self._requests(batch, sampling_params, return_kept_positions, prefix_id))
+        return self._run(
+            self._requests(
+                batch,
+                sampling_params,
+                return_kept_positions=return_kept_positions,
+                prefix_id=prefix_id,
+                kv_policy=kv_policy,
+                kv_budget=kv_budget,
+                kv_ratio=kv_ratio,
+            )
+        )
 
     def cache_prefix(
         self,
@@ -95,6 +123,7 @@ class LLM:
         kv_policy: str | None = None,
         kv_budget: int | None = None,
         kv_ratio: float | None = None,
+        require_query_agnostic: bool = True,
     ) -> CachedPrefix:
         """Reads and compresses the beginning of prompts once, for any number of requests.
 
@@ -106,8 +135,9 @@ class LLM:
 
         Args:
             prompt: A text, token ids, or messages of a conversation.
-            kv_policy: Replaces the engine's; so do the following. What is kept must not depend on
-                the end of the prefix, unless it is kept whole.
+            kv_policy: Replaces the engine's; so do the following.
+            require_query_agnostic: Refuse policies that choose by the end of the prefix, unless it
+                is kept whole: they drop what questions may ask for. False is for comparisons.
 
         Raises:
             ValueError: the prefix is invalid, or the engine does not cache prefixes.
@@ -135,6 +165,7 @@ class LLM:
             kv_ratio=kv_ratio,
             caches_prefix=True,
             messages=messages,
+            requires_query_agnostic=require_query_agnostic,
         )
         (output,) = self._run([self.engine.validate(request)])
         assert output.cached_prefix is not None
@@ -175,10 +206,12 @@ class LLM:
         self,
         batch: Sequence[tuple[str | None, list[int]]],
         params: SamplingParams | Sequence[SamplingParams] | None,
-        positions: bool,
-        prefix_id: str | None,
+        **options: Any,
     ) -> list[ValidatedRequest]:
-        """Makes and validates a request for every (text, token ids) pair."""
+        """Makes and validates a request for every (text, token ids) pair.
+
+        `options` are further fields of `Request`.
+        """
         if params is None or isinstance(params, SamplingParams):
             params = [params or SamplingParams()] * len(batch)
         if not isinstance(params, Sequence) or not all(
@@ -193,9 +226,7 @@ class LLM:
         requests = []
         for (text, token_ids), each in zip(batch, params, strict=True):
             self._num_requests += 1
-            request = Request(
-                str(self._num_requests), token_ids, each, text, positions, prefix_id=prefix_id
-            )
+            request = Request(str(self._num_requests), token_ids, each, text, **options)
             requests.append(self.engine.validate(request))
         return requests
 

@@ -9,7 +9,7 @@ from dataclasses import replace
 import numpy as np
 
 from fairkv_jax.checkpoint import Checkpoint
-from fairkv_jax.compress.budgets import num_kept_tokens, request_kv_config
+from fairkv_jax.compress.budgets import check_least_kept, num_kept_tokens, request_kv_config
 from fairkv_jax.compress.registry import make_method
 from fairkv_jax.config import EngineConfig, KVConfig
 from fairkv_jax.engine.compiling import Compilations
@@ -377,6 +377,8 @@ class LLMEngine:
         )
         make_method(wanted)
         num_tokens = len(request.prompt_token_ids)
+        if request.kv_budget is not None or request.kv_ratio is not None:
+            check_least_kept(wanted, num_tokens)
         kept, most = (num_kept_tokens(each, num_tokens) for each in (wanted, self.kv_config))
         if kept > most:
             given, remedy = f"kv_budget {kept}", "lower it"

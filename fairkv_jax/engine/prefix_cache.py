@@ -9,7 +9,7 @@ the next request that begins with it.
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
@@ -38,9 +38,9 @@ class Prefix:
 def prefix_key(token_ids: Sequence[int], options: object) -> str:
     """Returns the name of a prefix: a hash of its tokens and of `options`.
 
-    `options` are everything else that tells prefixes apart, as JSON can write it.
+    `options` are everything else that tells prefixes apart, as JSON can write it, or dataclasses.
     """
-    digest = hashlib.sha256(json.dumps(options).encode())
+    digest = hashlib.sha256(json.dumps(options, default=asdict).encode())
     digest.update(np.asarray(token_ids, np.int64).tobytes())
     return digest.hexdigest()[:32]
 

@@ -30,7 +30,8 @@ class PrefixRegistry:
         config = request_kv_config(
             self._kv_config, request.kv_policy, request.kv_budget, request.kv_ratio
         )
-        self._check_method(config, len(prompt))
+        if request.requires_query_agnostic:
+            self._check_method(config, len(prompt))
         is_chat = request.messages is not None  # what follows is then rendered differently
         options = [request.owner, request.cache_salt, is_chat, *_options(config)]
         key = prefix_key(prompt, options)

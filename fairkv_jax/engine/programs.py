@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec
 from jax.stages import Compiled, Lowered
 
 from fairkv_jax.cache import copy_pages, release_rows, write_tables
-from fairkv_jax.compress.budgets import max_kept_per_layer
+from fairkv_jax.compress.budgets import MaxKept
 from fairkv_jax.compress.contract import Method
 from fairkv_jax.compress_layer import lower_compress_layer
 from fairkv_jax.config import EngineConfig, KVConfig
@@ -200,7 +200,7 @@ class Programs:
             chunk_size_of(bucket, self._config),
             self._methods,
             # A suffix may be kept whole, whatever the engine does with prompts.
-            max_kept_per_layer(KVConfig() if has_prefix else self._kv_config, bucket, *heads),
+            MaxKept.of(KVConfig() if has_prefix else self._kv_config, bucket, *heads),
             has_prefix,
         )
         return self._get(_with_prefix(name) if has_prefix else name, bucket, lambda: lower(shapes))

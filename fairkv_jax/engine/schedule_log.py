@@ -36,7 +36,7 @@ from fairkv_jax.engine.scheduler_output import (
     RowPrefix,
     SchedulerOutput,
 )
-from fairkv_jax.plan import Plan
+from fairkv_jax.plan import HeadScores, Plan
 from fairkv_jax.sampling_params import SamplingParams, StructuredOutputsParams
 
 FORMAT = 1
@@ -258,6 +258,8 @@ def _read_header(record: dict[str, Any]) -> Header:
     kv_config = dict(fields["kv_config"])
     if kv_config.get("head_budgets") is not None:
         kv_config["head_budgets"] = tuple(map(tuple, kv_config["head_budgets"]))
+    if kv_config.get("head_scores") is not None:
+        kv_config["head_scores"] = HeadScores(**kv_config["head_scores"])
     fields["plan"] = Plan.from_json(json.dumps(fields["plan"]))
     fields["engine_config"] = EngineConfig(**fields["engine_config"])
     fields["kv_config"] = KVConfig(**kv_config)

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from fairkv_jax.command_line import as_flag, help_page, read_flags, string_list
-from fairkv_jax.config import ENGINE_OPTIONS
+from fairkv_jax.config import ENGINE_OPTIONS, POLICIES, takes_budget
 from fairkv_jax.options import Option
 from fairkv_jax.serve.options import API_KEY_VARIABLE, SERVER_OPTIONS, ServerOptions
 
@@ -68,8 +68,8 @@ def _engine_options(given: dict[str, Any]) -> dict[str, Any]:
     """Returns the engine options that were given or have a default here."""
     names = [option.name for option in ENGINE_OPTIONS]
     options = {name: given[name] for name in names if given[name] is not None}
-    takes_budget = options["kv_policy"] not in ("full", "head_budgets")
-    if takes_budget and "kv_ratio" not in options:
+    allocator = options.get("kv_allocator") or POLICIES[options["kv_policy"]][1]
+    if takes_budget(allocator) and "kv_ratio" not in options:
         options.setdefault("kv_budget", DEFAULT_BUDGET)
     if options.get("tensor_parallel_size", 1) < 1:
         raise ValueError(

@@ -126,6 +126,7 @@ def fan_out(
                     prompt.text,
                     kv_policy=body.kv_policy,
                     kv_budget=body.kv_budget,
+                    kv_ratio=body.kv_ratio,
                     prefix_id=body.prefix_id,
                     owner=owner,
                 )

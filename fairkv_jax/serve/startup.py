@@ -29,10 +29,13 @@ def describe(engine: Engine) -> list[str]:
 def compression(engine: Engine) -> str:
     """Describes in one phrase how much of a prompt is kept."""
     kv = engine.kv_config
-    if kv.policy == "full":
+    if kv.allocator_name == "full":
         return "KV policy full: every token is kept"
+    name = kv.policy
+    if kv.scorer is not None or kv.allocator is not None:
+        name = f"{kv.scorer_name} with allocator {kv.allocator_name}"
     kept = f"{kv.budget} tokens" if kv.budget else f"{1 - (kv.ratio or 0):.0%} of each prompt"
-    return f"KV policy {kv.policy}: {kept} per head on average"
+    return f"KV policy {name}: {kept} per head on average"
 
 
 def plan_table(plan: Plan) -> list[str]:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from fairkv_jax import LLM
-from fairkv_jax.compress.budgets import budgets_per_head, max_kept_per_layer, num_kept_tokens
+from fairkv_jax.compress.budgets import MaxKept, budgets_per_head, num_kept_tokens
 from fairkv_jax.config import KVConfig
 from fairkv_jax.plan import Profile
 from tests.engine.drive import greedy, random_prompt
@@ -50,7 +50,9 @@ def test_a_pyramid_falls_and_keeps_the_mean(layers: int, tokens: int):
     assert budgets.max() <= tokens
     assert budgets.min() >= WINDOW
     assert (np.diff(budgets[:, 0]) <= 1).all()  # rounding may lift a layer by one
-    assert max_kept_per_layer(config, tokens, layers, 3) >= budgets.sum(1).max()
+    bounds = MaxKept.of(config, tokens, layers, 3)
+    assert bounds.in_one_layer >= budgets.sum(1).max()
+    assert bounds.in_all_layers >= budgets.sum()
 
 
 def test_a_pyramid_of_long_prompts_spans_a_twentieth_to_the_rest():

@@ -11,6 +11,7 @@ import pytest
 
 from fairkv_jax.checkpoint import open_checkpoint
 from fairkv_jax.compress.allocators import Uniform
+from fairkv_jax.compress.budgets import MaxKept
 from fairkv_jax.compress.contract import Chunk, LayerShape, Method, Scores, Stats
 from fairkv_jax.compress.registry import make_method
 from fairkv_jax.compress_layer import compress_layer
@@ -28,6 +29,7 @@ from tests.oracle.forward import Forward, forward, read_llama, rms_norm
 
 LENGTH, CHUNK, BUDGET = 100, 32, 20
 PROMPT = random_prompt(LENGTH)
+MAX_KEPT = MaxKept(in_all_layers=2 * 3 * LENGTH, in_one_layer=3 * LENGTH)
 
 
 @dataclass(frozen=True)
@@ -97,19 +99,22 @@ class Prefill:
             mesh=self.mesh,
             chunk_size=CHUNK,
             methods=methods,
-            packed_size=3 * LENGTH,
+            max_kept=MAX_KEPT,
         )
 
     def run(self, start: int, stop: int) -> None:
         chunks = jnp.int32(start), jnp.int32(stop)
         static: dict[str, Any] = {"mesh": self.mesh, "methods": self.methods, "chunk_size": CHUNK}
+        static["max_kept"] = MAX_KEPT
         args = (jnp.int32(LENGTH), self.chosen, jnp.bool_(False), chunks, *self.slots)
         self.carry, _ = run_chunks(self.model, self.carry, *args, **static)
 
     def compress(self, layer: int) -> None:
         budgets = jnp.full((2, 3), BUDGET, jnp.int32)
         args = (jnp.int32(layer), jnp.int32(LENGTH), budgets, self.chosen, *self.slots)
-        self.carry = compress_layer(self.carry, *args, mesh=self.mesh, methods=self.methods)
+        self.carry = compress_layer(
+            self.carry, *args, mesh=self.mesh, methods=self.methods, max_kept=MAX_KEPT
+        )
 
     def kept(self, layer: int) -> list[np.ndarray]:
         kept = kept_tokens(self.carry.prefix, self.layout, positions=True)

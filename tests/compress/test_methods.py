@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 from fairkv_jax.compress.contract import Chunk, LayerShape, Method
-from fairkv_jax.compress.registry import METHODS, make_method
+from fairkv_jax.compress.registry import make_method
 from fairkv_jax.compress.snapkv import WindowAttention
-from fairkv_jax.config import KVConfig
+from fairkv_jax.config import POLICIES, KVConfig
 from tests.oracle.selection import Options, kept_positions, snapkv_scores
 
 PADDED, CHUNK, GROUP, HEADS, WIDTH = 96, 16, 2, 3, 8
@@ -35,7 +35,9 @@ def select(method: Method, q, k, length, budgets):
         unread: Any = None  # by these scorers
         chunk = Chunk(
             length,
+            jnp.int32(0),
             start + jnp.arange(CHUNK),
+            frequencies=unread,
             x=unread,
             q_unrotated=unread,
             q=q[start : start + CHUNK],
@@ -213,7 +215,7 @@ def test_equal_scores_go_to_the_earlier_token_and_the_lower_head():
 
 def test_an_unknown_policy_is_refused_with_the_known_names():
     with pytest.raises(
-        ValueError, match=f"unknown kv_policy 'h2o': use one of {', '.join(METHODS)}"
+        ValueError, match=f"unknown kv_policy 'h2o': use one of {', '.join(POLICIES)}"
     ):
         make_method(KVConfig("h2o", budget=64))
 

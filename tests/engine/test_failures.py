@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from fairkv_jax import LLM, SamplingParams
-from fairkv_jax.compress.registry import METHODS
-from fairkv_jax.config import POLICY_NAMES
+from fairkv_jax.compress.registry import ALLOCATORS, SCORERS
+from fairkv_jax.config import ALLOCATOR_NAMES, SCORER_NAMES
 from fairkv_jax.engine.device_errors import DeviceError, translate_xla_errors
 from fairkv_jax.engine.model_runner import ModelRunner, PrefillTask
 from fairkv_jax.engine.output_processor import RequestState
@@ -184,5 +184,6 @@ def test_numpy_values_are_taken(llm: LLM):
     np.testing.assert_array_equal(llm.prefill_logits(ids), llm.prefill_logits(ids.tolist()))  # pyright: ignore[reportArgumentType]
 
 
-def test_every_policy_name_has_a_method():
-    assert tuple(METHODS) == POLICY_NAMES
+def test_every_name_has_a_scorer_or_an_allocator():
+    assert tuple(SCORERS) == SCORER_NAMES
+    assert set(ALLOCATORS) == set(ALLOCATOR_NAMES)

@@ -1,0 +1,271 @@
+"""How the keys and values of prompts are compressed."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from fairkv_jax.config.checks import (
+    check_bool,
+    check_choice,
+    check_fraction,
+    check_int,
+    check_number,
+    check_optional_choice,
+)
+from fairkv_jax.options import accept_old_names, option
+
+SCORER_NAMES = (
+    "streaming_llm",
+    "snapkv",
+    "expected_attention",
+    "keydiff",
+    "knorm",
+    "tova",
+)
+ALLOCATOR_NAMES = ("full", "uniform", "pyramid", "ada", "critical_ada", "head_budgets", "duo")
+POLICIES = {
+    "full": ("streaming_llm", "full"),
+    "streaming_llm": ("streaming_llm", "uniform"),
+    "snapkv": ("snapkv", "uniform"),
+    "ada_snapkv": ("snapkv", "ada"),
+    "pyramidkv": ("snapkv", "pyramid"),
+    "head_budgets": ("snapkv", "head_budgets"),
+    "expected_attention": ("expected_attention", "ada"),
+    "keydiff": ("keydiff", "uniform"),
+    "knorm": ("knorm", "uniform"),
+    "tova": ("tova", "uniform"),
+    "critical_ada": ("snapkv", "critical_ada"),
+    "duo_attention": ("streaming_llm", "duo"),
+}
+"""The scorer and the allocator that each policy names."""
+REQUEST_POLICIES = ("streaming_llm", "snapkv", "ada_snapkv")
+"""Policies that a request may choose in place of the server's."""
+POOLINGS = ("max", "avg")
+SAFEGUARDS = ("blend", "reserve")
+STREAMING = ("recent", "snapkv")
+SUFFIXES = ("keep", "compress")
+_COMPRESSION = "Compression of the KV cache"
+
+
+@accept_old_names
+@dataclass(frozen=True)
+class KVConfig:
+    """How the keys and values of each prompt are compressed.
+
+    Give either `budget` or `ratio`; the policies `full` and `head_budgets` take neither.
+
+    Raises:
+        ValueError: the options contradict each other or lie outside their limits.
+    """
+
+    policy: str = option(
+        "full",
+        "Compression policy: a scorer, which says how much each token matters to each head, and an "
+        "allocator, which spreads the budget over the heads. full: all tokens are kept. "
+        "streaming_llm: the first and the last tokens are kept. snapkv: each head keeps the tokens "
+        "that the end of the prompt attends to most. ada_snapkv: the same for a whole layer, so "
+        "that its heads get different budgets. pyramidkv: like snapkv, with budgets that decrease "
+        "with depth. head_budgets: like snapkv, with the budgets of kv_head_budgets. "
+        "expected_attention: the tokens that later queries are expected to attend to. keydiff: "
+        "the tokens whose keys are least alike. knorm: the tokens whose keys are shortest. tova: "
+        "the tokens that the last one attends to. critical_ada: like ada_snapkv, with half of each "
+        "budget chosen by what the values contribute. duo_attention: the heads with the highest "
+        "kv_head_scores keep all tokens, the others the first and the last ones.",
+        name="kv_policy",
+        group=_COMPRESSION,
+        choices=tuple(POLICIES),
+    )
+    scorer: str | None = option(
+        None,
+        "Scorer, if not that of kv_policy.",
+        name="kv_scorer",
+        group=_COMPRESSION,
+        choices=SCORER_NAMES,
+        default_text="that of kv_policy",
+    )
+    allocator: str | None = option(
+        None,
+        "Allocator, if not that of kv_policy. uniform: the same budget for every head. pyramid: "
+        "budgets that decrease with depth. ada: by the best scores of a layer. critical_ada: as "
+        "ada, and half of each budget by what the values contribute. head_budgets: those of "
+        "kv_head_budgets. duo: by kv_head_scores.",
+        name="kv_allocator",
+        group=_COMPRESSION,
+        choices=ALLOCATOR_NAMES,
+        default_text="that of kv_policy",
+    )
+    budget: int | None = option(
+        None,
+        "Tokens kept per head, averaged over all heads, including the window. Shorter prompts are "
+        "kept whole.",
+        name="kv_budget",
+        group=_COMPRESSION,
+    )
+    ratio: float | None = option(
+        None,
+        "Fraction of each prompt that is removed, in [0, 1); use it instead of kv_budget.",
+        name="kv_ratio",
+        group=_COMPRESSION,
+    )
+    window: int = option(
+        32,
+        "Size of snapkv's observation window in tokens. These last tokens of a prompt are always "
+        "kept, and their queries score the other tokens.",
+        name="kv_window",
+        group=_COMPRESSION,
+    )
+    pooling: str = option(
+        "max",
+        "Pooling of the scores along the prompt.",
+        name="kv_pooling",
+        group=_COMPRESSION,
+        choices=POOLINGS,
+        old_name="kv_pool",
+    )
+    kernel: int = option(
+        7,
+        "Width of the pooling in tokens; must be odd.",
+        name="kv_kernel",
+        group=_COMPRESSION,
+    )
+    pool_first: bool = option(
+        False,
+        "Pool the scores of each query head before they are averaged over the group, instead of "
+        "after.",
+        name="kv_pool_first",
+        group=_COMPRESSION,
+    )
+    safeguard: str = option(
+        "blend",
+        "How ada protects heads with low scores: blend, as first published, or reserve, "
+        "as in kvpress.",
+        name="kv_safeguard",
+        group=_COMPRESSION,
+        choices=SAFEGUARDS,
+        old_name="kv_floor",
+    )
+    alpha_safeguard: float = option(
+        0.2,
+        "Fraction of each head's budget that the safeguard protects, in [0, 1].",
+        name="kv_alpha_safeguard",
+        group=_COMPRESSION,
+        old_name="kv_alpha",
+    )
+    epsilon: float = option(
+        1e-2,
+        "Added to the expected attention before it is multiplied by the norm of the value; 0 in "
+        "kvpress.",
+        name="kv_epsilon",
+        group=_COMPRESSION,
+    )
+    head_scores: Any = option(
+        None,
+        "Path of head scores in JSON, see `python -m fairkv_jax.profile learn`, for duo_attention.",
+        name="kv_head_scores",
+        group=_COMPRESSION,
+        type=str,
+        default_text="head_scores.json beside the weights, else those of the demo model",
+    )
+    """A `plan.HeadScores`, or None: the model's own, which `build_engine` looks up."""
+    streaming: str = option(
+        "recent",
+        "What the heads of duo_attention that do not keep everything keep. recent: the first and "
+        "the most recent tokens. snapkv: as many tokens, chosen by SnapKV.",
+        name="kv_streaming",
+        group=_COMPRESSION,
+        choices=STREAMING,
+    )
+    suffix: str = option(
+        "keep",
+        "What happens to the tokens that follow a cached prefix. keep: all are kept. compress: "
+        "they are compressed like a prompt of their own, with a budget of their own.",
+        name="kv_suffix",
+        group=_COMPRESSION,
+        choices=SUFFIXES,
+    )
+    head_budgets: tuple[tuple[int, ...], ...] | None = option(
+        None,
+        "Path of a head profile in JSON, whose tokens per layer and head are the budgets of the "
+        "policy head_budgets.",
+        name="kv_head_budgets",
+        group=_COMPRESSION,
+        type=str,
+    )
+    """Tokens kept for every layer and head, [L][K]."""
+
+    def __post_init__(self) -> None:
+        if self.policy not in POLICIES:
+            names = ", ".join(POLICIES)
+            raise ValueError(f"unknown kv_policy {self.policy!r}: use one of {names}")
+        check_optional_choice("kv_scorer", self.scorer, SCORER_NAMES)
+        check_optional_choice("kv_allocator", self.allocator, ALLOCATOR_NAMES)
+        check_choice("kv_streaming", self.streaming, STREAMING)
+        if (self.allocator_name == "head_budgets") != (self.head_budgets is not None):
+            raise ValueError(
+                "kv_head_budgets goes with kv_policy or kv_allocator 'head_budgets', and no other: "
+                "give both"
+            )
+        if self.head_scores is not None and self.allocator_name != "duo":
+            raise ValueError(
+                "kv_head_scores goes with kv_policy 'duo_attention' or kv_allocator 'duo': drop "
+                f"it, or choose one of them in place of {self.policy!r}"
+            )
+        if self.scorer is not None and self.allocator_name == "full":
+            raise ValueError(
+                f"kv_scorer {self.scorer!r} has no effect where every token is kept: choose a "
+                "kv_policy or kv_allocator other than 'full'"
+            )
+        if not self.takes_budget:
+            if self.budget is not None or self.ratio is not None:
+                name = "policy" if self.allocator is None else "allocator"
+                raise ValueError(
+                    f"kv_{name} {self.allocator or self.policy!r} takes neither kv_budget nor "
+                    "kv_ratio: drop them, or choose one that takes one"
+                )
+        elif (self.budget is None) == (self.ratio is None):
+            raise ValueError(
+                f"kv_policy {self.policy!r} needs either kv_budget or kv_ratio, "
+                f"got kv_budget={self.budget} and kv_ratio={self.ratio}"
+            )
+        check_int("kv_window", self.window, 1)
+        check_int("kv_kernel", self.kernel, 1)
+        if self.kernel % 2 == 0:
+            raise ValueError(f"kv_kernel must be odd, got {self.kernel}: use {self.kernel + 1}")
+        check_bool("kv_pool_first", self.pool_first)
+        check_choice("kv_pooling", self.pooling, POOLINGS)
+        check_choice("kv_safeguard", self.safeguard, SAFEGUARDS)
+        check_choice("kv_suffix", self.suffix, SUFFIXES)
+        check_fraction("kv_alpha_safeguard", self.alpha_safeguard, closed=True)
+        if self.ratio is not None:
+            check_fraction("kv_ratio", self.ratio, closed=False)
+        if self.budget is not None:
+            check_int("kv_budget", self.budget, 1)
+        check_number("kv_epsilon", self.epsilon, 0)
+
+    @property
+    def scorer_name(self) -> str:
+        """The scorer in use."""
+        if self.scorer is not None:
+            return self.scorer
+        if self.allocator_name == "duo" and self.streaming == "snapkv":
+            return "snapkv"
+        return POLICIES[self.policy][0]
+
+    @property
+    def allocator_name(self) -> str:
+        """The allocator in use."""
+        return self.allocator or POLICIES[self.policy][1]
+
+    @property
+    def takes_budget(self) -> bool:
+        """Whether a budget or a ratio says how many tokens are kept."""
+        return takes_budget(self.allocator_name)
+
+    @property
+    def spans_layers(self) -> bool:
+        """Whether the budget is shared by all layers, so that one layer may be kept whole."""
+        return self.allocator_name == "duo"
+
+
+def takes_budget(allocator: str) -> bool:
+    """Returns whether an allocator spreads a budget or a ratio that the user gives."""
+    return allocator not in ("full", "head_budgets")
