@@ -5,6 +5,8 @@ Dashes and underscores in the name of a flag are the same.
 
 import json
 import logging
+import os
+import textwrap
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from typing import Any
@@ -12,13 +14,20 @@ from typing import Any
 from absl import flags
 
 from fairkv_jax.config import ENGINE_OPTIONS
-from fairkv_jax.options import Option, check_given_once, deprecation
+from fairkv_jax.options import (
+    Option,
+    by_group,
+    check_given_once,
+    deprecation,
+    help_with_default,
+)
 
 # A flag belongs to the module that calls `define_flag`, not to this one.
 flags.disclaim_key_flags()
 
 logger = logging.getLogger(__name__)
 
+_CPU_DEVICES_FLAG = "--xla_force_host_platform_device_count"
 _DECLARED = object()
 
 
@@ -52,10 +61,61 @@ def define_flag(
     return define(option.name, value, text, flag_values=flag_values)
 
 
-def engine_flag(name: str, *, default: Any = _DECLARED) -> flags.FlagHolder[Any]:
-    """Defines the flag of an engine option in absl's global registry; see `define_flag`."""
-    (option,) = (option for option in ENGINE_OPTIONS if option.name == name)
-    return define_flag(option, default=default)
+def engine_options(*names: str) -> tuple[Option, ...]:
+    """Returns the engine options of these names, in their order."""
+    by_name = {option.name: option for option in ENGINE_OPTIONS}
+    return tuple(by_name[name] for name in names)
+
+
+def read_flags(
+    arguments: Sequence[str], options: Sequence[Option]
+) -> tuple[dict[str, Any], list[str]]:
+    """Reads the arguments that follow a program's name.
+
+    The flags live in a registry of their own, because absl's global one contains every library's.
+
+    Returns:
+        The values of all options by name, with `help` (bool) for --help or -h, and the arguments
+        that are not flags.
+
+    Raises:
+        ValueError: a flag is unknown, or its value has the wrong type.
+    """
+    values = flags.FlagValues()
+    for option in options:
+        define_flag(option, flag_values=values)
+    flags.DEFINE_boolean("help", False, "Print this page.", short_name="h", flag_values=values)
+    try:
+        rest = values(["program", *normalise(arguments, options)])[1:]
+    except flags.Error as error:
+        raise ValueError(str(error)) from error
+    return values.flag_values_dict(), rest
+
+
+def help_page(usage: str, options: Iterable[Option], width: int = 100) -> str:
+    """Returns a help page: the usage, and all options by group."""
+    lines = [usage]
+    for group, members in by_group(options).items():
+        lines += ["", f"{group}:"]
+        for option in members:
+            lines += textwrap.wrap(
+                help_with_default(option),
+                width,
+                initial_indent=f"  {as_flag(option.name):<26} ",
+                subsequent_indent=" " * 29,
+                break_on_hyphens=False,
+            )
+    return "\n".join(lines)
+
+
+def make_cpu_devices(num_devices: int) -> None:
+    """Makes JAX split the CPU into devices, unless the user has set how many there are.
+
+    It has no effect on GPUs, and none when JAX has started.
+    """
+    xla_flags = os.environ.get("XLA_FLAGS", "")
+    if _CPU_DEVICES_FLAG not in xla_flags:
+        os.environ["XLA_FLAGS"] = f"{xla_flags} {_CPU_DEVICES_FLAG}={num_devices}".strip()
 
 
 def with_underscores(argument: str) -> str:

@@ -5,7 +5,6 @@ the tokens. The exit status is 1 if a token differs or the log cannot be replaye
 prompts, it executes the same shapes with made-up tokens, and compares nothing.
 """
 
-import os
 import sys
 from collections import deque
 from collections.abc import Iterator
@@ -17,7 +16,7 @@ import numpy as np
 from absl import app, flags
 
 from fairkv_jax.checkpoint import Checkpoint, open_checkpoint
-from fairkv_jax.command_line import with_underscores
+from fairkv_jax.command_line import make_cpu_devices, with_underscores
 from fairkv_jax.engine.schedule_log import (
     Header,
     LogEntry,
@@ -30,8 +29,6 @@ from fairkv_jax.engine.scheduler_output import SchedulerOutput
 
 if TYPE_CHECKING:
     from fairkv_jax.engine.model_runner import ModelRunner
-
-_CPU_DEVICES_FLAG = "--xla_force_host_platform_device_count"
 
 
 @dataclass
@@ -53,7 +50,7 @@ def main(argv: list[str], model: str | None) -> None:
         raise app.UsageError("give one schedule log: python -m fairkv_jax.replay FILE")
     try:
         header, entries = open_log(argv[1])
-        _make_cpu_devices(header.engine_config.tensor_parallel_size)
+        make_cpu_devices(header.engine_config.tensor_parallel_size)
         counts = replay(header, entries, model)
     except ValueError as error:
         sys.exit(f"cannot replay {argv[1]}: {error}")
@@ -113,13 +110,6 @@ def replay(header: Header, entries: Iterator[LogEntry], model: str | Path | None
         if not header.has_prompts:
             computed.clear()
     return counts
-
-
-def _make_cpu_devices(num_devices: int) -> None:
-    """Makes JAX split the CPU into devices, unless the user has set how many there are."""
-    xla_flags = os.environ.get("XLA_FLAGS", "")
-    if _CPU_DEVICES_FLAG not in xla_flags:
-        os.environ["XLA_FLAGS"] = f"{xla_flags} {_CPU_DEVICES_FLAG}={num_devices}".strip()
 
 
 def _open_model(header: Header, model: str | Path | None) -> Checkpoint:

@@ -12,6 +12,7 @@ from typing import Any, NoReturn
 
 import jinja2
 import jinja2.sandbox
+from tokenizers import Encoding
 from tokenizers import Tokenizer as Backend
 from tokenizers.decoders import DecodeStream
 
@@ -63,6 +64,20 @@ class Tokenizer:
         Raises:
             ValueError: the text contains an unpaired surrogate, which UTF-8 cannot represent.
         """
+        return self._encode(text, add_special_tokens).ids
+
+    def encode_with_offsets(
+        self, text: str, add_special_tokens: bool = True
+    ) -> tuple[list[int], list[tuple[int, int]]]:
+        """Encodes a text like `encode`; also returns the characters [start, stop) of every token.
+
+        Raises:
+            ValueError: see `encode`.
+        """
+        encoding = self._encode(text, add_special_tokens)
+        return encoding.ids, encoding.offsets
+
+    def _encode(self, text: str, add_special_tokens: bool) -> Encoding:
         try:
             text.encode("utf-8")
         except UnicodeEncodeError as error:
@@ -70,7 +85,7 @@ class Tokenizer:
                 f"the text is not valid Unicode: it has an unpaired surrogate "
                 f"({text[error.start]!r}) at position {error.start}: send the whole character"
             ) from error
-        return self._backend.encode(text, add_special_tokens=add_special_tokens).ids
+        return self._backend.encode(text, add_special_tokens=add_special_tokens)
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """Decodes ids; bytes that are not valid UTF-8 become U+FFFD."""

@@ -107,6 +107,13 @@ def default_max_num_seqs(
     return max(1, min(_GPU_ROWS, MAX_PAIRS // slots_per_device, rows_held))
 
 
+def resolved_dtype(dtype: str, platform: str) -> str:
+    """Returns the type that `auto` stands for on a platform, and any other type as it is."""
+    if dtype != "auto":
+        return dtype
+    return "float32" if platform == "cpu" else "bfloat16"
+
+
 def _kv_config(fields: dict[str, Any]) -> KVConfig:
     """Makes the KV configuration; a wrong one is refused before anything is loaded."""
     budgets, scores = fields.get("head_budgets"), fields.get("head_scores")
@@ -135,8 +142,7 @@ def _engine_config(fields: dict[str, Any], config: ModelConfig, platform: str) -
         "prefill_chunk_size": _PREFILL_CHUNK_SIZES.get(platform, _DEFAULT_PREFILL_CHUNK_SIZE),
         **fields,
     }
-    if fields.get("dtype", "auto") == "auto":
-        chosen["dtype"] = "float32" if platform == "cpu" else "bfloat16"
+    chosen["dtype"] = resolved_dtype(fields.get("dtype", "auto"), platform)
     engine_config = EngineConfig(**chosen)
     if engine_config.max_model_len > config.max_position_embeddings:
         raise ValueError(

@@ -1,6 +1,6 @@
-"""Makes head profiles: from published head scores, at random, or by measurement."""
+"""Makes head profiles and head scores: published, at random, measured, or learned."""
 
-from fairkv_jax.profile.head_scores import (
+from fairkv_jax.profile.published import (
     from_duo_attention,
     from_headkv,
     read_headkv_json,

@@ -6,12 +6,12 @@ import sys
 from collections.abc import Sequence
 from functools import partial
 
+from fairkv_jax.command_line import make_cpu_devices
 from fairkv_jax.engine.request import Request
 from fairkv_jax.sampling_params import SamplingParams
 from fairkv_jax.serve.engine_protocol import Engine
 from fairkv_jax.serve.flags import Options, parse
 
-CPU_DEVICES_FLAG = "--xla_force_host_platform_device_count"
 CACHE_BYTES = 2 << 30
 
 
@@ -49,9 +49,7 @@ def _prepare_jax(options: Options) -> None:
     The CPU is split into virtual devices, which does not affect GPUs. Every compiled program is
     cached on disk, however small, so that the next start only reads it.
     """
-    flags = os.environ.get("XLA_FLAGS", "")
-    if CPU_DEVICES_FLAG not in flags:
-        os.environ["XLA_FLAGS"] = f"{flags} {CPU_DEVICES_FLAG}={options.cpu_devices}".strip()
+    make_cpu_devices(options.cpu_devices)
     if options.server.compilation_cache_dir:
         os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", options.server.compilation_cache_dir)
         os.environ.setdefault("JAX_COMPILATION_CACHE_MAX_SIZE", str(CACHE_BYTES))

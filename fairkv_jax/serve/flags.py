@@ -1,16 +1,13 @@
 """The server's command line. Options that vLLM also has carry vLLM's names."""
 
 import os
-import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from absl import flags
-
-from fairkv_jax.command_line import as_flag, define_flag, normalise, string_list
+from fairkv_jax.command_line import as_flag, help_page, read_flags, string_list
 from fairkv_jax.config import ENGINE_OPTIONS, POLICIES, takes_budget
-from fairkv_jax.options import Option, by_group, help_with_default
+from fairkv_jax.options import Option
 from fairkv_jax.serve.options import API_KEY_VARIABLE, SERVER_OPTIONS, ServerOptions
 
 PROGRAM = "python -m fairkv_jax.serve"
@@ -55,27 +52,16 @@ def parse(argv: Sequence[str], environ: Mapping[str, str] = os.environ) -> Optio
     Raises:
         SystemExit: after `--help`, or with a message that names the wrong argument.
     """
-    values = _define()
     try:
-        rest = values([PROGRAM, *normalise(argv, FLAGS)])[1:]
-        given = values.flag_values_dict()
+        given, rest = read_flags(argv, FLAGS)
         if given["help"]:
-            print(_help())
+            print(help_page(f"usage: {PROGRAM} [--option value ...]", FLAGS))
             raise SystemExit(0)
         if rest:
             raise ValueError(f"unexpected argument {rest[0]!r}: options begin with --")
         return Options(_engine_options(given), _server_options(given, environ))
-    except (flags.Error, ValueError) as error:
+    except ValueError as error:
         raise SystemExit(f"{PROGRAM}: {error}. --help lists the options.") from error
-
-
-def _define() -> flags.FlagValues:
-    """Defines the flags in a separate registry: absl's global one contains every library's."""
-    values = flags.FlagValues()
-    for option in FLAGS:
-        define_flag(option, flag_values=values)
-    flags.DEFINE_boolean("help", False, "Print this page.", short_name="h", flag_values=values)
-    return values
 
 
 def _engine_options(given: dict[str, Any]) -> dict[str, Any]:
@@ -116,19 +102,3 @@ def _server_options(given: dict[str, Any], environ: Mapping[str, str]) -> Server
                 f"{as_flag(name)} must be at least {low}, got {getattr(options, name)}"
             )
     return options
-
-
-def _help(width: int = 100) -> str:
-    """Returns the help page: all options by group."""
-    lines = [f"usage: {PROGRAM} [--option value ...]"]
-    for group, options in by_group(FLAGS).items():
-        lines += ["", f"{group}:"]
-        for option in options:
-            lines += textwrap.wrap(
-                help_with_default(option),
-                width,
-                initial_indent=f"  {as_flag(option.name):<26} ",
-                subsequent_indent=" " * 29,
-                break_on_hyphens=False,
-            )
-    return "\n".join(lines)

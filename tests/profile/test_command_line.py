@@ -1,10 +1,12 @@
-"""`python -m fairkv_jax.profile`: its flags reach the engine, also under deprecated names."""
+"""`python -m fairkv_jax.profile`: its commands, and flags that reach the engine."""
 
 import subprocess
 import sys
 from pathlib import Path
 
-from fairkv_jax.plan import Profile
+import pytest
+
+from fairkv_jax.plan import HeadScores, Profile
 
 ROOT = Path(__file__).parents[2]
 
@@ -35,3 +37,48 @@ def test_an_option_under_both_names_is_an_error():
         "fairkv_jax.profile: --kv-alpha is the deprecated name of --kv-alpha-safeguard: "
         "give --kv-alpha-safeguard only\n"
     )
+
+
+def test_head_scores_are_learned_on_two_devices(tiny_checkpoint: Path, tmp_path: Path):
+    output = tmp_path / "scores.json"
+    options = ("--num-contexts=1", "--context_tokens=480", "--tensor-parallel-size=2")
+    given = run("learn", f"--model={tiny_checkpoint}", f"--output={output}", *options)
+    assert given.returncode == 0, given.stderr
+    assert "highest scores, as layer.head: " in given.stdout
+    assert "warning: the model seldom repeats what the texts say" in given.stdout
+    scores = HeadScores.from_json(output.read_text())
+    scores.check_model(2, 3)
+    assert "--num-contexts=1" in scores.source
+    assert "1 contexts of 480 tokens" in scores.source
+
+
+@pytest.mark.parametrize(
+    ("command", "option"),
+    [
+        ((), "--prompts"),
+        (("measure",), "--kv-budget"),
+        (("learn",), "--l1"),
+        (("import",), "--beta"),
+    ],
+)
+def test_every_command_has_a_help_page(command: tuple[str, ...], option: str):
+    given = run(*command, "--help")
+    assert given.returncode == 0
+    assert f"  {option} " in given.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((), "--prompts is required"),
+        (("learn", "model"), "unexpected argument 'model': options begin with --"),
+        (("learn", "--unknown"), "Unknown command line flag 'unknown'"),
+        (("learn", "--output=missing/x.json"), "there is no folder missing: create it first"),
+        (("learn", "--tensor-parallel-size=0"), "--tensor-parallel-size must be at least 1, got 0"),
+    ],
+)
+def test_wrong_arguments_are_named(arguments: tuple[str, ...], message: str):
+    given = run(*arguments)
+    assert given.returncode == 1
+    assert given.stderr.startswith("fairkv_jax.profile: ")
+    assert message in given.stderr

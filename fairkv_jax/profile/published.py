@@ -1,16 +1,106 @@
-"""Converts published head scores of DuoAttention and HeadKV into head profiles.
+"""Reads published files about heads, and converts them into head profiles.
 
-The number of tokens per head follows from the scores by each paper's method, at a given budget and
-prompt length.
+DuoAttention and HeadKV publish scores: the number of tokens per head follows from them by each
+paper's method, at a given budget and prompt length. Retention profiles count the tokens themselves.
 """
 
 import json
+import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
-from fairkv_jax.plan import Profile, find_shape
+from fairkv_jax.plan import ModelShape, Profile, find_shape
+
+
+def guess_format(path: str | Path, shape: ModelShape | None = None) -> str:
+    """Returns "duo_attention", "headkv" or "retention", whichever a file can only be.
+
+    Both papers publish tables of scores. DuoAttention's have a column per KV head and may contain
+    negative scores, HeadKV's have a column per query head and cannot.
+
+    Args:
+        shape: the model's sizes, if they are known.
+
+    Raises:
+        ValueError: the file may have several formats, or none that is known.
+    """
+    suffix = Path(path).suffix
+    if suffix == ".npz":
+        return "retention"
+    if suffix == ".json":
+        return "headkv"
+    table = read_table(path)
+    if (table < 0).any():
+        return "duo_attention"
+    if shape is not None and shape.num_heads != shape.num_kv_heads:
+        by_heads = {shape.num_kv_heads: "duo_attention", shape.num_heads: "headkv"}
+        if table.shape[1] in by_heads:
+            return by_heads[table.shape[1]]
+    raise ValueError(
+        f"{path} may be a table of DuoAttention or of HeadKV: say which by --format, or name a "
+        "known model by --model"
+    )
+
+
+def read_retention(path: str | Path) -> np.ndarray:
+    """Reads the kept tokens of prompts from an .npz file, as float64 [prompts, L, K].
+
+    The file holds `kept` [prompts, L, K], or `raw_kept` [1, prompts, L, K] as Tangram
+    (arXiv 2606.06302) writes it.
+
+    Raises:
+        ValueError: the file has another format.
+    """
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            if not isinstance(file, np.lib.npyio.NpzFile):
+                raise ValueError("it is a single array")
+            arrays = {name: file[name] for name in ("kept", "raw_kept") if name in file.files}
+    except (ValueError, EOFError, zipfile.BadZipFile) as error:
+        raise ValueError(f"{path} is not an .npz file of arrays: {error}") from None
+    if "kept" in arrays:
+        kept = arrays["kept"]
+    elif "raw_kept" in arrays:
+        kept = arrays["raw_kept"]
+        if len(kept) != 1:
+            raise ValueError(f"{path}: raw_kept must be [1, prompts, L, K], got {kept.shape}")
+        kept = kept[0]
+    else:
+        raise ValueError(f"{path} holds neither kept nor raw_kept")
+    if kept.ndim != 3 or not kept.size or not np.issubdtype(kept.dtype, np.number):
+        raise ValueError(
+            f"{path}: kept tokens must be numbers [prompts, layers, KV heads], got "
+            f"{kept.dtype} {list(kept.shape)}"
+        )
+    return kept.astype(np.float64)
+
+
+def from_retention(
+    kept: np.ndarray,
+    *,
+    model: str = "",
+    policy: str = "retention",
+    prompt_tokens: int | None = None,
+    source: str = "",
+) -> Profile:
+    """Makes a profile of the kept tokens [prompts, L, K] of prompts; its budget is their mean.
+
+    Args:
+        policy: the compression policy that kept them.
+        prompt_tokens: mean length of the prompts, if it is known.
+    """
+    shape = find_shape(model)
+    return Profile.from_samples(
+        kept,
+        model=model,
+        policy=policy,
+        budget=max(1, round(kept.mean())),
+        prompt_tokens=None if prompt_tokens is None else float(prompt_tokens),
+        source=source,
+        shape=shape,
+    )
 
 
 def read_table(path: str | Path) -> np.ndarray:
@@ -98,6 +188,7 @@ def from_headkv(
     budget: int,
     prompt_tokens: int,
     model: str = "",
+    policy: str = "headkv",
     window: int = 8,
     beta: float = 1.2,
 ) -> Profile:
@@ -111,6 +202,7 @@ def from_headkv(
     Args:
         scores: [L, N], at least 0, per query head.
         budget: mean tokens per head, including the window.
+        policy: the name of the compression policy that the profile carries.
         beta: at least 1; a larger value makes the pool smaller.
     """
     _check_lengths(prompt_tokens=prompt_tokens, window=window, num_kv_heads=num_kv_heads)
@@ -133,7 +225,7 @@ def from_headkv(
     tokens = window + floor + _deal(pool, grouped, prompt_tokens - window - floor)
     return Profile(
         model=model,
-        policy="headkv",
+        policy=policy,
         budget=budget,
         tokens=np.minimum(tokens, prompt_tokens).tolist(),
         prompt_tokens=float(prompt_tokens),
