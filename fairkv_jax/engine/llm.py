@@ -50,18 +50,25 @@ class LLM:
         *,
         prefix_id: str | None = None,
         return_kept_positions: bool = False,
+        kv_policy: str | None = None,
+        kv_budget: int | None = None,
+        kv_ratio: float | None = None,
     ) -> list[RequestOutput]:
         """Generates a continuation of every prompt, which is a text or a list of token ids.
 
-        With `prefix_id`, see `cache_prefix`, the prompts are what follows that prefix. Returns the
-        outputs in the order of the prompts.
+        With `prefix_id`, see `cache_prefix`, the prompts are what follows that prefix. `kv_policy`,
+        `kv_budget` and `kv_ratio` replace the engine's. Returns the outputs in the order of the
+        prompts.
 
         Raises:
             ValueError: a prompt or a parameter is invalid. All prompts are checked before any is
                 run.
         """
         batch = [self._encoded(prompt, prefix_id) for prompt in _as_batch(prompts)]
-        return self._run(self._requests(batch, sampling_params, return_kept_positions, prefix_id))
+        options = {"kv_policy": kv_policy, "kv_budget": kv_budget, "kv_ratio": kv_ratio}
+        return self._run(
+            self._requests(batch, sampling_params, return_kept_positions, prefix_id, **options)
+        )
 
     def chat(
         self,
@@ -95,6 +102,7 @@ class LLM:
         kv_policy: str | None = None,
         kv_budget: int | None = None,
         kv_ratio: float | None = None,
+        require_query_agnostic: bool = True,
     ) -> CachedPrefix:
         """Reads and compresses the beginning of prompts once, for any number of requests.
 
@@ -108,6 +116,9 @@ class LLM:
             prompt: A text, token ids, or messages of a conversation.
             kv_policy: Replaces the engine's; so do the following. What is kept must not depend on
                 the end of the prefix, unless it is kept whole.
+            require_query_agnostic: False also takes policies whose choice depends on the end of the
+                prefix, for comparisons: they then keep what matters to that end, and not to what
+                follows it.
 
         Raises:
             ValueError: the prefix is invalid, or the engine does not cache prefixes.
@@ -134,6 +145,7 @@ class LLM:
             kv_budget=kv_budget,
             kv_ratio=kv_ratio,
             caches_prefix=True,
+            require_query_agnostic=require_query_agnostic,
             messages=messages,
         )
         (output,) = self._run([self.engine.validate(request)])
@@ -177,6 +189,7 @@ class LLM:
         params: SamplingParams | Sequence[SamplingParams] | None,
         positions: bool,
         prefix_id: str | None,
+        **kv_options: Any,
     ) -> list[ValidatedRequest]:
         """Makes and validates a request for every (text, token ids) pair."""
         if params is None or isinstance(params, SamplingParams):
@@ -194,7 +207,13 @@ class LLM:
         for (text, token_ids), each in zip(batch, params, strict=True):
             self._num_requests += 1
             request = Request(
-                str(self._num_requests), token_ids, each, text, positions, prefix_id=prefix_id
+                str(self._num_requests),
+                token_ids,
+                each,
+                text,
+                positions,
+                prefix_id=prefix_id,
+                **kv_options,
             )
             requests.append(self.engine.validate(request))
         return requests

@@ -24,13 +24,15 @@ class PrefixRegistry:
         """Returns the prefix that a request computes, which need not be named yet.
 
         Raises:
-            ValueError: compression would look at the prefix's own end and drop tokens.
+            ValueError: compression would look at the prefix's own end and drop tokens, and the
+                request does not allow that.
         """
         prompt = request.prompt_token_ids
         config = request_kv_config(
             self._kv_config, request.kv_policy, request.kv_budget, request.kv_ratio
         )
-        self._check_method(config, len(prompt))
+        if request.require_query_agnostic:
+            self._check_method(config, len(prompt))
         is_chat = request.messages is not None  # what follows is then rendered differently
         options = [request.owner, request.cache_salt, is_chat, *_options(config)]
         key = prefix_key(prompt, options)

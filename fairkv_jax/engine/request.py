@@ -82,6 +82,8 @@ class Request:
     """What the prompt was made from, if it is a conversation; needed if others continue it."""
     caches_prefix: bool = False
     """Whether the prompt is to become a cached prefix; then nothing is generated."""
+    require_query_agnostic: bool = True
+    """Whether such a prefix is refused if what is kept of it depends on its own end."""
     owner: str = ""
     """Prefixes are found only by requests of their owner."""
     cache_salt: str = ""
