@@ -60,7 +60,9 @@ class SweepPlan:
         """Lists the figures that questions give for a method."""
         ratios = (None,) if method == FULL else self.ratios
         protocols = (None,) if method == FULL else self.protocols
-        kinds = [(task, length) for task in self.tasks for length in self.lengths]
+        kinds: list[tuple[str, int | None]] = [
+            (task, length) for task in self.tasks for length in self.lengths
+        ]
         if self.questions:
             kinds.append((QUESTIONS, None))
         return [

@@ -66,8 +66,8 @@ def passages(token_ids: list[int], length: int, count: int) -> list[list[int]]:
     if room + 1 < count:
         raise ValueError(
             f"--text has {len(token_ids)} tokens, but {count} passages of {length} tokens and the "
-            f"{SCORED_TOKENS + 1} that follow need {size + count - 1}: give a longer text, or lower "
-            "--lengths or --num-samples"
+            f"{SCORED_TOKENS + 1} that follow need {size + count - 1}: give a longer text, or "
+            "lower --lengths or --num-samples"
         )
     starts = [room * i // max(1, count - 1) for i in range(count)]
     return [token_ids[start : start + size] for start in starts]

@@ -13,36 +13,10 @@ _FREQUENCIES = ((30, 3), (10, 1), (3, 1))
 NUM_FREQUENT = 3
 """Words that frequent_words asks for, as in RULER."""
 ZETA_EXPONENT = 2.0
-_SYLLABLES = [
-    "ba",
-    "be",
-    "bi",
-    "bo",
-    "da",
-    "de",
-    "di",
-    "do",
-    "fa",
-    "fi",
-    "ka",
-    "ki",
-    "ko",
-    "la",
-    "le",
-    "lo",
-    "ma",
-    "me",
-    "mi",
-    "na",
-    "ni",
-    "po",
-    "ra",
-    "re",
-    "ro",
-    "sa",
-    "ta",
-    "to",
-]
+_SYLLABLES = (
+    "ba", "be", "bi", "bo", "da", "de", "di", "do", "fa", "fi", "ka", "ki", "ko", "la", "le",
+    "lo", "ma", "me", "mi", "na", "ni", "po", "ra", "re", "ro", "sa", "ta", "to",
+)  # fmt: skip
 
 
 def common_words(sample: Sample, size: int) -> Document:
