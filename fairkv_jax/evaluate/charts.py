@@ -7,7 +7,7 @@ from html import escape
 PALETTE = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#882255", "#999933")
 """Okabe and Ito's colours, which differ in lightness too; two of Tol's follow them."""
 _SHAPES = ("circle", "square", "triangle", "diamond")
-_LEFT, _RIGHT, _TOP, _BOTTOM = 44, 14, 12, 40
+_LEFT, _RIGHT, _TOP, _BOTTOM = 52, 16, 12, 40
 WIDTH, HEIGHT = 380, 240
 
 
@@ -52,7 +52,7 @@ def curves(
     parts = []
     for step in range(5):
         y = low + (high - low) * step / 4
-        text = f"{y:.0%}" if percent else f"{y:.3g}"
+        text = f"{y:.0%}" if percent else f"{y:.2f}"
         parts.append(
             f'<line class="grid" x1="{_LEFT}" x2="{WIDTH - _RIGHT}" y1="{y_of(y):.1f}" '
             f'y2="{y_of(y):.1f}"/><text x="{_LEFT - 6}" y="{y_of(y) + 4:.1f}" '
@@ -76,7 +76,15 @@ def curves(
             f'<text class="name" x="{WIDTH - _RIGHT - 2}" y="{above:.1f}" text-anchor="end">full'
             "</text>"
         )
-    parts += [_line(line, x_of, y_of) for line in lines]
+    for line in lines:
+        if reference is not None and line.points:  # with everything kept, a method is full
+            last = max(line.points, key=lambda point: point.x)
+            parts.append(
+                f'<line class="towards" x1="{x_of(last.x):.1f}" y1="{y_of(last.y):.1f}" '
+                f'x2="{x_of(1):.1f}" y2="{y_of(reference):.1f}" '
+                f'stroke="{PALETTE[line.style % len(PALETTE)]}"/>'
+            )
+        parts.append(_line(line, x_of, y_of))
     return svg((WIDTH, HEIGHT), label, parts)
 
 

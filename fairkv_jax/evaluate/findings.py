@@ -8,10 +8,10 @@ from fairkv_jax.checkpoint.fetch import DEMO_MODEL
 from fairkv_jax.evaluate.results import FULL, Row
 from fairkv_jax.evaluate.summary import (
     NATS,
+    PROTOCOL_TEXTS,
     Figure,
     Recommendation,
     figures,
-    protocol_text,
     recommendations,
 )
 from fairkv_jax.evaluate.sweep import KL, NLL, SOLVED, Sweep, SweepPlan
@@ -59,7 +59,7 @@ def find(sweep: Sweep, max_loss: float) -> Findings:
     advice = recommendations(rows, max_loss)
     name = _model_name(plan)
     return Findings(
-        title=_title(name, advice, figures(rows, by_length=False)),
+        title=_title(name, advice, figures(rows, by_length=False), max_loss),
         subtitle=_subtitle(plan),
         sweep_plan=plan,
         rows=rows,
@@ -68,11 +68,7 @@ def find(sweep: Sweep, max_loss: float) -> Findings:
         recommendations=advice,
         unsolved=unsolved,
         notes=[
-            *(
-                f"{task}{_at(length)} is not compared: with the full cache the model scores "
-                f"{100 * score:.0f}, below {100 * SOLVED:.0f}."
-                for (task, length), score in unsolved.items()
-            ),
+            *_unsolved_in_words(unsolved),
             *(f"{what} was not served: {why}" for what, why in sweep.refused.items()),
         ],
     )
@@ -100,17 +96,19 @@ def panel_title(found: Sequence[Figure]) -> str:
     return f"{kept}, {best}" if len(last) == 1 else f"{kept}, {best}, {worst}"
 
 
-def _title(name: str, advice: Sequence[Recommendation], pooled: Sequence[Figure]) -> str:
+def _title(
+    name: str, advice: Sequence[Recommendation], pooled: Sequence[Figure], max_loss: float
+) -> str:
     """States the smallest budget that is enough, or the damage."""
     enough = [each for each in advice if each.kept is not None]
     if enough:
         best = min(enough, key=lambda each: each.kept or 1.0)
         return (
-            f"{name} answers as well as with its full cache from {best.kept:.0%} of it, under "
-            f"{best.method}, {protocol_text(best.question)}"
+            f"With {best.kept:.0%} of its KV cache, {name} answers within {100 * max_loss:g} "
+            f"points of the full cache: {best.method}, {PROTOCOL_TEXTS[best.question]}"
         )
     if advice:
-        return f"{name} answers worse at every budget that was measured"
+        return f"{name} loses more than {100 * max_loss:g} points at every budget that was measured"
     losses = [figure for figure in pooled if figure.task == NLL and figure.difference]
     if losses:
         best = min(losses, key=lambda figure: (figure.kept, figure.score.mean))
@@ -128,7 +126,7 @@ def _subtitle(plan: SweepPlan) -> str:
 
 
 def _in_words(advice: Recommendation, max_loss: float) -> str:
-    where = f"{advice.method}, {protocol_text(advice.question)}"
+    where = f"{advice.method}, {PROTOCOL_TEXTS[advice.question]}"
     tasks = ", ".join(advice.tasks)
     limit = f"{100 * max_loss:g} points"
     if advice.ratio is None or advice.loss is None:
@@ -141,8 +139,19 @@ def _in_words(advice: Recommendation, max_loss: float) -> str:
     )
 
 
-def _at(length: int | None) -> str:
-    return "" if length is None else f" at {length:,} tokens"
+def _unsolved_in_words(unsolved: dict[tuple[str, int | None], float]) -> list[str]:
+    lines = []
+    for task in dict.fromkeys(task for task, _ in unsolved):
+        scores = [
+            f"{100 * score:.0f}" + ("" if length is None else f" at {length:,} tokens")
+            for (name, length), score in unsolved.items()
+            if name == task
+        ]
+        lines.append(
+            f"{task} is not compared where the full cache scores below {100 * SOLVED:.0f}: "
+            f"{', '.join(scores)}."
+        )
+    return lines
 
 
 def _model_name(plan: SweepPlan) -> str:

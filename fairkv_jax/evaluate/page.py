@@ -7,7 +7,15 @@ from html import escape
 from fairkv_jax.evaluate.charts import Line, Point, curves, heat_map, marker, svg
 from fairkv_jax.evaluate.findings import Findings, panel_title
 from fairkv_jax.evaluate.results import FULL, PROTOCOLS, Row
-from fairkv_jax.evaluate.summary import NATS, Figure, depth_grid, figures, protocol_text
+from fairkv_jax.evaluate.summary import (
+    NATS,
+    PROTOCOL_TEXTS,
+    Figure,
+    Recommendation,
+    depth_grid,
+    figures,
+    protocol_text,
+)
 from fairkv_jax.evaluate.sweep import KL, NLL
 from fairkv_jax.evaluate.tables import TABLE_HEAD, as_json, table_cells
 
@@ -28,14 +36,17 @@ p { margin: .25rem 0 .75rem; max-width: 80ch; } .soft { color: var(--soft); font
 .panels { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 330px), 1fr));
   gap: 1.25rem; margin: 1rem 0; }
 .panel { background: var(--panel); border-radius: 8px; padding: .9rem 1rem; }
-.panel .soft { margin: .1rem 0 .6rem; } .maps { display: flex; flex-wrap: wrap; gap: 1rem 2rem; }
+.panel .soft { margin: .1rem 0 .6rem; } .maps { display: flex; flex-wrap: wrap;
+  gap: .5rem 2rem; margin: 0 0 1.25rem; } .maps p { margin: 0 0 .1rem; }
 .scroll { overflow-x: auto; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .88rem; }
 th, td { padding: .3rem .6rem; text-align: right; border-bottom: 1px solid var(--line);
   white-space: nowrap; } th { font-weight: 600; color: var(--soft); }
 th:nth-child(-n+4), td:nth-child(-n+4) { text-align: left; }
+.budgets { font-size: .95rem; } .budgets td { padding-right: 2rem; }
 svg { display: block; max-width: 100%; height: auto; } .panel > svg { width: 100%; }
 svg text { font: 11px system-ui, sans-serif; fill: var(--soft); } svg .grid { stroke: var(--line); }
+svg .towards { stroke-width: 1.2; stroke-dasharray: 1.5 4; opacity: .7; }
 svg .full { stroke: var(--ink); stroke-width: 1.5; stroke-dasharray: 5 4; }
 svg text.name, svg text.dark { fill: var(--ink); font-weight: 600; }
 svg .cell { fill: var(--cell); } svg .heat { fill: var(--heat); }
@@ -46,11 +57,11 @@ svg text.light { fill: var(--paper); font-weight: 600; }
 def report_page(findings: Findings) -> str:
     """Returns the page; the figures are also in it as JSON, in the element `figures`."""
     styles = {name: index for index, name in enumerate(findings.sweep_plan.methods)}
-    conclusions = [*findings.recommendation_lines, *findings.notes]
     body = [
         f"<h1>{escape(findings.title)}</h1>",
         f'<p class="soft">{escape(findings.subtitle)}</p>',
-        "<ul>" + "".join(f"<li>{escape(line)}</li>" for line in conclusions) + "</ul>",
+        _budgets(findings),
+        "".join(f'<p class="soft">{escape(note)}</p>' for note in findings.notes),
         "<h2>Quality over the kept fraction of the cache</h2>",
         _legend(styles),
         _panels(findings, styles),
@@ -66,6 +77,41 @@ def report_page(findings: Findings) -> str:
         f"<title>{escape(findings.title)}</title><style>{_STYLE}</style></head>\n<body>"
         + "\n".join(body)
         + "</body></html>\n"
+    )
+
+
+def _budgets(findings: Findings) -> str:
+    """Draws the recommended budgets, a row per method and a column per protocol."""
+    found = {(each.method, each.question): each for each in findings.recommendations}
+    if not found:
+        return ""
+    protocols = [name for name in PROTOCOLS if any(question == name for _, question in found)]
+    head = "".join(f"<th>{PROTOCOL_TEXTS[name]}</th>" for name in protocols)
+    rows = [
+        f"<tr><td>{escape(method)}</td>"
+        + "".join(f"<td>{_budget(found.get((method, name)))}</td>" for name in protocols)
+        + "</tr>"
+        for method in dict.fromkeys(method for method, _ in found)
+    ]
+    tasks = ", ".join(dict.fromkeys(task for each in found.values() for task in each.tasks))
+    return (
+        f"<h2>The smallest budget that loses at most {100 * findings.max_loss:g} points</h2>"
+        f'<p class="soft">Mean over {escape(tasks)}, against the full cache on the same documents; '
+        "in brackets the 95 % interval of the loss.</p>"
+        f'<div class="scroll"><table class="budgets"><tr><th>method</th>{head}</tr>'
+        f"{''.join(rows)}</table></div>"
+    )
+
+
+def _budget(found: Recommendation | None) -> str:
+    if found is None:
+        return "not measured"
+    if found.ratio is None or found.loss is None:
+        return '<span class="soft">none that was measured</span>'
+    loss = found.loss
+    return (
+        f"<b>{found.kept:.0%} kept</b> (kv_ratio {found.ratio:g}): {100 * loss.mean:.1f} points "
+        f'<span class="soft">[{100 * loss.low:.1f} to {100 * loss.high:.1f}]</span>'
     )
 
 
@@ -94,7 +140,7 @@ def _panels(findings: Findings, styles: dict[str, int]) -> str:
         reference = 0.0 if task == KL else None
         if task in full:
             reference = full[task].score.mean
-        label = f"{task}, {protocol_text(question)}"
+        label = f"{task}, {protocol_text(task, question)}"
         chart = curves(
             lines,
             label=label,
@@ -132,18 +178,17 @@ def _heat_maps(findings: Findings) -> str:
         f'<div class="maps">{_map("full", [r for r in rows if r.method == FULL], lengths)}</div>',
     ]
     for protocol in PROTOCOLS:
-        maps = []
         for method in findings.sweep_plan.methods:
             mine = [r for r in rows if (r.method, r.question) == (method, protocol)]
-            for ratio in sorted({row.ratio or 0.0 for row in mine}):
-                at_ratio = [row for row in mine if row.ratio == ratio]
-                maps.append(_map(f"{method}, {1 - ratio:.0%} kept", at_ratio, lengths))
-        if maps:
-            parts.append(
-                f'<p class="soft">{protocol_text(protocol)}</p><div class="maps">'
-                + "".join(maps)
-                + "</div>"
-            )
+            maps = [
+                _map(f"{1 - ratio:.0%} kept", [r for r in mine if r.ratio == ratio], lengths)
+                for ratio in sorted({row.ratio or 0.0 for row in mine})
+            ]
+            if maps:
+                parts.append(
+                    f"<h3>{escape(method)}, {PROTOCOL_TEXTS[protocol]}</h3>"
+                    f'<div class="maps">{"".join(maps)}</div>'
+                )
     return "".join(parts)
 
 
@@ -153,7 +198,7 @@ def _map(title: str, rows: Sequence[Row], lengths: Sequence[int]) -> str:
         f"{100 * i // _DEPTH_BINS}-{100 * (i + 1) // _DEPTH_BINS} %" for i in range(_DEPTH_BINS)
     ]
     chart = heat_map(grid, [f"{length:,}" for length in lengths], names, f"depths, {title}")
-    return f"<div><h3>{escape(title)}</h3>{chart}</div>"
+    return f'<div><p class="soft">{escape(title)}</p>{chart}</div>'
 
 
 def _table(findings: Findings) -> str:

@@ -6,12 +6,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from fairkv_jax.evaluate.results import FULL, IN_VIEW, PROTOCOLS, Row
+from fairkv_jax.evaluate.results import AFTER, FULL, IN_VIEW, PROTOCOLS, Row
 from fairkv_jax.evaluate.statistics import Estimate, paired_difference, student, wilson
 from fairkv_jax.evaluate.sweep import KL, NLL
 
 NATS = (NLL, KL)
 """Tasks whose scores are nats per token: less is better."""
+PROTOCOL_TEXTS = {IN_VIEW: "question in view", AFTER: "question after compression"}
 
 
 @dataclass(frozen=True)
@@ -143,8 +144,10 @@ def _by_document(rows: Iterable[Row]) -> dict[tuple, float]:
     return {key: float(np.mean(scores)) for key, scores in groups.items()}
 
 
-def protocol_text(question: str | None) -> str:
-    """Returns a protocol in words."""
+def protocol_text(task: str, question: str | None) -> str:
+    """Returns a protocol in words; empty for full, which has none."""
     if question is None:
         return ""
-    return "question in view" if question == IN_VIEW else "question after compression"
+    if task in NATS:
+        return "what follows a compressed context"
+    return PROTOCOL_TEXTS[question]

@@ -37,7 +37,7 @@ def table_cells(figure: Figure) -> list[str]:
     difference = figure.difference
     return [
         figure.task,
-        protocol_text(figure.question) or "-",
+        protocol_text(figure.task, figure.question) or "-",
         "own" if figure.length is None else f"{figure.length:,}",
         figure.method,
         f"{figure.kept:.1%}",
