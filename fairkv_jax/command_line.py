@@ -61,6 +61,11 @@ def define_flag(
     return define(option.name, value, text, flag_values=flag_values)
 
 
+def engine_flag(name: str, *, default: Any = _DECLARED) -> flags.FlagHolder[Any]:
+    """Defines the flag of an engine option in absl's global registry; see `define_flag`."""
+    return define_flag(*engine_options(name), default=default)
+
+
 def engine_options(*names: str) -> tuple[Option, ...]:
     """Returns the engine options of these names, in their order."""
     by_name = {option.name: option for option in ENGINE_OPTIONS}

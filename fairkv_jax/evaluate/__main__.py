@@ -1,7 +1,6 @@
 """`python -m fairkv_jax.evaluate`: measures what KV-cache compression costs in quality."""
 
 import gc
-import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,8 +9,14 @@ from typing import Any
 
 from absl import app, flags
 
-from fairkv_jax.command_line import as_flag, engine_flag, normalise, string_list
-from fairkv_jax.config import ENGINE_OPTIONS, POLICY_NAMES, KVConfig
+from fairkv_jax.command_line import (
+    as_flag,
+    engine_flag,
+    make_cpu_devices,
+    normalise,
+    string_list,
+)
+from fairkv_jax.config import ENGINE_OPTIONS, POLICIES, KVConfig
 from fairkv_jax.options import options_of
 
 _TASK_NAMES = (
@@ -134,7 +139,7 @@ def _evaluate() -> None:
             "--text needs the logits of whole vocabularies, which no server returns: leave out "
             "--base-url, or --text"
         )
-    _prepare_devices()
+    make_cpu_devices(_engine_options().get("tensor_parallel_size", 1))
     # These modules import JAX, which reads the environment variable set above.
     from fairkv_jax.evaluate.haystack import read_haystack, read_text
     from fairkv_jax.evaluate.report import write_report
@@ -166,9 +171,9 @@ def _evaluate() -> None:
 def _read_methods() -> tuple[str, ...]:
     methods = string_list("methods", str(_METHODS.value))
     for method in methods:
-        if method not in POLICY_NAMES:
+        if method not in POLICIES:
             raise ValueError(
-                f"unknown method {method!r} in --methods: use some of {', '.join(POLICY_NAMES)}"
+                f"unknown method {method!r} in --methods: use some of {', '.join(POLICIES)}"
             )
     return tuple(method for method in dict.fromkeys(methods) if method != "full")
 
@@ -214,14 +219,6 @@ def _describe_model() -> dict[str, Any]:
 
 def _engine_options() -> dict[str, Any]:
     return {name: flag.value for name, flag in _ENGINE.items() if flag.value is not None}
-
-
-def _prepare_devices() -> None:
-    """Splits the CPU into as many devices as are asked for, which does not affect GPUs."""
-    flag, given = "--xla_force_host_platform_device_count", os.environ.get("XLA_FLAGS", "")
-    devices = _engine_options().get("tensor_parallel_size", 1)
-    if flag not in given and devices > 1:
-        os.environ["XLA_FLAGS"] = f"{given} {flag}={devices}".strip()
 
 
 @contextmanager
