@@ -70,15 +70,19 @@ class CriticalAda:
     """Two stages within the budgets that another allocator gives (CriticalKV, Feng et al., 2025).
 
     Each head keeps the first half of its budget by the primary ranking, and the rest by the
-    secondary one.
+    secondary one. As in NVIDIA/kvpress, the first stage keeps at least the head's reserve, which is
+    max(1, floor(alpha * budget)) with the budget that it had before.
     """
 
     budgets_by: Allocator
+    alpha: float
 
     def __call__(self, scores: Scores, budgets: Budgets) -> Keep:
         assert scores.secondary is not None
         counts = jnp.sum(self.budgets_by(scores, budgets), -1)
-        first = keep_top(scores.primary, counts // 2) | (scores.primary == jnp.inf)
+        reserve = jnp.maximum(1, _floor_product(self.alpha, budgets))
+        first = keep_top(scores.primary, jnp.minimum(counts, jnp.maximum(counts // 2, reserve)))
+        first |= scores.primary == jnp.inf
         secondary = jnp.where(scores.primary == -jnp.inf, -jnp.inf, scores.secondary)
         return keep_top(jnp.where(first, jnp.inf, secondary), counts)
 

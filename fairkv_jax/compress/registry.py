@@ -64,7 +64,7 @@ ALLOCATORS: dict[str, Callable[[KVConfig], Allocator]] = {
     "head_budgets": lambda config: Uniform(),
     "duo": lambda config: Uniform(),
     "ada": _ada,
-    "critical_ada": lambda config: CriticalAda(_ada(config)),
+    "critical_ada": lambda config: CriticalAda(_ada(config), config.alpha_safeguard),
 }
 
 
