@@ -61,6 +61,7 @@ class Size:
 
 _SNAPKV = {"kv_window": 64, "kv_pooling": "avg", "kv_kernel": 5}
 _RESERVE = {"kv_safeguard": "reserve", "kv_alpha_safeguard": 0.2}
+_KVZIP = {"kv_replay_suffix": "\n"}
 
 
 def _case(method: str, allocator: str, epsilon: float = 0.0) -> Case:
@@ -85,8 +86,8 @@ CASES = (
     _case("knorm", "uniform"),
     _case("knorm", "ada"),
     Case("tova", "uniform", {"kv_policy": "tova"}),
-    Case("kvzip", "model", {"kv_policy": "kvzip"}),
-    Case("kvzip_plus", "model", {"kv_policy": "kvzip_plus"}),
+    Case("kvzip", "model", {"kv_policy": "kvzip", **_KVZIP}),
+    Case("kvzip_plus", "model", {"kv_policy": "kvzip_plus", **_KVZIP}),
 )
 CASE_NAMES = [case.name for case in CASES]
 SIZES = (Size(ratio=0.5), Size(ratio=0.8), Size(budget=128))

@@ -71,7 +71,8 @@ class MaxKept:
         # Ada-SnapKV rounds each head's quota, which may exceed its share by half a token.
         budgets = budgets_per_head(config, prompt_tokens, num_layers, num_heads)
         layers = [sum(min(budget + 1, prompt_tokens) for budget in layer) for layer in budgets]
-        return cls(sum(layers), whole if config.spans_layers else max(layers))
+        total = num_layers * whole if config.repeats_prompt else sum(layers)
+        return cls(total, whole if config.spans_layers else max(layers))
 
     def in_layer_of(self, num_slots: int, num_tokens: int) -> int:
         """Returns the most that so many head slots keep of one layer of `num_tokens` tokens."""

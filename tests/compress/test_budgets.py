@@ -125,3 +125,8 @@ def test_tables_must_fit(tiny_checkpoint: Path):
         LLM(tiny_checkpoint, kv_policy="head_budgets", kv_head_budgets="nothing.json", **OPTIONS)
     with pytest.raises(ValueError, match="takes neither"):
         LLM(tiny_checkpoint, kv_policy="head_budgets", kv_head_budgets=wrong, kv_budget=9)
+
+
+def test_a_prompt_that_is_repeated_has_room_for_all_of_it_until_then():
+    bounds = MaxKept.of(KVConfig("kvzip", ratio=0.8), 100, num_layers=30, num_heads=3)
+    assert bounds == MaxKept(in_all_layers=30 * 3 * 100, in_one_layer=3 * 100)
