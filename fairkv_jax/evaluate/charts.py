@@ -73,7 +73,7 @@ def curves(
         above = y - 5 if y > _TOP + 16 else y + 13
         parts.append(
             f'<line class="full" x1="{_LEFT}" x2="{WIDTH - _RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>'
-            f'<text class="name" x="{WIDTH - _RIGHT - 2}" y="{above:.1f}" text-anchor="end">full'
+            f'<text class="name" x="{_LEFT + 4}" y="{above:.1f}">full'
             "</text>"
         )
     for line in lines:

@@ -103,9 +103,11 @@ def _title(
     enough = [each for each in advice if each.kept is not None]
     if enough:
         best = min(enough, key=lambda each: each.kept or 1.0)
+        assert best.loss is not None
+        low, high = 100 * best.loss.low, 100 * best.loss.high
         return (
-            f"With {best.kept:.0%} of its KV cache, {name} answers within {100 * max_loss:g} "
-            f"points of the full cache: {best.method}, {PROTOCOL_TEXTS[best.question]}"
+            f"With {best.kept:.0%} of its KV cache, {name} loses {100 * best.loss.mean:.1f} points "
+            f"({low:.0f} to {high:.0f}): {best.method}, {PROTOCOL_TEXTS[best.question]}"
         )
     if advice:
         return f"{name} loses more than {100 * max_loss:g} points at every budget that was measured"

@@ -121,7 +121,10 @@ def _legend(styles: dict[str, int]) -> str:
         for name, style in styles.items()
     ]
     dashes = svg((26, 14), FULL, ['<line class="full" x1="0" x2="26" y1="7" y2="7"/>'])
-    return f'<div class="legend">{"".join(marks)}<span>{dashes}full</span></div>'
+    return (
+        f'<div class="legend">{"".join(marks)}<span>{dashes}full</span>'
+        '<span class="soft">dotted: not measured</span></div>'
+    )
 
 
 def _panels(findings: Findings, styles: dict[str, int]) -> str:
