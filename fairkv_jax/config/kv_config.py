@@ -278,6 +278,11 @@ class KVConfig:
         return takes_budget(self.allocator_name)
 
     @property
+    def has_budget_per_head(self) -> bool:
+        """Whether each head has a budget of its own that its scores do not change."""
+        return self.allocator_name in ("head_budgets", "duo")
+
+    @property
     def spans_layers(self) -> bool:
         """Whether the budget is shared by all layers, so that one layer may be kept whole."""
         return self.allocator_name == "duo" or self.repeats_prompt

@@ -172,7 +172,7 @@ def _plan_and_size(
         if "kv_cache_bytes" not in fixed:
             taken_bytes = _taken_bytes(checkpoint.config, plan, engine_config, kv_config)
             num_bytes = _kv_bytes(
-                taken_bytes, plan.num_devices, build_options.gpu_memory_utilization
+                taken_bytes, plan.num_devices, build_options.gpu_memory_utilization, kv_config
             )
             engine_config = replace(engine_config, kv_cache_bytes=num_bytes)
         if "max_num_seqs" in fixed:
@@ -269,7 +269,8 @@ def _prefill_bytes(
     """Returns the bytes per device that the longest prefill carries from chunk to chunk.
 
     These are the compressed prefix, the hidden states, the keys and values of one layer twice,
-    because packing reads all of them, and the scores of the layer's keys.
+    because packing reads all of them, and the scores of the layer's keys. A method that lets the
+    model repeat the prompt keeps the whole prompt until then, and the scores of all layers.
     """
     heads = (shape.num_layers, shape.num_kv_heads)
     kept = MaxKept.of(kv_config, max_model_len, *heads)
@@ -277,10 +278,13 @@ def _prefill_bytes(
     prefix = 2 * packed * shape.head_dim * itemsize
     keys = 2 * 2 * shape.num_kv_heads * shape.head_dim * itemsize
     scores = 3 * 4 * shape.num_heads * kv_config.window
+    if kv_config.repeats_prompt:
+        prefix *= 2  # what is kept is packed beside the whole prompt
+        scores += 2 * 4 * shape.num_layers * shape.num_heads
     return prefix + max_model_len * (shape.hidden_size * itemsize + keys + scores)
 
 
-def _kv_bytes(taken_bytes: int, num_devices: int, utilization: float) -> int:
+def _kv_bytes(taken_bytes: int, num_devices: int, utilization: float, kv_config: KVConfig) -> int:
     """Returns the bytes of the pool over all devices: the memory left, or a fixed size on CPU.
 
     Raises:
@@ -291,8 +295,11 @@ def _kv_bytes(taken_bytes: int, num_devices: int, utilization: float) -> int:
         return _CPU_KV_BYTES
     granted = int(stats["bytes_limit"] * utilization) * num_devices
     if granted <= taken_bytes:
+        whole = ""
+        if kv_config.repeats_prompt:
+            whole = f"{kv_config.scorer_name} keeps the longest prompt whole until it is repeated: "
         raise ValueError(
-            f"weights and prefill need {taken_bytes / 2**30:.1f} GiB, but "
+            f"{whole}weights and prefill need {taken_bytes / 2**30:.1f} GiB, but "
             f"gpu_memory_utilization {utilization} grants {granted / 2**30:.1f} GiB over "
             f"{num_devices} device(s): raise it, lower max_model_len, or use more devices"
         )

@@ -86,10 +86,11 @@ def _profile(
 ) -> Profile:
     """Returns the tokens that each head is expected to hold.
 
-    They are a measured profile scaled to the budget, or the budgets if nothing was measured.
+    They are the budgets, where those say how much each head keeps, or if nothing was measured;
+    otherwise a measured profile scaled to the budget.
     """
     measured = _measured_profile(checkpoint, shape, kv_config.policy)
-    if measured is not None:
+    if measured is not None and not kv_config.has_budget_per_head:
         kept = num_kept_tokens(kv_config, context)
         tokens = (measured.array * (kept / measured.array.mean())).tolist()
         return replace(measured, tokens=tokens, budget=kv_config.budget, spread=None, samples=None)

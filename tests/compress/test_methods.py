@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from fairkv_jax.compress.contract import Chunk, LayerShape, Method
-from fairkv_jax.compress.registry import make_method
+from fairkv_jax.compress.registry import make_method, query_agnostic_policies
 from fairkv_jax.compress.snapkv import WindowAttention
 from fairkv_jax.config import POLICIES, KVConfig
 from tests.oracle.selection import Options, kept_positions, snapkv_scores
@@ -201,6 +201,23 @@ def test_query_agnostic_methods_ignore_the_last_queries(options: Options):
     q[:, -8:] = -q[:, -8:]
     is_same = all(map(np.array_equal, before, selected(options, q, k)))
     assert is_same == make_method(KVConfig(**asdict(options))).is_query_agnostic
+
+
+def test_which_policies_may_compress_a_shared_prefix():
+    """Those whose choice does not depend on how the prompt ends."""
+    assert query_agnostic_policies() == (
+        "full",
+        "streaming_llm",
+        "expected_attention",
+        "keydiff",
+        "knorm",
+        "kvzip",
+        "kvzip_plus",
+        "duo_attention",
+    )
+    for streaming, expected in (("recent", True), ("snapkv", False)):
+        config = KVConfig("duo_attention", ratio=0.5, streaming=streaming)
+        assert make_method(config).is_query_agnostic == expected
 
 
 def test_equal_scores_go_to_the_earlier_token_and_the_lower_head():

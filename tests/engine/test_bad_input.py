@@ -12,7 +12,7 @@ from gguf import GGUFReader
 
 from fairkv_jax import LLM, SamplingParams
 from fairkv_jax.engine.llm_engine import LLMEngine
-from fairkv_jax.plan import Profile, make_plan
+from fairkv_jax.plan import HeadScores, Profile, make_plan
 from tests.engine.drive import check_idle, greedy, random_prompt, request
 
 
@@ -105,12 +105,42 @@ def test_an_interrupted_run_leaves_nothing_behind(
         llm.generate([random_prompt(9)] * 5, greedy(20))
 
 
+SCORES = HeadScores("m", "test", ((0.1, 0.2, 0.3),) * 2)
+WRONG_SCORES = HeadScores("m", "test", ((0.1, 0.2),))
 BAD_OPTIONS = [
     ({"kv_policy": "h2o", "kv_budget": 64}, "unknown kv_policy 'h2o': use one of full, "),
     ({"kv_policy": "ada_snapkv", "kv_budget": 16}, "kv_budget 16 is smaller than the window 32"),
     ({"kv_policy": "snapkv"}, "needs either kv_budget or kv_ratio"),
     ({"kv_budget": 64}, "kv_policy 'full' takes neither"),
     ({"kv_policy": 5, "kv_budget": 64}, "kv_policy 5"),
+    ({"kv_policy": "keydiff", "kv_ratio": 0.5, "kv_scorer": "h2o"}, "kv_scorer must be one of "),
+    ({"kv_scorer": "keydiff"}, "kv_scorer 'keydiff' has no effect where every token is kept"),
+    ({"kv_policy": "snapkv", "kv_budget": 64, "kv_allocator": "full"}, "'full' takes neither"),
+    (
+        {"kv_policy": "expected_attention", "kv_ratio": 0.5, "kv_epsilon": -1},
+        "kv_epsilon .*, got -1",
+    ),
+    (
+        {"kv_policy": "snapkv", "kv_budget": 64, "kv_head_scores": "s.json"},
+        "'s.json' is not a file",
+    ),
+    (
+        {"kv_policy": "snapkv", "kv_budget": 64, "kv_head_scores": SCORES},
+        "kv_head_scores goes with",
+    ),
+    ({"kv_policy": "duo_attention", "kv_ratio": 0.5}, "needs head scores, and .* has none: learn"),
+    (
+        {"kv_policy": "duo_attention", "kv_ratio": 0.5, "kv_head_scores": WRONG_SCORES},
+        "scores of m are for 1 layers x 2 KV heads, but .* has 2 x 3",
+    ),
+    (
+        {"kv_policy": "duo_attention", "kv_ratio": 0.8, "kv_head_scores": SCORES},
+        "kv_ratio 0.8 leaves 12 of 64 tokens per head, which is less than the 8 sinks .*0.375",
+    ),
+    (
+        {"kv_policy": "duo_attention", "kv_budget": 39, "kv_head_scores": SCORES},
+        "kv_budget 39 is less than the 8 sinks and 32 recent .*: raise it to at least 40",
+    ),
     ({"head_plan": "unfair"}, "head_plan 'unfair' is neither one of static, best_effort, "),
     ({"head_plan": 5}, "head_plan 5|head_plan '5'"),
     ({"tensor_parallel_size": 9}, "tensor_parallel_size 9 needs 9 devices, but 8 cpu device"),
@@ -201,3 +231,23 @@ def test_another_architecture(tiny_checkpoint: Path, tmp_path: Path):
     Path(file).write_bytes(content)
     with pytest.raises(ValueError, match="mamba"):
         LLM(model=file, progress=False)
+
+
+def test_a_request_that_leaves_less_than_every_head_keeps(tiny_checkpoint: Path):
+    """Only where the request asks for it: short prompts keep more than the engine's ratio."""
+    llm = LLM(
+        tiny_checkpoint,
+        kv_policy="duo_attention",
+        kv_ratio=0.3,
+        kv_head_scores=SCORES,
+        max_model_len=256,
+        max_num_seqs=1,
+        progress=False,
+    )
+    (output,) = llm.generate([random_prompt(50)], greedy(1))
+    assert output.kv_lengths is not None
+    assert output.kv_lengths.min() == 40
+    with pytest.raises(ValueError, match=r"kv_ratio 0\.7 leaves .*: lower it to at most 0\.6"):
+        llm.generate([random_prompt(100)], greedy(1), kv_ratio=0.7)
+    with pytest.raises(ValueError, match="kv_budget 20 is less than the 8 sinks and 32 recent"):
+        llm.generate([random_prompt(100)], greedy(1), kv_budget=20)

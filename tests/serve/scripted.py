@@ -172,7 +172,8 @@ class ScriptedEngine:
         )
 
     def _kept(self, request: Request) -> int:
-        wanted = request_kv_config(self.kv_config, request.kv_policy, request.kv_budget)
+        given = request.kv_policy, request.kv_budget, request.kv_ratio
+        wanted = request_kv_config(self.kv_config, *given)
         return num_kept_tokens(wanted, len(request.prompt_token_ids))
 
     def _text(self, request: Request, token_ids: list[int]) -> tuple[str, str | None, str | None]:

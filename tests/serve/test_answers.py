@@ -123,6 +123,8 @@ def test_requests_may_keep_less_and_are_told_how_much(client: httpx.Client, chat
 
     assert (kept(), kept(kv_budget=20), kept(kv_budget=64)) == (64, 20, 64)
     assert kept(kv_policy="streaming_llm", kv_budget=30) == 30
+    if not chat:
+        assert kept(kv_ratio=0.75) == 25
 
 
 def test_usage_so_far_comes_with_every_chunk_where_asked_for(client: httpx.Client):

@@ -67,6 +67,8 @@ def refused(response: httpx.Response, status: int = 400) -> dict[str, Any]:
         ("kv_budget", 65),
         ("kv_budget", 0),
         ("kv_budget", 1.5),
+        ("kv_ratio", 1.0),
+        ("kv_ratio", -0.1),
         ("kv_policy", "h2o"),
         ("kv_policy", "full"),
         ("stream_options", {"include_usage": "yes"}),
