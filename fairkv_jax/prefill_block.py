@@ -33,6 +33,7 @@ def paged_prefix(prefix: PrefixView, layer: Int[Array, ""]) -> PagedPrefix:
     return PagedPrefix((prefix.k_pages, prefix.v_pages), *prefix.of_layer(layer))
 
 
+@jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class LayerState:
     """The tokens of one layer that chunks advance: hidden states, keys and values."""

@@ -168,6 +168,9 @@ def start_prefill(
         # A layer is packed as a block, which also covers what follows, see `with_layer`.
         size = min(max_kept.in_all_layers, most)
         size += max_kept.in_layer_of(shape.num_slots, num_tokens)
+        whole = config.num_layers * min(shape.num_slots, config.num_kv_heads) * tokens.shape[0]
+        if max_kept.in_all_layers >= whole:
+            size = max(size, whole + num_tokens)  # `whole_layer` reads past a slot's last token
         packed = jnp.zeros((size, config.head_dim), model.dtype)
         integers = partial(jnp.zeros, dtype=jnp.int32)
         return PrefillCarry(

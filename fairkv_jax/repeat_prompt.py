@@ -242,40 +242,46 @@ def _repeat_local(
         layer = model.layer(index)
         of_layer = None if prefix is None else paged_prefix(prefix, index)
         prompt_k, prompt_v = prompt.whole_layer(index)
+        # The repetition comes right behind the prompt's last token.
+        keys, values = (
+            jax.lax.dynamic_update_slice_in_dim(_extended(x, size), own, length, 1)
+            for x, own in ((prompt_k, carry.k), (prompt_v, carry.v))
+        )
 
-        def run(i: Array, carry: RepetitionCarry) -> RepetitionCarry:
-            at = i * chunk_size
-            # The repetition comes right behind the prompt's last token.
-            keys, values = (
-                jax.lax.dynamic_update_slice_in_dim(_extended(x, size), own, length, 1)
-                for x, own in ((prompt_k, carry.k), (prompt_v, carry.v))
-            )
+        def run(i: Array, running: tuple[LayerState, Any]) -> tuple[LayerState, Any]:
             state, block = run_block(
                 model,
                 layer,
-                LayerState(carry.hidden, keys, values),
+                running[0],
                 contributes[index],
-                at,
+                i * chunk_size,
                 chunk_size,
                 first_position=prompt.first_position + length,
                 num_before=length,
                 prefix=of_layer,
             )
-            k, v = (jax.lax.dynamic_slice_in_dim(x, length, size, 1) for x in (state.k, state.v))
-            stats = jax.tree.map(lambda x: x[index], carry.stats)
+            k = jax.lax.dynamic_slice_in_dim(state.k, length, size, 1)
             chunk = RepeatedChunk(
                 length, part, block.index, num_tokens, block.x, block.q, prompt_k, k
             )
-            stats = jax.tree.map(
-                lambda whole, new: jax.lax.dynamic_update_index_in_dim(whole, new, index, 0),
-                carry.stats,
-                scorer.observe_repetition(stats, chunk),
-            )
-            return RepetitionCarry(state.hidden, k, v, stats)
+            return state, scorer.observe_repetition(running[1], chunk)
 
         begin = jnp.where(index == first, start % per_layer, 0)
         end = jnp.where(index == last, (stop - 1) % per_layer + 1, per_layer)
-        return jax.lax.fori_loop(begin, end, run, carry)
+        stats = jax.tree.map(lambda x: x[index], carry.stats)
+        state = LayerState(carry.hidden, keys, values)
+        state, stats = jax.lax.fori_loop(begin, end, run, (state, stats))
+        k, v = (jax.lax.dynamic_slice_in_dim(x, length, size, 1) for x in (state.k, state.v))
+        return RepetitionCarry(
+            state.hidden,
+            k,
+            v,
+            jax.tree.map(
+                lambda whole, new: jax.lax.dynamic_update_index_in_dim(whole, new, index, 0),
+                carry.stats,
+                stats,
+            ),
+        )
 
     hidden = jax.lax.cond(start == 0, lambda: model.embedded(tokens), lambda: carry.hidden)
     carry = jax.lax.fori_loop(first, last + 1, run_layer, replace(carry, hidden=hidden))

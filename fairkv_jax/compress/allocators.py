@@ -8,6 +8,9 @@ from jaxtyping import Array, Bool, Int
 from fairkv_jax.compress.contract import Allocator, Scores
 from fairkv_jax.select import keep_top
 
+_CRITICAL_EPSILON = 1e-4
+"""Added to the scores, so that a value counts also where its token got no attention."""
+
 Budgets = Int[Array, "K"]
 Keep = Bool[Array, "K T"]
 
@@ -34,7 +37,8 @@ class AdaBlend:
 
     Let c be a head's budget without its protected tokens, and f_k the number of the layer's
     sum(c) best tokens that are in head k. Then head k keeps its best
-    round((1 - alpha) * f_k + floor(alpha * c)) tokens; halves are rounded to the even number.
+    round((1 - alpha) * f_k + floor(alpha * c)) tokens; halves are rounded to the even number. A
+    head without protected tokens keeps at least one.
     """
 
     alpha: float
@@ -46,6 +50,7 @@ class AdaBlend:
         best = keep_top(candidates.reshape(-1), jnp.sum(remaining)).reshape(candidates.shape)
         share = (1 - self.alpha) * jnp.sum(best, -1)
         quota = jnp.round(share + _floor_product(self.alpha, remaining)).astype(jnp.int32)
+        quota = jnp.maximum(quota, jnp.all(~protected, -1))
         return keep_top(candidates, quota) | protected
 
 
@@ -69,9 +74,10 @@ class AdaReserve:
 class CriticalAda:
     """Two stages within the budgets that another allocator gives (CriticalKV, Feng et al., 2025).
 
-    Each head keeps the first half of its budget by the primary ranking, and the rest by the
-    secondary one. As in NVIDIA/kvpress, the first stage keeps at least the head's reserve, which is
-    max(1, floor(alpha * budget)) with the budget that it had before.
+    Each head keeps the first half of its budget by its scores, and the rest by (score + 1e-4) times
+    what the token's value contributes, which is `Scores.secondary`. Scores that can be negative
+    are raised by their minimum for that. As in NVIDIA/kvpress, the first stage keeps at least the
+    head's reserve, which is max(1, floor(alpha * budget)) with the budget that it had before.
     """
 
     budgets_by: Allocator
@@ -83,8 +89,11 @@ class CriticalAda:
         reserve = jnp.maximum(1, _floor_product(self.alpha, budgets))
         first = keep_top(scores.primary, jnp.minimum(counts, jnp.maximum(counts // 2, reserve)))
         first |= scores.primary == jnp.inf
-        secondary = jnp.where(scores.primary == -jnp.inf, -jnp.inf, scores.secondary)
-        return keep_top(jnp.where(first, jnp.inf, secondary), counts)
+        is_finite = jnp.isfinite(scores.primary)
+        lowest = jnp.min(jnp.where(is_finite, scores.primary, 0), -1, keepdims=True)
+        critical = (scores.primary - lowest + _CRITICAL_EPSILON) * scores.secondary
+        rest = jnp.where(is_finite, critical, scores.primary)
+        return keep_top(jnp.where(first, jnp.inf, rest), counts)
 
 
 def _floor_product(alpha: float, tokens: Int[Array, "K"]) -> Int[Array, "K"]:

@@ -35,7 +35,7 @@ def budgets_per_head(
     if config.head_budgets is not None:
         return config.head_budgets
     kept = num_kept_tokens(config, prompt_tokens)
-    if config.spans_layers:
+    if config.allocator_name == "duo" or config.pools_layers:
         pairs = num_layers * num_heads
         total = pairs * kept
         if config.ratio is not None:
@@ -89,20 +89,29 @@ def request_kv_config(
     """
     if policy is None and budget is None and ratio is None:
         return config
-    policy = policy or config.policy
-    if policy not in (config.policy, *REQUEST_POLICIES):
-        names = ", ".join(dict.fromkeys([config.policy, *REQUEST_POLICIES]))
+    allowed = request_policies(config)
+    if policy is not None and policy not in allowed:
+        names = ", ".join(allowed)
         raise ValueError(f"kv_policy {policy!r} is not for requests: use one of {names}")
+    wanted = budget, ratio
+    if wanted == (None, None):
+        wanted = config.budget, config.ratio
+    if policy is None or (policy == config.policy and config.is_plain):
+        new = replace(config, budget=wanted[0], ratio=wanted[1])
+    else:
+        new = with_policy(config, policy, budget=wanted[0], ratio=wanted[1])
     if budget is not None and config.budget is not None and budget > config.budget:
         raise ValueError(
             f"kv_budget {budget} is beyond the {config.budget} that every request may keep: "
             "lower it, or raise the engine's own"
         )
-    if budget is None and ratio is None:
-        budget, ratio = config.budget, config.ratio
-    if policy == config.policy:
-        return replace(config, budget=budget, ratio=ratio)
-    return with_policy(config, policy, budget=budget, ratio=ratio)
+    return new
+
+
+def request_policies(config: KVConfig) -> tuple[str, ...]:
+    """Returns the policies that requests may choose: the engine's own, and some that it offers."""
+    own = [config.policy] if config.is_plain else []
+    return tuple(dict.fromkeys([*own, *REQUEST_POLICIES]))
 
 
 def check_least_kept(config: KVConfig, prompt_tokens: int) -> None:
@@ -110,8 +119,8 @@ def check_least_kept(config: KVConfig, prompt_tokens: int) -> None:
     if config.allocator_name != "duo" or config.head_scores is None:
         return
     sinks, recent = config.head_scores.sinks, config.head_scores.recent
-    kept, least = num_kept_tokens(config, prompt_tokens), min(prompt_tokens, sinks + recent)
-    if kept >= least:
+    kept, least = num_kept_tokens(config, prompt_tokens), sinks + recent
+    if kept >= least or prompt_tokens <= least:
         return
     given, remedy = f"kv_budget {config.budget}", f"raise it to at least {least}"
     if config.ratio is not None:

@@ -70,7 +70,8 @@ class Scores:
 
     primary: Float[Array, "heads T"]
     secondary: Float[Array, "heads T"] | None = None
-    """A second ranking, for allocators that use two; allocators get the primary one for None."""
+    """Another number per token and head, for allocators that use one; a method that shares its
+    scores over heads does not share it."""
 
 
 class Scorer(Protocol):
@@ -178,21 +179,20 @@ class Method:
     def select(
         self, scores: Scores, budgets: Int[Array, "K"], length: Int[Array, ""]
     ) -> Bool[Array, "K T"]:
-        """Marks the tokens that each head of a layer keeps.
+        """Marks the tokens that each head keeps: of a layer, or of all layers one after another.
 
-        A head whose budget covers the prompt keeps all of it.
+        All tokens are kept where every budget covers the prompt.
         """
         num_tokens = scores.primary.shape[1]
         is_prompt = jnp.arange(num_tokens) < length
         budgets = jnp.minimum(budgets, length)
         if self.mean_over_heads:
-            scores = jax.tree.map(
-                lambda x: jnp.broadcast_to(jnp.mean(x, 0, keepdims=True), x.shape), scores
-            )
+            mean = jnp.mean(scores.primary, 0, keepdims=True)
+            scores = replace(scores, primary=jnp.broadcast_to(mean, scores.primary.shape))
         primary = jnp.where(self._protected(budgets, length, num_tokens), jnp.inf, scores.primary)
         primary = jnp.where(is_prompt, primary, -jnp.inf)
         keep = self.allocator(replace(scores, primary=primary), budgets)
-        return is_prompt & (keep | (budgets >= length)[:, None])
+        return is_prompt & (keep | jnp.all(budgets >= length))
 
     def _protected(
         self, budgets: Int[Array, "K"], length: Int[Array, ""], num_tokens: int

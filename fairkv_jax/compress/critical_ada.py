@@ -1,4 +1,4 @@
-"""CriticalKV (Feng et al., 2025): a second ranking, by what a token's value adds to the output."""
+"""CriticalKV (Feng et al., 2025): scores with what each token's value adds to the output."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -14,16 +14,14 @@ from fairkv_jax.compress.contract import (
     Scores,
     Stats,
 )
-
-_EPSILON = 1e-4
-"""Added to the scores, so that a value counts also where its token got no attention."""
+from fairkv_jax.compress.value_norms import output_norms
 
 
 @dataclass(frozen=True)
 class WithContributions:
-    """Adds the second ranking to another scorer, for the allocator `CriticalAda`.
+    """Adds the contributions of values to another scorer, for the allocator `CriticalAda`.
 
-    It is (score + 1e-4) * |W_o v|_1, with the mean of the norm over the group's query heads.
+    They are |W_o v|_1, averaged over the group's query heads.
     """
 
     scorer: Scorer
@@ -41,9 +39,8 @@ class WithContributions:
 
     def observe(self, stats: Stats, chunk: Chunk) -> Stats:
         inner, norms = stats
-        outputs = jnp.einsum("bch,cghd->bcgd", chunk.v, chunk.w_o)
-        of_chunk = jnp.mean(jnp.sum(jnp.abs(outputs.astype(jnp.float32)), -1), -1)
-        norms = norms.at[:, chunk.positions].set(of_chunk.T, mode="drop")
+        of_chunk = jnp.mean(output_norms(chunk, order=1), 1)
+        norms = norms.at[:, chunk.positions].set(of_chunk, mode="drop")
         return self.scorer.observe(inner, chunk), norms
 
     def observe_repetition(self, stats: Stats, chunk: RepeatedChunk) -> Stats:
@@ -61,5 +58,4 @@ class WithContributions:
         budgets: Int[Array, "C"],
     ) -> Scores:
         inner, norms = stats
-        primary = self.scorer.score(inner, k, v, length, budgets).primary
-        return Scores(primary, (primary + _EPSILON) * norms)
+        return Scores(self.scorer.score(inner, k, v, length, budgets).primary, norms)

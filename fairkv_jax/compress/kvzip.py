@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from fairkv_jax.compress.contract import Chunk, LayerShape, RepeatedChunk, Scores
+from fairkv_jax.compress.value_norms import output_norms
 
 Attended = tuple[Float[Array, "C G T"], Float[Array, "C G T"] | None]
 """Per token of the prompt, the most attention that a query paid to it, and the weight of its value;
@@ -36,8 +37,7 @@ class Repetition:
         attention, norms = stats
         if norms is None:
             return stats
-        outputs = jnp.einsum("bch,cghd->bcgd", chunk.v, chunk.w_o).astype(jnp.float32)
-        of_chunk = jnp.sqrt(jnp.sum(outputs * outputs, -1)).transpose(1, 2, 0)
+        of_chunk = output_norms(chunk, order=2)
         return attention, norms.at[:, :, chunk.positions].set(of_chunk, mode="drop")
 
     def observe_repetition(self, stats: Attended, chunk: RepeatedChunk) -> Attended:

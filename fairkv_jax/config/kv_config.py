@@ -221,8 +221,8 @@ class KVConfig:
             )
         if self.head_scores is not None and self.allocator_name != "duo":
             raise ValueError(
-                "kv_head_scores goes with kv_policy 'duo_attention' or kv_allocator 'duo': drop "
-                f"it, or choose one of them in place of {self.policy!r}"
+                f"kv_head_scores goes with kv_allocator 'duo', not {self.allocator_name!r}: drop "
+                "it, or choose kv_policy 'duo_attention'"
             )
         if self.scorer is not None and self.allocator_name == "full":
             raise ValueError(
@@ -238,8 +238,9 @@ class KVConfig:
                 )
         elif (self.budget is None) == (self.ratio is None):
             raise ValueError(
-                f"kv_policy {self.policy!r} needs either kv_budget or kv_ratio, "
-                f"got kv_budget={self.budget} and kv_ratio={self.ratio}"
+                f"kv_{'policy' if self.allocator is None else 'allocator'} "
+                f"{self.allocator or self.policy!r} needs either kv_budget or kv_ratio, got "
+                f"kv_budget={self.budget} and kv_ratio={self.ratio}"
             )
         check_int("kv_window", self.window, 1)
         check_int("kv_kernel", self.kernel, 1)
@@ -278,13 +279,23 @@ class KVConfig:
         return takes_budget(self.allocator_name)
 
     @property
+    def is_plain(self) -> bool:
+        """Whether scorer and allocator are those that the policy names."""
+        return (self.scorer_name, self.allocator_name) == POLICIES[self.policy]
+
+    @property
+    def pools_layers(self) -> bool:
+        """Whether the tokens of all layers compete for one budget."""
+        return self.repeats_prompt and self.allocator_name in ("ada", "critical_ada")
+
+    @property
     def has_budget_per_head(self) -> bool:
         """Whether each head has a budget of its own that its scores do not change."""
         return self.allocator_name in ("head_budgets", "duo")
 
     @property
     def spans_layers(self) -> bool:
-        """Whether the budget is shared by all layers, so that one layer may be kept whole."""
+        """Whether one layer may be kept whole, at least until the prompt has been repeated."""
         return self.allocator_name == "duo" or self.repeats_prompt
 
     @property

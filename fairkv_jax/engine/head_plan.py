@@ -90,7 +90,8 @@ def _profile(
     otherwise a measured profile scaled to the budget.
     """
     measured = _measured_profile(checkpoint, shape, kv_config.policy)
-    if measured is not None and not kv_config.has_budget_per_head:
+    is_known = kv_config.has_budget_per_head or not kv_config.is_plain
+    if measured is not None and not is_known:
         kept = num_kept_tokens(kv_config, context)
         tokens = (measured.array * (kept / measured.array.mean())).tolist()
         return replace(measured, tokens=tokens, budget=kv_config.budget, spread=None, samples=None)

@@ -165,7 +165,7 @@ class LLM:
             kv_ratio=kv_ratio,
             caches_prefix=True,
             messages=messages,
-            requires_query_agnostic=require_query_agnostic,
+            require_query_agnostic=require_query_agnostic,
         )
         (output,) = self._run([self.engine.validate(request)])
         assert output.cached_prefix is not None

@@ -383,7 +383,8 @@ class LLMEngine:
         )
         make_method(wanted)
         num_tokens = len(request.prompt_token_ids)
-        if request.kv_budget is not None or request.kv_ratio is not None:
+        asked, own = (request.kv_budget, request.kv_ratio), self.kv_config
+        if asked not in ((None, None), (own.budget, own.ratio)):
             check_least_kept(wanted, num_tokens)
         kept, most = (num_kept_tokens(each, num_tokens) for each in (wanted, self.kv_config))
         if kept > most:

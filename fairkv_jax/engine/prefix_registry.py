@@ -3,9 +3,9 @@
 from collections.abc import Sequence
 from weakref import WeakValueDictionary
 
-from fairkv_jax.compress.budgets import budgets_per_head, request_kv_config
+from fairkv_jax.compress.budgets import budgets_per_head, request_kv_config, request_policies
 from fairkv_jax.compress.registry import make_method, query_agnostic_policies
-from fairkv_jax.config import REQUEST_POLICIES, KVConfig, ModelConfig
+from fairkv_jax.config import KVConfig, ModelConfig
 from fairkv_jax.engine.prefix_cache import Prefix, prefix_key
 from fairkv_jax.engine.request import PrefixRecord, Request
 from fairkv_jax.tokenizer import Message, Tokenizer
@@ -30,7 +30,7 @@ class PrefixRegistry:
         config = request_kv_config(
             self._kv_config, request.kv_policy, request.kv_budget, request.kv_ratio
         )
-        if request.requires_query_agnostic:
+        if request.require_query_agnostic:
             self._check_method(config, len(prompt))
         is_chat = request.messages is not None  # what follows is then rendered differently
         options = [request.owner, request.cache_salt, is_chat, *_options(config)]
@@ -84,8 +84,9 @@ class PrefixRegistry:
         )
         keeps_whole = min(map(min, budgets)) >= num_tokens
         if not keeps_whole and not make_method(config).is_query_agnostic:
-            allowed = (self._kv_config.policy, *REQUEST_POLICIES)
+            allowed = request_policies(self._kv_config)
             names = [name for name in query_agnostic_policies() if name in allowed]
+            names = [name for name in names if name != config.policy]
             raise ValueError(
                 f"kv_policy {config.policy!r} chooses what to keep by the end of the prompt, so it "
                 f"can only share prefixes that are kept whole, and of the {num_tokens} tokens of "

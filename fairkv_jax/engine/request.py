@@ -82,7 +82,7 @@ class Request:
     """What the prompt was made from, if it is a conversation; needed if others continue it."""
     caches_prefix: bool = False
     """Whether the prompt is to become a cached prefix; then nothing is generated."""
-    requires_query_agnostic: bool = True
+    require_query_agnostic: bool = True
     """Whether a prefix may only be compressed by what does not depend on its end."""
     owner: str = ""
     """Prefixes are found only by requests of their owner."""

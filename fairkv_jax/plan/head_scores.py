@@ -52,6 +52,8 @@ class HeadScores:
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 0:
                 raise ValueError(f"{name} of head scores must be an integer >= 0, got {value!r}")
+        if not self.sinks + self.recent:
+            raise ValueError("head scores must leave every head at least one sink or recent token")
         object.__setattr__(self, "scores", tuple(tuple(map(float, row)) for row in rows))
 
     @property

@@ -137,7 +137,7 @@ class GenerationBody(Body):
     kv_budget: int | None = Field(None, ge=1)
     """Kept tokens per head on average, at most the server's budget."""
     kv_ratio: float | None = Field(None, ge=0, lt=1)
-    """Removed fraction of the prompt, at least the server's; instead of a budget."""
+    """Removed fraction of the prompt, instead of a budget; not less than the server removes."""
     kv_policy: str | None = None
     prefix_id: str | None = None
     """A cached prefix, whose tokens come before those of this request; see /v1/prefixes."""

@@ -34,6 +34,8 @@ def compression(engine: Engine) -> str:
     name = kv.policy
     if kv.scorer is not None or kv.allocator is not None:
         name = f"{kv.scorer_name} with allocator {kv.allocator_name}"
+    if not kv.takes_budget:
+        return f"KV policy {name}: as many tokens per head as kv_head_budgets says"
     kept = f"{kv.budget} tokens" if kv.budget else f"{1 - (kv.ratio or 0):.0%} of each prompt"
     return f"KV policy {name}: {kept} per head on average"
 

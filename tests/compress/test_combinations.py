@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from fairkv_jax import LLM
+from fairkv_jax.compress import instruction
 from fairkv_jax.plan import HeadScores
 from tests.engine.drive import greedy, random_prompt
 from tests.oracle import allocators, kvzip, scorers
@@ -148,6 +149,47 @@ def model(tiny_checkpoint: Path) -> Llama:
 @pytest.fixture(scope="module")
 def dense(model: Llama) -> Forward:
     return forward(model, PROMPT)
+
+
+def test_a_prompt_is_repeated_in_parts(
+    tiny_checkpoint: Path, model: Llama, monkeypatch: pytest.MonkeyPatch
+):
+    """Three parts, the last one shorter, and chunks that do not divide them."""
+    monkeypatch.setattr(instruction, "PART_TOKENS", 50)
+    options = {"kv_replay_suffix": "!", "max_model_len": 512, "prefill_chunk_size": 32}
+    llm = LLM(tiny_checkpoint, kv_policy="kvzip_plus", kv_ratio=RATIO, progress=False, **options)
+    (output,) = llm.generate([PROMPT], greedy(1), return_kept_positions=True)
+    assert output.kept_positions is not None
+
+    def encode(text: str) -> list[int]:
+        return llm.get_tokenizer().encode(text, False)
+
+    parts = kvzip.replays(PROMPT, encode, suffix="!", chunk_tokens=50)
+    assert len(parts) == 3
+    scores = kvzip.scores(model, PROMPT, parts, plus=True)
+    for layer, heads in enumerate(kvzip.kept_positions(scores, RATIO)):
+        for head, want in enumerate(heads):
+            np.testing.assert_array_equal(output.kept_positions[layer][head], want)
+
+
+@pytest.mark.parametrize("scorer", ["keydiff", "knorm"])
+@pytest.mark.parametrize("length", [1, 2, 3, 5])
+def test_every_head_keeps_a_token_of_a_short_prompt(
+    short: dict[str, LLM], scorer: str, length: int
+):
+    """A head without tokens would have no owner, and nothing generated would be stored for it."""
+    (output,) = short[scorer].generate([PROMPT[:length]], greedy(1))
+    assert output.kv_lengths is not None
+    assert output.kv_lengths.min() >= 1
+
+
+@pytest.fixture(scope="module")
+def short(tiny_checkpoint: Path) -> dict[str, LLM]:
+    options = {"kv_allocator": "ada", "kv_ratio": RATIO, "max_model_len": 64, "max_num_seqs": 1}
+    return {
+        scorer: LLM(tiny_checkpoint, kv_scorer=scorer, progress=False, **options)
+        for scorer in ("keydiff", "knorm")
+    }
 
 
 @pytest.mark.parametrize(
