@@ -16,7 +16,13 @@ RECORDED = Recorded.load(Path(__file__).parent / "data" / "kvpress.npz")
 TOLERANCE = 1e-3
 """The share of positions that may differ: scores that are equal up to rounding."""
 PAIRS = [
-    pytest.param(case, size, id=f"{case.name}-{size.name}")
+    pytest.param(
+        case,
+        size,
+        id=f"{case.name}-{size.name}",
+        # One size of each is enough for every run.
+        marks=[pytest.mark.long] if size.name == SIZES[0].name else [],
+    )
     for case in CASES
     for size in SIZES
     if any((case.name, size.name, index) in RECORDED.kept for index in (0, 1))

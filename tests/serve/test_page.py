@@ -111,8 +111,8 @@ def test_the_page_shows_what_runs(checkpoint: Path, browser: Browser, width: int
         eventually(lambda: text(browser, "#state") == "loading")
         may_load.set()
         eventually(lambda: text(browser, "#model") == "scripted")
-        assert "3 KV heads in each of 2 layers, on 2 devices" in text(browser, "#plan-note")
-        assert "* serves a part" in text(browser, "#devices-note")
+        assert "2 layers with 3 KV heads each on 2 devices" in text(browser, "#plan-note")
+        assert "* marks replicas that serve only part of the rows" in text(browser, "#devices-note")
         cells = "[...document.querySelectorAll('#devices-map text.dark, #devices-map text.light')]"
         assert browser.evaluate(f"{cells}.map(t => t.textContent)") == ["0 2*", "1 2*"] * 2
         assert browser.evaluate("document.querySelectorAll('#heads-map .mark').length") == 2
