@@ -42,7 +42,7 @@ class LayerState:
     """Outputs for tokens of chunks that have run, inputs for the others."""
     k: Float[Array, "C T H"]
     v: Float[Array, "C T H"]
-    """Of all tokens up to those of `hidden`."""
+    """Keys and values of the tokens of `hidden`, and of those before them."""
 
 
 @dataclass(frozen=True)

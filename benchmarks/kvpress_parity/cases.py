@@ -103,7 +103,7 @@ class Recorded:
     shape: tuple[int, int]
     """Layers and KV heads (L, K)."""
     versions: dict[str, str]
-    """Of the packages that computed them."""
+    """Versions of the packages that computed the sets, by name."""
     kept: dict[tuple[str, str, int], np.ndarray] = field(default_factory=dict)
     """Kept positions [L, K, T], bool, by the names of case and size and the prompt's index."""
 

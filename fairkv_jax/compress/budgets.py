@@ -65,7 +65,7 @@ class MaxKept:
     def of(cls, config: KVConfig, prompt_tokens: int, num_layers: int, num_heads: int) -> "MaxKept":
         """Returns bounds for every prompt of at most `prompt_tokens` tokens.
 
-        They hold before a method that replays the prompt has compressed it, too.
+        They also hold for a prompt that is kept whole until the model has repeated it.
         """
         whole = num_heads * prompt_tokens
         # Ada-SnapKV rounds each head's quota, which may exceed its share by half a token.
