@@ -5,16 +5,16 @@ ids. The readers of checkpoint formats create it.
 """
 
 import json
+import threading
 from collections.abc import Iterable, Mapping, Sequence
-from datetime import datetime
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
-import jinja2
-import jinja2.sandbox
 from tokenizers import Encoding
 from tokenizers import Tokenizer as Backend
 from tokenizers.decoders import DecodeStream
+
+from fairkv_jax.chat_template import ChatTemplate
 
 Message = Mapping[str, Any]
 """One message of a conversation: {"role": "user", "content": "..."}. Templates may read more keys.
@@ -44,7 +44,7 @@ class Tokenizer:
         self._backend = backend
         self._chat_template = chat_template
         self._template_tokens = dict(template_tokens or {})
-        self._template: jinja2.Template | None = None
+        self._template: ChatTemplate | None = None
         self._token_texts: dict[int, str] = {}
         self.eos_token_ids = frozenset(eos_token_ids)
         """The ids that end an output."""
@@ -117,31 +117,47 @@ class Tokenizer:
         """Returns an incremental decoder for one output; `context` holds the preceding ids."""
         return Detokenizer(self._backend, skip_special_tokens, context)
 
+    def warm_up(self) -> None:
+        """Starts the process that renders the chat template, if there is one."""
+        if self._chat_template is not None:
+            self._compiled_template().warm_up()
+
     @property
     def has_chat_template(self) -> bool:
         return self._chat_template is not None
 
     def apply_chat_template(
-        self, messages: Sequence[Message], add_generation_prompt: bool = True, **kwargs: Any
+        self,
+        messages: Sequence[Message],
+        add_generation_prompt: bool = True,
+        cancelled: threading.Event | None = None,
+        **kwargs: Any,
     ) -> str:
         """Renders a conversation with the model's chat template.
 
         The template writes the special tokens, so encode the result without adding any. `kwargs`
-        are passed to the template.
+        are passed to the template and must be values that JSON can represent. `cancelled`, when it
+        is set, ends it early with `CallCancelled`.
 
         Raises:
             ValueError: the model has no template, a message is malformed, or the template rejects
-                the conversation.
+                the conversation or takes too much time or memory.
         """
         _check_messages(messages)
-        if self._template is None:
-            self._template = _compile(self._chat_template)
+        template = self._compiled_template()
         variables = self._template_tokens | {"tools": None, "documents": None} | kwargs
         variables |= {"messages": messages, "add_generation_prompt": add_generation_prompt}
-        try:
-            return self._template.render(variables)
-        except Exception as error:  # Templates come with checkpoints and may raise anything.
-            raise ValueError(f"the model's chat template rejects the messages: {error}") from error
+        return template.render(variables, cancelled)
+
+    def _compiled_template(self) -> ChatTemplate:
+        if self._chat_template is None:
+            raise ValueError(
+                "the model has no chat template: use completions, or an instruction-tuned "
+                "checkpoint"
+            )
+        if self._template is None:
+            self._template = ChatTemplate(self._chat_template)
+        return self._template
 
 
 class Detokenizer:
@@ -213,31 +229,3 @@ def _check_messages(messages: Sequence[Message]) -> None:
                 raise ValueError(
                     f"messages[{index}][{key!r}] must be a string, got {message.get(key)!r}"
                 )
-
-
-def _compile(source: str | None) -> jinja2.Template:
-    """Compiles a chat template with the extensions that Hugging Face's templates use.
-
-    Templates come from untrusted checkpoints, so they run in a sandbox.
-    """
-    if source is None:
-        raise ValueError(
-            "the model has no chat template: use completions, or an instruction-tuned checkpoint"
-        )
-    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
-    )
-    environment.globals["raise_exception"] = _raise_exception
-    environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
-    # Jinja's own filter escapes <, > and & for HTML, which is not what models were trained on.
-    environment.filters["tojson"] = lambda value, indent=None: json.dumps(
-        value, ensure_ascii=False, indent=indent
-    )
-    try:
-        return environment.from_string(source)
-    except jinja2.TemplateError as error:
-        raise ValueError(f"the model's chat template does not compile: {error}") from error
-
-
-def _raise_exception(message: str) -> NoReturn:
-    raise jinja2.TemplateError(message)

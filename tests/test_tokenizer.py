@@ -1,11 +1,15 @@
 """Encoding against published ids and a slow BPE, chats, and text that comes token by token."""
 
+import os
 import random
+import time
 
 import pytest
 from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models
 
+from fairkv_jax.bounded_worker import WorkerPool, memory_in_use
+from fairkv_jax.chat_template import LIMITS
 from fairkv_jax.checkpoint import fetch_demo, open_checkpoint
 from fairkv_jax.checkpoint.gguf_file import GGUFFile
 from fairkv_jax.tokenizer import Tokenizer
@@ -231,3 +235,36 @@ def test_the_dialect_of_templates(template, expected):
 def test_templates_that_fail(template, complaint):
     with pytest.raises(ValueError, match=complaint):
         with_template(template).apply_chat_template(MESSAGES)
+
+
+@pytest.mark.parametrize(
+    ("template", "limit"),
+    [
+        ("{{ 'x'.ljust(2000000000) }}", "takes more than 256 MiB"),
+        ("{{ 'x'.ljust(20000000) }}", "writes more than 16 MiB"),
+        (
+            "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
+            "takes more than 5 seconds",
+        ),
+    ],
+)
+def test_templates_have_limits_of_time_memory_and_output(template, limit):
+    """The process itself takes no part in it, and ordinary conversations follow."""
+    tokenizer = with_template("{% if mood %}" + template + "{% endif %}fine")
+    began, memory = time.monotonic(), memory_in_use()[1]
+    with pytest.raises(ValueError, match=limit):
+        tokenizer.apply_chat_template(MESSAGES, mood="bad")
+    assert time.monotonic() - began < 30
+    assert memory_in_use()[1] - memory < 100 << 20
+    assert tokenizer.apply_chat_template(MESSAGES, mood="") == "fine"
+
+
+def test_templates_see_no_secrets_of_the_server(monkeypatch):
+    monkeypatch.setenv("FAIRKV_API_KEY", "secret")
+    pool = WorkerPool("tests.test_tokenizer:environment_reader", None, LIMITS)
+    assert "FAIRKV_API_KEY" not in pool.call(None)
+    pool.close()
+
+
+def environment_reader(setup):
+    return lambda value: sorted(os.environ)

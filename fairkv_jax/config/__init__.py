@@ -6,6 +6,7 @@ tools can read configurations without importing JAX.
 """
 
 from fairkv_jax.config.engine_config import DTYPES, QUANTIZATIONS, BuildOptions, EngineConfig
+from fairkv_jax.config.grammar_limits import GrammarLimits
 from fairkv_jax.config.kv_config import (
     ALLOCATOR_NAMES,
     POLICIES,
@@ -17,7 +18,7 @@ from fairkv_jax.config.kv_config import (
 from fairkv_jax.config.model_config import ModelConfig
 from fairkv_jax.options import options_of
 
-ENGINE_CLASSES = (BuildOptions, EngineConfig, KVConfig)
+ENGINE_CLASSES = (BuildOptions, EngineConfig, KVConfig, GrammarLimits)
 ENGINE_OPTIONS = options_of(*ENGINE_CLASSES)
 """Everything that `LLM` and `python -m fairkv_jax.serve` accept for the engine."""
 
@@ -32,6 +33,7 @@ __all__ = [
     "SCORER_NAMES",
     "BuildOptions",
     "EngineConfig",
+    "GrammarLimits",
     "KVConfig",
     "ModelConfig",
     "takes_budget",

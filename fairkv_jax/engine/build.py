@@ -21,6 +21,7 @@ from fairkv_jax.config import (
     ENGINE_OPTIONS,
     BuildOptions,
     EngineConfig,
+    GrammarLimits,
     KVConfig,
     ModelConfig,
 )
@@ -52,8 +53,8 @@ def build_engine(
     Args:
         model: the checkpoint; see `BuildOptions.model`. None: the demo model.
         progress: whether to show a progress bar while weights are loaded.
-        options: the options that `BuildOptions`, `EngineConfig` and `KVConfig` declare, by the
-            names that users write; `LLM` lists them.
+        options: the options that the classes of `ENGINE_CLASSES` declare, by the names that users
+            write; `LLM` lists them.
 
     Raises:
         TypeError: an option is unknown.
@@ -61,8 +62,9 @@ def build_engine(
             log cannot be written.
     """
     options = with_new_names(options, ENGINE_OPTIONS, stacklevel=2)
-    for_build, for_engine, for_kv = split_options({"model": model, **options}, *ENGINE_CLASSES)
-    build_options = BuildOptions(**for_build)
+    values = {"model": model, **options}
+    for_build, for_engine, for_kv, for_grammars = split_options(values, *ENGINE_CLASSES)
+    build_options, grammar_limits = BuildOptions(**for_build), GrammarLimits(**for_grammars)
     kv_config = _kv_config(for_kv)
     _check_names(for_engine)
     checkpoint = open_checkpoint(build_options.model or DEMO_MODEL)
@@ -85,7 +87,13 @@ def build_engine(
         )
         log = ScheduleLog(build_options.schedule_log, header)
     return LLMEngine(
-        checkpoint, plan, engine_config, kv_config, progress=progress, schedule_log=log
+        checkpoint,
+        plan,
+        engine_config,
+        kv_config,
+        grammar_limits=grammar_limits,
+        progress=progress,
+        schedule_log=log,
     )
 
 

@@ -1,6 +1,7 @@
 """Serves requests: schedule, execute, process."""
 
 import itertools
+import threading
 import time
 from collections import deque
 from collections.abc import Iterable
@@ -11,7 +12,7 @@ import numpy as np
 from fairkv_jax.checkpoint import Checkpoint
 from fairkv_jax.compress.budgets import check_least_kept, num_kept_tokens, request_kv_config
 from fairkv_jax.compress.registry import make_method
-from fairkv_jax.config import EngineConfig, KVConfig
+from fairkv_jax.config import EngineConfig, GrammarLimits, KVConfig
 from fairkv_jax.engine.compiling import Compilations
 from fairkv_jax.engine.device_errors import STEP_DOES_NOT_FIT, translate_xla_errors
 from fairkv_jax.engine.execution import Execution
@@ -61,6 +62,7 @@ class LLMEngine:
         engine_config: EngineConfig,
         kv_config: KVConfig,
         *,
+        grammar_limits: GrammarLimits | None = None,
         progress: bool = True,
         schedule_log: ScheduleLog | None = None,
     ):
@@ -86,7 +88,9 @@ class LLMEngine:
         """Prefixes that have been cached by requests, see `Request.caches_prefix`."""
         self._caching: dict[str, PrefixRecord] = {}
         """By the id of the unfinished request that computes it."""
-        self._grammars = GrammarCompiler(self.tokenizer, self.model_config.vocab_size)
+        self._grammars = GrammarCompiler(
+            self.tokenizer, self.model_config.vocab_size, grammar_limits or GrammarLimits()
+        )
         self._arrivals = itertools.count()
         self._compilations = Compilations()
         self._seeds = np.random.default_rng(engine_config.seed)
@@ -140,15 +144,23 @@ class LLMEngine:
         """Whether requests wait or run, or have ended in a step that failed later."""
         return len(self.scheduler) > 0 or bool(self._outputs)
 
-    def compile_grammar(self, params: StructuredOutputsParams) -> None:
-        """Compiles the grammar that later requests will bring.
+    def compile_grammar(
+        self, params: StructuredOutputsParams, cancelled: threading.Event | None = None
+    ) -> None:
+        """Compiles the grammar that later requests will bring; any thread may call it.
 
-        It can take a second; any thread may call it.
+        It can take twice the time of the limit. `cancelled`, when it is set, ends it early.
 
         Raises:
-            ValueError: the schema or grammar has a fault, which the message names.
+            ValueError: the schema or grammar has a fault or is beyond the limits; see
+                `GrammarCompiler.matcher`, also for the other errors.
         """
-        self._grammars.matcher(params)
+        self._grammars.matcher(params, cancelled)
+
+    def start_workers(self) -> None:
+        """Starts the worker processes, so that the first requests do not have to wait for them."""
+        self._grammars.warm_up()
+        self.tokenizer.warm_up()
 
     def validate(self, request: Request) -> ValidatedRequest:
         """Checks a request against the model's limits; any thread may call it.
@@ -176,7 +188,11 @@ class LLMEngine:
         if request.caches_prefix:
             room = 0
         max_tokens = room if wanted is None else min(wanted, room)
-        return ValidatedRequest(replace(request, prompt_token_ids=prompt), max_tokens, record)
+        outputs = request.sampling_params.structured_outputs
+        matcher = None if outputs is None else self._grammars.matcher(outputs)
+        return ValidatedRequest(
+            replace(request, prompt_token_ids=prompt), max_tokens, record, matcher
+        )
 
     def add_request(self, request: Request | ValidatedRequest) -> None:
         """Puts a request into the queue; it is validated first unless it has been already.
@@ -189,8 +205,6 @@ class LLMEngine:
         if request.request_id in self.scheduler:
             raise ValueError(f"a request with the id {request.request_id!r} is still running")
         seed = self._seeds.integers(2**63) if params.seed is None else params.seed
-        outputs = params.structured_outputs
-        matcher = None if outputs is None else self._grammars.matcher(outputs)
         new = NewRequest(
             request.request_id,
             request.prompt_token_ids,
@@ -201,7 +215,10 @@ class LLMEngine:
         if request.caches_prefix and valid.prefix is not None:
             self._caching[request.request_id] = valid.prefix
         self.output_processor.add(
-            request, max_tokens=valid.max_tokens, arrival_time=time.monotonic(), matcher=matcher
+            request,
+            max_tokens=valid.max_tokens,
+            arrival_time=time.monotonic(),
+            matcher=None if valid.matcher is None else valid.matcher.copy(),
         )
         self.scheduler.add(
             ScheduledRequest(
@@ -209,7 +226,7 @@ class LLMEngine:
                 arrival=next(self._arrivals),
                 max_tokens=valid.max_tokens,
                 segments=self.segments(valid),
-                follows_grammar=matcher is not None,
+                follows_grammar=valid.matcher is not None,
             )
         )
 
@@ -341,8 +358,6 @@ class LLMEngine:
                 f"min_tokens holds back at most {MAX_STOP_TOKEN_IDS} stop_token_ids and ends of "
                 f"text, got {len(ends)}: give fewer stop_token_ids"
             )
-        if params.structured_outputs is not None:
-            self.compile_grammar(params.structured_outputs)
 
     def _prefix_of(self, request: Request) -> PrefixRecord | None:
         """The prefix that a request begins with, or caches."""

@@ -1,5 +1,6 @@
 """The prefixes that users have named, by id."""
 
+import threading
 from collections.abc import Sequence
 from weakref import WeakValueDictionary
 
@@ -110,18 +111,21 @@ def chat_text(
     record: PrefixRecord | None = None,
     *,
     add_generation_prompt: bool = True,
+    cancelled: threading.Event | None = None,
 ) -> str:
     """Renders a conversation; with `record`, only what follows the prefix's messages.
+
+    `cancelled`, when it is set, ends it early with `CallCancelled`.
 
     Raises:
         ValueError: the template rejects the conversation, or renders the prefix's messages
             differently when others follow.
     """
     if record is None or record.request.messages is None:
-        return tokenizer.apply_chat_template(messages, add_generation_prompt)
+        return tokenizer.apply_chat_template(messages, add_generation_prompt, cancelled)
     before = record.request.prompt
     whole = tokenizer.apply_chat_template(
-        [*record.request.messages, *messages], add_generation_prompt
+        [*record.request.messages, *messages], add_generation_prompt, cancelled
     )
     assert before is not None
     if not whole.startswith(before):

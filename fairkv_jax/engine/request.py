@@ -9,6 +9,7 @@ from jaxtyping import Int
 
 from fairkv_jax.engine.prefix_cache import Prefix
 from fairkv_jax.engine.stats import RequestMetrics
+from fairkv_jax.engine.structured_output import GrammarMatcher
 from fairkv_jax.sampling_params import SamplingParams
 
 
@@ -124,6 +125,8 @@ class ValidatedRequest:
     """Maximum tokens to generate: the requested number, limited by the context."""
     prefix: PrefixRecord | None = None
     """The prefix that the prompt begins with; or is, if the request is to cache it."""
+    matcher: GrammarMatcher | None = None
+    """The beginning of its grammar; None: any token may be generated."""
 
     @property
     def request_id(self) -> str:

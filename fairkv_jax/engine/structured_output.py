@@ -5,80 +5,236 @@ The host asks llguidance token by token; the devices read the answer as a bitmas
 
 import json
 import re
-from functools import cached_property, lru_cache
+import threading
+import weakref
+from collections import OrderedDict
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from typing import Any
 
 import numpy as np
 from jaxtyping import UInt32
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer, grammar_from
 
+from fairkv_jax.bounded_worker import LimitExceeded, WorkerLimits, WorkerPool, memory_in_use
+from fairkv_jax.config import GrammarLimits
 from fairkv_jax.sampling_params import StructuredOutputsParams, num_bitmask_words
 from fairkv_jax.tokenizer import Tokenizer
 
+GRAMMAR_WORKERS = 2
+"""Grammars that are compiled at a time."""
 _MAX_COMPILED = 64
+_MAX_REFUSED = 256
+_MAX_BYTES = 1 << 30
+"""Memory of all compiled grammars together, those of running and queued requests included."""
+_MIN_BYTES = 64 << 10
+"""The least that a compiled grammar counts for."""
 _MAX_LEXER_STATES = 50_000
 """Lexer states of one grammar, at one or two KB each."""
 _MAX_FAULT_CHARACTERS = 200
 
 
+class TooManyGrammars(Exception):
+    """The grammars of the running and queued requests take all the memory that they may take."""
+
+
+@dataclass(frozen=True)
+class _Vocabulary:
+    """What the compilation of a grammar depends on besides the grammar; JSON can represent it."""
+
+    tokenizer: str
+    """The contents of tokenizer.json."""
+    vocab_size: int
+    eos_token_ids: list[int]
+
+    def load(self) -> LLTokenizer:
+        """Raises ValueError if no grammar can be laid over the tokenizer."""
+        try:
+            return LLTokenizer(
+                self.tokenizer, n_vocab=self.vocab_size, eos_token=self.eos_token_ids
+            )
+        except ValueError as error:
+            raise ValueError(f"outputs of this model cannot be constrained: {error}") from error
+
+
+@dataclass(eq=False)
+class _Compiled:
+    """A compiled grammar, and about how many bytes it takes."""
+
+    matcher: LLMatcher
+    num_bytes: int
+
+
 class GrammarCompiler:
     """Compiles schemas and grammars for one vocabulary, and caches the last compiled ones.
 
-    Any thread may call it: a client's grammar can take a second to compile.
+    A grammar of a few bytes can take any amount of time and memory to compile. It is therefore
+    compiled in a worker process first, within limits. Compiled grammars cannot be moved between
+    processes, so it is compiled again here once the worker has shown that it stays within the
+    limits: compiling is deterministic. Ordinary schemas take a few milliseconds. Any thread may
+    call it.
     """
 
-    def __init__(self, tokenizer: Tokenizer, vocab_size: int):
-        self._tokenizer = tokenizer
+    def __init__(self, tokenizer: Tokenizer, vocab_size: int, limits: GrammarLimits | None = None):
+        self._tokenizer, self._vocab_size = tokenizer, vocab_size
         self._num_words = num_bitmask_words(vocab_size)
-        self._vocab_size = vocab_size
-        self._compiled = lru_cache(_MAX_COMPILED)(self._compile)
+        self._limits = limits or GrammarLimits()
+        self._compiled: OrderedDict[StructuredOutputsParams, _Compiled] = OrderedDict()
+        self._refused: OrderedDict[StructuredOutputsParams, str] = OrderedDict()
+        """Grammars beyond the limits, which are not tried again, and why."""
+        self._bytes_in_use = 0
+        """Of the grammars that are cached or that requests refer to."""
+        self._lock = threading.RLock()
 
-    def matcher(self, params: StructuredOutputsParams) -> "GrammarMatcher":
+    def warm_up(self) -> None:
+        """Starts a worker, so that the first grammar does not have to wait for it."""
+        self._pool.warm_up()
+
+    def matcher(
+        self, params: StructuredOutputsParams, cancelled: threading.Event | None = None
+    ) -> "GrammarMatcher":
         """A matcher at the beginning of an output.
 
         Raises:
-            ValueError: the schema or grammar is invalid or too large, or nothing matches it; the
-                message says which.
+            ValueError: the schema or grammar is invalid or too large, nothing matches it, or it is
+                beyond the limits; the message says which.
+            TooManyGrammars: there is no memory left for another grammar at the moment.
+            CallCancelled: `cancelled` was set before the grammar was compiled.
         """
-        return GrammarMatcher(self._compiled(params), self._num_words).copy()
+        compiled = self._cached(params)
+        if compiled is None:
+            num_bytes = self._try_out(params, cancelled)
+            with self._lock:
+                self._make_room(num_bytes)
+            matcher = _compile(params, self._vocabulary, self._num_words)
+            compiled = self._keep(params, _Compiled(matcher, num_bytes))
+        return GrammarMatcher(compiled.matcher, self._num_words, compiled).copy()
 
-    def _compile(self, params: StructuredOutputsParams) -> LLMatcher:
-        limits = LLParserLimits(verbose_errors=False, max_lexer_states=_MAX_LEXER_STATES)
+    def _cached(self, params: StructuredOutputsParams) -> _Compiled | None:
+        with self._lock:
+            if params in self._refused:
+                raise ValueError(self._refused[params])
+            if params in self._compiled:
+                self._compiled.move_to_end(params)
+            return self._compiled.get(params)
+
+    def _try_out(self, params: StructuredOutputsParams, cancelled: threading.Event | None) -> int:
+        """Compiles in a worker process and returns the bytes that the grammar takes."""
         try:
-            grammar = _grammar(params)
-            matcher = LLMatcher(self._vocabulary, grammar, limits=limits, log_level=0)
-        except ValueError as error:
-            raise ValueError(_fault(str(error))) from error
-        # Some faults show only at the first tokens, whose bitmasks take the longest.
-        trial = GrammarMatcher(matcher, self._num_words)
-        first = _lowest_token(trial.bitmask())
-        if not trial.has_failed:
-            trial = trial.copy()
-            trial.accept(first)
-            trial.bitmask()
-        if trial.has_failed:
-            raise ValueError(_fault(trial.error))
-        return matcher
+            return self._pool.call(asdict(params), cancelled)
+        except LimitExceeded as error:
+            message = self._why(error.limit)
+            with self._lock:
+                self._refused[params] = message
+                if len(self._refused) > _MAX_REFUSED:
+                    self._refused.popitem(last=False)
+            raise ValueError(message) from error
+
+    def _why(self, limit: str) -> str:
+        limits = self._limits
+        if limit == "time":
+            return (
+                f"it takes more than {limits.timeout_s:g} seconds to compile, the limit that "
+                "grammar_timeout sets: simplify it"
+            )
+        return (
+            f"it takes more than {limits.memory_bytes >> 20} MiB of memory to compile, the limit "
+            "that grammar_memory_bytes sets: simplify it"
+        )
+
+    def _make_room(self, num_bytes: int) -> None:
+        """Drops cached grammars that no request uses, the oldest first, until there is room."""
+        while self._compiled and (
+            self._bytes_in_use + num_bytes > _MAX_BYTES or len(self._compiled) >= _MAX_COMPILED
+        ):
+            self._compiled.popitem(last=False)
+        if self._bytes_in_use + num_bytes > _MAX_BYTES:
+            raise TooManyGrammars(
+                f"the schemas and grammars of other requests take {self._bytes_in_use >> 20} of "
+                f"{_MAX_BYTES >> 20} MiB: try again later, or send a simpler one"
+            )
+
+    def _keep(self, params: StructuredOutputsParams, compiled: _Compiled) -> _Compiled:
+        with self._lock:
+            self._compiled[params] = compiled
+            self._bytes_in_use += compiled.num_bytes
+        weakref.finalize(compiled, self._forget, compiled.num_bytes).atexit = False
+        return compiled
+
+    def _forget(self, num_bytes: int) -> None:
+        with self._lock:
+            self._bytes_in_use -= num_bytes
 
     @cached_property
     def _vocabulary(self) -> LLTokenizer:
+        return self._parts.load()
+
+    @cached_property
+    def _parts(self) -> _Vocabulary:
         ends = sorted(self._tokenizer.eos_token_ids)
-        tokenizer = self._tokenizer.to_json()
-        try:
-            return LLTokenizer(tokenizer, n_vocab=self._vocab_size, eos_token=ends)
-        except ValueError as error:
-            raise ValueError(f"outputs of this model cannot be constrained: {error}") from error
+        return _Vocabulary(self._tokenizer.to_json(), self._vocab_size, ends)
+
+    @cached_property
+    def _pool(self) -> WorkerPool:
+        limits = WorkerLimits(self._limits.timeout_s, self._limits.memory_bytes)
+        target = f"{__name__}:make_trial"
+        return WorkerPool(target, asdict(self._parts), limits, num_workers=GRAMMAR_WORKERS)
+
+
+def make_trial(setup: dict[str, Any]) -> Callable[[dict[str, Any]], int]:
+    """Returns the function that the worker runs: it compiles and returns the bytes needed."""
+    parts = _Vocabulary(**setup)
+    num_words = num_bitmask_words(parts.vocab_size)
+    vocabulary: LLTokenizer | None = None
+
+    def compile_and_measure(fields: dict[str, Any]) -> int:
+        nonlocal vocabulary
+        vocabulary = vocabulary or parts.load()
+        before = memory_in_use()[1]
+        compiled = _compile(StructuredOutputsParams(**fields), vocabulary, num_words)
+        after = memory_in_use()[1]
+        del compiled
+        return max(_MIN_BYTES, after - before)
+
+    with suppress(ValueError):  # Every call reports it.
+        vocabulary = parts.load()
+    return compile_and_measure
+
+
+def _compile(params: StructuredOutputsParams, vocabulary: LLTokenizer, num_words: int) -> LLMatcher:
+    """Compiles a grammar; raises ValueError as `GrammarCompiler.matcher` does."""
+    limits = LLParserLimits(verbose_errors=False, max_lexer_states=_MAX_LEXER_STATES)
+    try:
+        grammar = _grammar(params)
+        matcher = LLMatcher(vocabulary, grammar, limits=limits, log_level=0)
+    except ValueError as error:
+        raise ValueError(_fault(str(error))) from error
+    # Some faults show only at the first tokens, whose bitmasks take the longest.
+    trial = GrammarMatcher(matcher, num_words)
+    first = _lowest_token(trial.bitmask())
+    if not trial.has_failed:
+        trial = trial.copy()
+        trial.accept(first)
+        trial.bitmask()
+    if trial.has_failed:
+        raise ValueError(_fault(trial.error))
+    return matcher
 
 
 class GrammarMatcher:
     """How far one output has come in its grammar."""
 
-    def __init__(self, matcher: LLMatcher, num_words: int):
+    def __init__(self, matcher: LLMatcher, num_words: int, source: _Compiled | None = None):
+        """`source` counts as in use as long as the matcher exists."""
         self._matcher = matcher
         self._num_words = num_words
+        self._source = source
 
     def copy(self) -> "GrammarMatcher":
         """A matcher in the same state that advances on its own."""
-        return GrammarMatcher(self._matcher.deep_copy(), self._num_words)
+        return GrammarMatcher(self._matcher.deep_copy(), self._num_words, self._source)
 
     def bitmask(self) -> UInt32[np.ndarray, "W"]:
         """The tokens that may come next, one bit per token, as `sample` takes them."""

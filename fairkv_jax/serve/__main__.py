@@ -64,6 +64,7 @@ def _load(options: Options) -> Engine:
     from fairkv_jax.engine.build import build_engine
 
     engine = build_engine(**{"tensor_parallel_size": len(jax.devices()), **options.engine})
+    engine.start_workers()
     config = engine.engine_config
     lengths = range(1, config.max_model_len)
     engine.warm_up(

@@ -87,7 +87,14 @@ def _add_status_routes(app: FastAPI, service: Service) -> None:
 
     @app.get("/health")
     async def health() -> JSONResponse:
-        """Liveness: returns 200 while the engine is loading or running, and 503 after a failure."""
+        """Liveness: returns 503 after a failure, or if requests make no progress."""
+        stalled = service.engine.seconds_stalled
+        if stalled > service.options.stall_timeout:
+            return error_response(
+                503,
+                f"no step of the engine has ended for {stalled:.0f} seconds although requests are "
+                "running: see the server's log, or raise --stall-timeout",
+            )
         return status(service.engine.is_alive)
 
     @app.get("/ready")

@@ -9,6 +9,7 @@ OutputStream ◄── call_soon_threadsafe ── step()
 import asyncio
 import logging
 import threading
+import time
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from contextlib import closing
 from dataclasses import dataclass
@@ -157,6 +158,7 @@ class AsyncEngine:
         """Deletions of prefixes that the engine thread has not carried out yet."""
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._engine: Engine | None = None
+        self._last_progress = time.monotonic()
         self.state = State.LOADING
         self.failure: BaseException | None = None
 
@@ -187,6 +189,11 @@ class AsyncEngine:
     def num_requests(self) -> int:
         """Number of running and waiting requests."""
         return len(self._streams)
+
+    @property
+    def seconds_stalled(self) -> float:
+        """Seconds since the last step ended, while there are requests; 0 without requests."""
+        return time.monotonic() - self._last_progress if self._streams else 0.0
 
     @property
     def _limit(self) -> int:
@@ -234,6 +241,8 @@ class AsyncEngine:
             )
         self.check_room(len(requests))
         stream = OutputStream(self, requests)
+        if not self._streams:
+            self._last_progress = time.monotonic()
         for request in valid:
             self._streams[request.request_id] = stream
             self._mailbox.put(_Add(request))
@@ -284,6 +293,7 @@ class AsyncEngine:
         self._observer.stepped([], stats)
 
     def _deliver(self, outputs: list[RequestOutput], stats: EngineStats) -> None:
+        self._last_progress = time.monotonic()
         self._observer.stepped(outputs, stats)
         for output in outputs:
             stream = self._streams.get(output.request_id)

@@ -33,12 +33,12 @@ async def create_chat_completion(body: ChatBody, request: Request) -> Response:
     engine, owner = service.engine.engine, owner_of(request)
     prefix = None if body.prefix_id is None else engine.prefixes.get(body.prefix_id, owner)
     prompt = await render_chat(
-        engine,
+        request,
         body.messages,
         add_generation_prompt=body.add_generation_prompt is not False,
         prefix=prefix,
     )
-    await compile_grammar(engine, body)
+    await compile_grammar(request, body)
     answer_id = f"chatcmpl-{uuid4().hex}"
     requests = fan_out(answer_id, [prompt], body, owner)
     head = {"id": answer_id, "created": int(time.time()), "model": service.model_name}

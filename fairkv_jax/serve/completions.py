@@ -38,7 +38,7 @@ async def create_completion(body: CompletionBody, request: Request) -> Response:
         with_text=bool(body.echo),
         add_special_tokens=body.prefix_id is None,
     )
-    await compile_grammar(engine, body)
+    await compile_grammar(request, body)
     answer_id = f"cmpl-{uuid4().hex}"
     requests = fan_out(answer_id, prompts, body, owner_of(request))
     head = {

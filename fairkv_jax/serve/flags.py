@@ -96,6 +96,7 @@ def _server_options(given: dict[str, Any], environ: Mapping[str, str]) -> Server
         ("max_num_queued_reqs", 0),
         ("max_request_bytes", 1),
         ("shutdown_timeout", 0),
+        ("stall_timeout", 1),
     ):
         if getattr(options, name) < low:
             raise ValueError(

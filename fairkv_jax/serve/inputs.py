@@ -4,11 +4,15 @@ import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from fastapi import Request as HttpRequest
+
 from fairkv_jax.engine.prefix_registry import chat_text
 from fairkv_jax.engine.request import PrefixRecord, Request
+from fairkv_jax.engine.structured_output import TooManyGrammars
 from fairkv_jax.serve.engine_protocol import Engine
 from fairkv_jax.serve.errors import ApiError
 from fairkv_jax.serve.protocol import GenerationBody, Message
+from fairkv_jax.serve.service import client_of, service_of
 
 
 @dataclass(frozen=True)
@@ -59,7 +63,7 @@ async def encode(engine: Engine, text: str, *, add_special_tokens: bool = True) 
 
 
 async def render_chat(
-    engine: Engine,
+    request: HttpRequest,
     messages: Sequence[Message],
     *,
     add_generation_prompt: bool = True,
@@ -74,8 +78,12 @@ async def render_chat(
         ApiError: the model has no template, or the template rejects the conversation.
     """
     turns = [message.as_dict() for message in messages]
+    service = service_of(request)
+    engine = service.engine.engine
     try:
-        text = await asyncio.to_thread(
+        text = await service.templates.run(
+            request,
+            client_of(request),
             chat_text,
             engine.tokenizer,
             turns,
@@ -87,18 +95,23 @@ async def render_chat(
     return await encode(engine, text, add_special_tokens=False)
 
 
-async def compile_grammar(engine: Engine, body: GenerationBody) -> None:
-    """Compiles the request's grammar in another thread, because that may take a second.
+async def compile_grammar(request: HttpRequest, body: GenerationBody) -> None:
+    """Compiles the request's grammar, which can take seconds; others are served meanwhile.
 
     Raises:
-        ApiError: the grammar is invalid.
+        ApiError: the grammar is invalid or beyond the limits.
+        ClientGone: the client disconnected.
     """
     constraint = body.structured_outputs_params()
     if constraint is None:
         return
     (field,) = body.constraining_fields
+    service = service_of(request)
+    compiling = service.engine.engine.compile_grammar
     try:
-        await asyncio.to_thread(engine.compile_grammar, constraint)
+        await service.grammars.run(request, client_of(request), compiling, constraint)
+    except TooManyGrammars as error:
+        raise ApiError(503, str(error), field) from error
     except ValueError as error:
         raise ApiError(400, f"{field}: {error}", field) from error
 

@@ -53,6 +53,12 @@ class ServerOptions:
         25, "Seconds that running requests have to finish after SIGTERM.", group=_SERVER
     )
     """The default is below the 30 seconds after which most process managers send SIGKILL."""
+    stall_timeout: int = option(
+        120,
+        "Seconds without progress, while requests are running, after which /health returns HTTP "
+        "503.",
+        group=_SERVER,
+    )
     log_level: str = option(
         "info", "Minimum level of logged messages.", group=_SERVER, choices=LOG_LEVELS
     )

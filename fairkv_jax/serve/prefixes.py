@@ -54,7 +54,7 @@ async def create_prefix(body: PrefixBody, request: Request) -> Response:
     messages = None
     if body.messages is not None:
         messages = tuple(message.as_dict() for message in body.messages)
-        prompt = await render_chat(engine, body.messages, add_generation_prompt=False)
+        prompt = await render_chat(request, body.messages, add_generation_prompt=False)
     else:
         (prompt,) = await encode_prompts(engine, [body.prompt or ""], with_text=False)
     wanted = engine_request.Request(

@@ -1,6 +1,5 @@
 """Parts that completions and chat completions share: usage, log-probabilities, event streams."""
 
-import asyncio
 import json
 import logging
 from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
@@ -12,7 +11,8 @@ from starlette.types import Receive, Scope, Send
 
 from fairkv_jax.engine.request import CompletionOutput, Logprob, RequestOutput
 from fairkv_jax.serve.async_engine import OutputStream
-from fairkv_jax.serve.errors import ClientGone, error_body, message_of, status_of
+from fairkv_jax.serve.client_work import unless_gone
+from fairkv_jax.serve.errors import error_body, message_of, status_of
 from fairkv_jax.serve.protocol import StreamOptions
 
 log = logging.getLogger(__name__)
@@ -165,20 +165,7 @@ async def collect(request: Request, outputs: OutputStream) -> list[RequestOutput
     Raises:
         ClientGone: the client disconnected, and its running requests were aborted.
     """
-    work = asyncio.ensure_future(outputs.collect())
-    watch = asyncio.ensure_future(_disconnected(request))
     try:
-        await asyncio.wait({work, watch}, return_when=asyncio.FIRST_COMPLETED)
-        if not work.done():
-            raise ClientGone("the client disconnected")
-        return work.result()
+        return await unless_gone(request, outputs.collect())
     finally:
-        work.cancel()
-        watch.cancel()
         outputs.close()
-
-
-async def _disconnected(request: Request) -> None:
-    """Waits for the disconnect message, the only one that follows the body."""
-    while (await request.receive())["type"] != "http.disconnect":
-        pass

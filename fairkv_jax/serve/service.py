@@ -2,15 +2,18 @@
 
 import json
 from collections.abc import Callable, Coroutine, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
 from fastapi import Request, Response
 from fastapi.routing import APIRoute
 
+from fairkv_jax.chat_template import NUM_WORKERS
 from fairkv_jax.engine import request as engine_request
+from fairkv_jax.engine.structured_output import GRAMMAR_WORKERS
 from fairkv_jax.serve.access import Work
 from fairkv_jax.serve.async_engine import AsyncEngine, OutputStream
+from fairkv_jax.serve.client_work import ClientWork
 from fairkv_jax.serve.errors import ApiError
 from fairkv_jax.serve.metrics import Metrics
 from fairkv_jax.serve.middleware import key_digest
@@ -24,6 +27,8 @@ class Service:
     engine: AsyncEngine
     options: ServerOptions
     metrics: Metrics
+    grammars: ClientWork = field(default_factory=lambda: ClientWork("grammars", GRAMMAR_WORKERS))
+    templates: ClientWork = field(default_factory=lambda: ClientWork("templates", NUM_WORKERS))
 
     @property
     def model_name(self) -> str:
@@ -71,6 +76,11 @@ def owner_of(request: Request) -> str:
     """Returns whose prefixes a request may use: those of its API key, if there are keys."""
     digest = key_digest(request.headers) if service_of(request).options.api_keys else None
     return "" if digest is None else digest.hex()
+
+
+def client_of(request: Request) -> str:
+    """Returns who sends a request: its API key if there are keys, and its address otherwise."""
+    return owner_of(request) or (request.client.host if request.client else "")
 
 
 class _StrictRequest(Request):

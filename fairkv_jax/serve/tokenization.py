@@ -45,7 +45,7 @@ async def tokenize(body: TokenizeBody, request: Request) -> dict[str, Any]:
     engine = service.engine.engine
     if body.messages is not None:
         prompt = await render_chat(
-            engine,
+            request,
             body.messages,
             add_generation_prompt=body.add_generation_prompt is not False,
         )

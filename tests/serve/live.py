@@ -9,7 +9,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -77,12 +77,15 @@ def running(load: Callable[[], Engine], *, wait: bool = True, **options) -> Iter
 
 
 @contextmanager
-def posted(url: str, path: str, body: dict[str, Any]) -> Iterator[socket.socket]:
+def posted(
+    url: str, path: str, body: dict[str, Any], headers: Mapping[str, str] | None = None
+) -> Iterator[socket.socket]:
     """A bare connection that has sent a request; leaving it hangs up."""
     content = json.dumps(body).encode()
     host, port = url.removeprefix("http://").split(":")
     with socket.create_connection((host, int(port)), timeout=PATIENCE_S) as connection:
         head = f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+        head += "".join(f"{name}: {value}\r\n" for name, value in (headers or {}).items())
         connection.sendall(f"{head}Content-Length: {len(content)}\r\n\r\n".encode() + content)
         yield connection
 

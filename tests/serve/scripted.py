@@ -5,6 +5,7 @@ not depend on a model, failures in the middle of a step included.
 """
 
 import math
+import threading
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +14,7 @@ import numpy as np
 
 from fairkv_jax.checkpoint.open import open_checkpoint
 from fairkv_jax.compress.budgets import num_kept_tokens, request_kv_config
-from fairkv_jax.config import EngineConfig, KVConfig, ModelConfig
+from fairkv_jax.config import EngineConfig, GrammarLimits, KVConfig, ModelConfig
 from fairkv_jax.engine.prefix_registry import PrefixRegistry
 from fairkv_jax.engine.request import (
     CachedPrefix,
@@ -41,7 +42,14 @@ class ScriptedEngine:
 
     model_name = "scripted"
 
-    def __init__(self, checkpoint: Path, *, max_num_seqs: int = 4, step_seconds: float = 0.001):
+    def __init__(
+        self,
+        checkpoint: Path,
+        *,
+        max_num_seqs: int = 4,
+        step_seconds: float = 0.001,
+        grammar_limits: GrammarLimits | None = None,
+    ):
         opened = open_checkpoint(checkpoint)
         self.model_config: ModelConfig = opened.config
         self.tokenizer: Tokenizer = opened.tokenizer()
@@ -54,7 +62,9 @@ class ScriptedEngine:
         self.prefixes = PrefixRegistry(self.model_config, self.kv_config)
         self.caching: dict[str, PrefixRecord] = {}
         self.step_seconds = step_seconds
-        self.grammars = GrammarCompiler(self.tokenizer, self.model_config.vocab_size)
+        self.grammars = GrammarCompiler(
+            self.tokenizer, self.model_config.vocab_size, grammar_limits
+        )
         self.aborted: list[str] = []
         self.num_validated = 0
         self.is_closed = False
@@ -62,9 +72,14 @@ class ScriptedEngine:
         self.generated: dict[str, list[int]] = {}
         self.times: dict[str, RequestMetrics] = {}
 
-    def compile_grammar(self, params: StructuredOutputsParams) -> None:
+    def compile_grammar(
+        self, params: StructuredOutputsParams, cancelled: threading.Event | None = None
+    ) -> None:
         """It is compiled, for its faults, and then takes no effect."""
-        self.grammars.matcher(params)
+        self.grammars.matcher(params, cancelled)
+
+    def start_workers(self) -> None:
+        self.grammars.warm_up()
 
     def validate(self, request: Request) -> ValidatedRequest:
         self.num_validated += 1

@@ -110,6 +110,7 @@ def solve_equal(
         return start, peak
     head, count, device = columns.T
     choices, choice = np.unique(columns[:, :2], axis=0, return_inverse=True)
+    choice = choice.reshape(-1)  # NumPy 2.0 gives it another axis
     n, m = len(columns), len(choices)
     each, option = np.arange(n), n + np.arange(m)
     program = Program(n + m + 1, n + m, floor / peak, 1.0)
@@ -233,7 +234,8 @@ class Program:
         Infeasible means that nothing lies below the ceiling, which is then the bound.
         """
         row, column, value = (np.concatenate(part) for part in zip(*self.entries, strict=True))
-        matrix = coo_array((value, (row, column)), shape=(self.count, self.size)).tocsr()
+        indices = row.astype(np.int32), column.astype(np.int32)  # SciPy 1.14 takes no others
+        matrix = coo_array((value, indices), shape=(self.count, self.size)).tocsr()
         low, high = (np.concatenate(part) for part in zip(*self.limits, strict=True))
         objective = np.zeros(self.size)
         objective[self.objective] = 1.0
