@@ -15,7 +15,7 @@ INSTALLED := $(VENV)/.installed
 INSTALLED_DEV := $(VENV)/.installed-dev
 CHECKPOINT := checkpoints/SmolLM2-135M-Instruct/SmolLM2-135M-Instruct.Q4_1.gguf
 
-.PHONY: serve test test-long check lint format types layers option-table clean
+.PHONY: serve test test-long check lint format types layers spelling option-table clean
 
 serve: $(CHECKPOINT)
 	$(BIN)/python -m fairkv_jax.serve $(ARGS)
@@ -27,7 +27,7 @@ test: $(INSTALLED_DEV) $(CHECKPOINT)
 test-long: $(INSTALLED_DEV) $(CHECKPOINT)
 	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile --long $(ARGS)
 
-check: lint format types layers
+check: lint format types layers spelling
 
 lint: $(INSTALLED_DEV)
 	$(BIN)/ruff check .
@@ -40,6 +40,9 @@ types: $(INSTALLED_DEV)
 
 layers: $(INSTALLED_DEV)
 	$(BIN)/lint-imports
+
+spelling: $(INSTALLED_DEV)
+	$(BIN)/codespell
 
 # Writes README's table of options from their declarations. A test fails if it is out of date.
 option-table: $(INSTALLED)

@@ -7,7 +7,7 @@ if TYPE_CHECKING:
     from fairkv_jax.engine.llm import LLM
     from fairkv_jax.sampling_params import SamplingParams
 
-__version__ = "0.1.0"
+__version__ = "0.2.0.dev0"
 __all__ = ["LLM", "SamplingParams", "__version__"]
 
 _LAZY = {"LLM": "fairkv_jax.engine.llm", "SamplingParams": "fairkv_jax.sampling_params"}
