@@ -4,8 +4,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from html import escape
 
-PALETTE = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#882255", "#999933")
-"""Okabe and Ito's colours, which differ in lightness too; two of Tol's follow them."""
+from fairkv_jax.viz.palette import PALETTE
+
 _SHAPES = ("circle", "square", "triangle", "diamond")
 _LEFT, _RIGHT, _TOP, _BOTTOM = 52, 16, 12, 40
 WIDTH, HEIGHT = 380, 240

@@ -16,7 +16,7 @@ from fairkv_jax.plan.profile import Profile
 from fairkv_jax.plan.report import report_page
 from fairkv_jax.plan.shape import find_shape
 from fairkv_jax.plan.simulate import Workload, simulate
-from fairkv_jax.plan.table import plan_tables, simulation_table
+from fairkv_jax.plan.table import plan_name, plan_tables, simulation_table
 
 COMPARED = (
     ("static", "equal"),
@@ -25,6 +25,7 @@ COMPARED = (
     ("fair_copying", "proportional"),
 )
 GIB = 1 << 30
+PICTURES = (".svg", ".png", ".pdf")
 DEPRECATED_FLAGS = {"--max_copies": "--max_extra_replicas"}
 
 
@@ -83,7 +84,12 @@ def define_flags() -> flags.FlagValues:
         flag_values=values,
     )  # fmt: skip
     flags.DEFINE_string("output", None, "Path of the plan (JSON) to write.", flag_values=values)
-    flags.DEFINE_string("report", None, "Path of the HTML report to write.", flag_values=values)
+    flags.DEFINE_string(
+        "report", None,
+        "Path of the report to write: a page, or with the ending .svg, .png or .pdf a picture of "
+        "how long devices wait with every strategy, which needs matplotlib.",
+        flag_values=values,
+    )  # fmt: skip
     flags.DEFINE_bool("help", False, "Print this page and exit.", flag_values=values)
     return values
 
@@ -161,7 +167,7 @@ def run(values: flags.FlagValues, console: Console) -> None:
         Path(values.output).write_text(chosen.to_json(), encoding="utf-8")
         console.print(f"plan written to {values.output}")
     if values.report:
-        Path(values.report).write_text(report_page(profile, chosen, others), encoding="utf-8")
+        _write_report(Path(values.report), profile, chosen, others)
         console.print(f"report written to {values.report}")
 
 
@@ -178,6 +184,25 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1
     return 0
+
+
+def _write_report(path: Path, profile: Profile, chosen: Plan, plans: list[Plan]) -> None:
+    """Writes a page, or where the file's name says so a picture.
+
+    Raises:
+        ValueError: a picture is asked for without matplotlib.
+    """
+    if path.suffix not in PICTURES:
+        path.write_text(report_page(profile, chosen, plans), encoding="utf-8")
+        return
+    try:
+        from fairkv_jax.viz.devices import waiting
+    except ImportError as error:
+        raise ValueError(
+            f"--report {path} needs matplotlib ({error}): pip install 'fairkv-jax[viz]', or give "
+            "a name that ends in .html"
+        ) from None
+    waiting({plan_name(plan): plan.loads(profile.array) for plan in plans}).savefig(path)
 
 
 def _compare(plan_with: Callable[[str, str], Plan], chosen: Plan) -> list[Plan]:

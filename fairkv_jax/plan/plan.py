@@ -106,6 +106,19 @@ class Plan:
                 shares[index, replica.head, replica.device] = replica.share
         return shares
 
+    def loads(self, tokens: np.ndarray) -> np.ndarray:
+        """Returns the cached tokens of one row on each device, [L, P], of `tokens` [L, K]."""
+        return np.einsum("lk,lkp->lp", tokens, self.shares())
+
+    def token_utilization(self, tokens: np.ndarray) -> float:
+        """Returns the utilization if weights cost nothing, for heads that hold `tokens` [L, K].
+
+        It is the mean number of cached tokens of the devices divided by the number on each layer's
+        fullest device.
+        """
+        loads = self.loads(tokens)
+        return float(loads.mean(1).sum() / loads.max(1).sum())
+
     def head_of_slot(self) -> np.ndarray:
         """Returns the head in every slot, int32 [L, P, C]; -1 marks empty slots.
 

@@ -48,7 +48,7 @@ def report_page(profile: Profile, chosen: Plan, plans: Sequence[Plan]) -> str:
         _figures(chosen, plans[0]),
         _heads(profile, chosen),
         _devices(profile, plans[0], chosen),
-        _strategies(chosen, plans),
+        _strategies(profile, chosen, plans),
     ]
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
@@ -112,7 +112,7 @@ def _heads(profile: Profile, plan: Plan) -> str:
 
 
 def _devices(profile: Profile, before: Plan, after: Plan) -> str:
-    loads = [np.einsum("lk,lkp->lp", profile.array, plan.shares()) for plan in (before, after)]
+    loads = [plan.loads(profile.array) for plan in (before, after)]
     most = max(float((load / load.mean(1, keepdims=True)).max()) for load in loads)
     total = max(float(load.sum(0).max()) for load in loads)
     parts = []
@@ -145,10 +145,10 @@ def _devices(profile: Profile, before: Plan, after: Plan) -> str:
     )
 
 
-def _strategies(chosen: Plan, plans: Sequence[Plan]) -> str:
+def _strategies(profile: Profile, chosen: Plan, plans: Sequence[Plan]) -> str:
     heads = (
-        "strategy", "attention", "whole step", "utilization", "batch", "tokens/s", "ratio",
-        "extra replicas", "slots", "+1 replica", "fullest",
+        "strategy", "attention", "whole step", "utilization", "of tokens", "batch", "tokens/s",
+        "ratio", "extra replicas", "slots", "+1 replica", "fullest",
     )  # fmt: skip
     rows = []
     for plan in plans:
@@ -157,6 +157,7 @@ def _strategies(chosen: Plan, plans: Sequence[Plan]) -> str:
             f"{plan.step_seconds * 1e3:.3g} ms",
             f"{(plan.step_seconds + plan.rest_seconds) * 1e3:.3g} ms",
             f"{plan.utilization:.1%}",
+            f"{plan.token_utilization(profile.array):.1%}",
             str(plan.cost.batch),
             f"{plan.tokens_per_second:,.0f}",
             f"{plan.tokens_per_second / plans[0].tokens_per_second:.2f}×",
@@ -174,6 +175,7 @@ def _strategies(chosen: Plan, plans: Sequence[Plan]) -> str:
         f"{slot:,.0f} cached tokens, or {slot / chosen.cost.batch:,.0f} tokens of each row at a "
         f"batch of {chosen.cost.batch}. Every slot costs that time, even an empty one. A replica "
         "pays off if it moves more tokens than that, or if it fills a slot that would be empty. "
+        "<i>Of tokens</i> is the utilization if weights cost nothing. "
         "<i>Ratio</i> compares the tokens/s with the first strategy. <i>+1 replica</i> is the gain "
         "in tokens/s of one more replica per layer. <i>Fullest</i> is the memory of the device "
         "with the most weights and cached tokens.</p>"

@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 
-import numpy as np
 from rich.box import SIMPLE_HEAVY
 from rich.table import Table
 
@@ -19,6 +18,7 @@ def plan_tables(profile: Profile, chosen: Plan, plans: Sequence[Plan]) -> list[T
 def comparison_table(profile: Profile, chosen: Plan, plans: Sequence[Plan]) -> Table:
     """Returns a table with a row per strategy; "x static" is relative to the first plan, `static`.
 
+    "util" is the utilization of time, weights included, and "tokens" that of cached tokens alone.
     "gap" is the plan's maximum distance from the optimum. "+1 replica" is the gain in tokens/s of
     one more replica per layer. "GiB" is the memory for weights and cache on the fullest device.
     """
@@ -30,8 +30,8 @@ def comparison_table(profile: Profile, chosen: Plan, plans: Sequence[Plan]) -> T
     )
     table.add_column("strategy", no_wrap=True)
     for column in (
-        "slots", "replicas", "util", "attn ms", "step ms", "x static", "gap", "+1 replica",
-        "batch", "tokens/s", "GiB",
+        "slots", "replicas", "util", "tokens", "attn ms", "step ms", "x static", "gap",
+        "+1 replica", "batch", "tokens/s", "GiB",
     ):  # fmt: skip
         table.add_column(column, justify="right", no_wrap=True)
     for plan in plans:
@@ -42,6 +42,7 @@ def comparison_table(profile: Profile, chosen: Plan, plans: Sequence[Plan]) -> T
             str(plan.slots),
             str(plan.num_extra_replicas),
             f"{plan.utilization:.1%}",
+            f"{plan.token_utilization(profile.array):.1%}",
             f"{plan.step_seconds * 1e3:.4g}",
             f"{step * 1e3:.4g}",
             f"{speed:.3f}",
@@ -61,7 +62,7 @@ def layer_table(profile: Profile, plan: Plan) -> Table:
     table.add_column("layer", justify="right")
     for device in range(plan.num_devices):
         table.add_column(f"device {device}")
-    load = np.einsum("lk,lkp->lp", profile.array, plan.shares())
+    load = plan.loads(profile.array)
     for index, layer in enumerate(plan.layers):
         cells = [
             f"{_heads(layer, device)} ({load[index, device]:.0f})"

@@ -1,6 +1,7 @@
 """`python -m fairkv_jax.plan` from the profile's file to the plan's and the page."""
 
 import re
+import sys
 from xml.etree import ElementTree
 
 import numpy as np
@@ -40,6 +41,19 @@ def test_writes_plan_and_page(profile_file, tmp_path, capsys, dash):
         ElementTree.fromstring(svg)
     framed = len(re.findall('class="mark"', html))
     assert framed == int((plan.replicas().sum(2) > 1).sum())
+
+
+def test_the_report_may_be_a_picture(profile_file, tmp_path, capsys, monkeypatch):
+    picture = tmp_path / "plan.svg"
+    assert main([f"--profile={profile_file}", "--report", str(picture)]) == 0
+    assert ElementTree.fromstring(picture.read_text(encoding="utf-8")).tag.endswith("svg")
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.delitem(sys.modules, "fairkv_jax.viz.devices")
+    monkeypatch.delitem(sys.modules, "fairkv_jax.viz.style")
+    assert main([f"--profile={profile_file}", "--report", str(picture)]) == 1
+    assert "pip install 'fairkv-jax[viz]', or give a name that ends in .html" in (
+        capsys.readouterr().err
+    )
 
 
 def test_throughput_uses_the_hardwares_memory(profile_file, tmp_path):

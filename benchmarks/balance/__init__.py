@@ -1,0 +1,1 @@
+"""Compares planning strategies on published head profiles, by the cost model."""
