@@ -50,10 +50,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     fetch.add_argument("--revision", help="branch, tag or commit in the Hub's repository")
     fetch.add_argument(
+        "--download-dir",
         "--root",
         type=Path,
         default=checkpoints_root(),
-        help="folder for checkpoints (default: %(default)s)",
+        help="folder for checkpoints (default: checkpoints/ in a source tree, otherwise "
+        "~/.cache/fairkv_jax/checkpoints)",
     )
     convert = commands.add_parser("convert", help="convert a checkpoint to Orbax, for any mesh")
     convert.add_argument("source", help="a model as in LLM(model=...)")
@@ -78,12 +80,12 @@ def _parser() -> argparse.ArgumentParser:
 
 def _fetch(options: argparse.Namespace) -> Path:
     if options.name == DEMO_MODEL:
-        return fetch_demo(options.root)
+        return fetch_demo(options.download_dir)
     if not is_hub_name(options.name):
         raise CheckpointError(
             f"{options.name!r} is neither {DEMO_MODEL} nor OWNER/MODEL of the Hugging Face Hub"
         )
-    return fetch_hub(options.name, options.root, options.revision)
+    return fetch_hub(options.name, options.download_dir, options.revision)
 
 
 def _inspect(options: argparse.Namespace) -> str:

@@ -55,12 +55,15 @@ DEMO_MODEL = DEMO.name
 
 
 def checkpoints_root() -> Path:
-    """The folder of checkpoints: `checkpoints/` in the source tree or in the working folder.
+    """The folder of checkpoints: `checkpoints/` in a source tree, or a folder of the user's cache.
 
     A package that is installed into site-packages has no source tree.
     """
     tree = Path(__file__).resolve().parents[2]
-    return (tree if (tree / "pyproject.toml").is_file() else Path.cwd()) / "checkpoints"
+    if (tree / "pyproject.toml").is_file():
+        return tree / "checkpoints"
+    cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(cache).expanduser() / "fairkv_jax" / "checkpoints"
 
 
 def fetch_demo(root: Path | None = None) -> Path:

@@ -4,7 +4,7 @@ import logging
 from pathlib import Path
 
 from fairkv_jax.checkpoint.base import Checkpoint, CheckpointError
-from fairkv_jax.checkpoint.fetch import DEMO_MODEL, checkpoints_root
+from fairkv_jax.checkpoint.fetch import DEMO_MODEL, checkpoints_root, fetch_demo
 from fairkv_jax.checkpoint.gguf_checkpoint import GGUFCheckpoint
 from fairkv_jax.checkpoint.hf_checkpoint import HFCheckpoint
 from fairkv_jax.checkpoint.hub import fetch_hub, is_hub_name
@@ -13,16 +13,19 @@ from fairkv_jax.checkpoint.orbax_checkpoint import MODEL_FILE, OrbaxCheckpoint
 logger = logging.getLogger(__name__)
 
 
-def open_checkpoint(path: str | Path) -> Checkpoint:
+def open_checkpoint(path: str | Path, download_dir: str | Path | None = None) -> Checkpoint:
     """Opens a GGUF file, a folder that holds one, a Hugging Face folder, or a converted checkpoint.
 
-    `path` may also be the name of a folder in `checkpoints/`, or OWNER/MODEL of the Hugging Face
-    Hub, which is fetched into `checkpoints/` if it is not there yet.
+    Args:
+        path: the file or the folder; or the name of a folder in `download_dir`. The demo model and
+            OWNER/MODEL of the Hugging Face Hub are fetched into it if they are not there yet.
+        download_dir: None: the folder that `checkpoints_root` returns.
 
     Raises:
-        CheckpointError: there is no checkpoint, or it cannot be read.
+        CheckpointError: there is no checkpoint, or it cannot be fetched or read.
     """
-    found = _find(Path(path))
+    root = checkpoints_root() if download_dir is None else Path(download_dir).expanduser()
+    found = _find(Path(path), root)
     if not found.is_dir():
         return GGUFCheckpoint(found)
     if (found / MODEL_FILE).exists():
@@ -39,21 +42,17 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     return GGUFCheckpoint(files[0])
 
 
-def _find(path: Path) -> Path:
+def _find(path: Path, root: Path) -> Path:
     if path.exists():
         return path
-    root = checkpoints_root()
+    if str(path) == DEMO_MODEL and not any((root / path).glob("*.gguf")):
+        return fetch_demo(root)
     if (root / path).exists():
         return root / path
-    if str(path) == DEMO_MODEL:
-        raise CheckpointError(
-            f"{DEMO_MODEL} is not in {root} yet: run `python -m fairkv_jax.checkpoint fetch`"
-        )
     if is_hub_name(str(path)) and not path.parent.exists():
         logger.info("no checkpoint at %s, nor in %s: asking the Hugging Face Hub", path, root)
         return fetch_hub(str(path), root)
     raise CheckpointError(
         f"no checkpoint at {path}, nor in {root}: give the path of a GGUF file or of a model "
-        f"folder, OWNER/MODEL of the Hugging Face Hub, or {DEMO_MODEL}, which `python -m "
-        "fairkv_jax.checkpoint fetch` fetches"
+        f"folder, OWNER/MODEL of the Hugging Face Hub, or {DEMO_MODEL}, which is fetched"
     )

@@ -127,11 +127,17 @@ class BuildOptions:
 
     model: Any = option(
         None,
-        "Path of a checkpoint folder or of a GGUF file, name of a folder in checkpoints/, or "
+        "Path of a checkpoint folder or of a GGUF file, name of a folder in download_dir, or "
         "OWNER/MODEL of the Hugging Face Hub.",
         group=_MODEL,
         type=str,
         default_text="the demo model, SmolLM2-135M-Instruct",
+    )
+    download_dir: str | None = option(
+        None,
+        "Folder into which models are fetched.",
+        group=_MODEL,
+        default_text="checkpoints/ in a source tree, otherwise ~/.cache/fairkv_jax/checkpoints",
     )
     head_plan: Any = option(
         "fair_copying",

@@ -67,7 +67,7 @@ def build_engine(
     build_options, grammar_limits = BuildOptions(**for_build), GrammarLimits(**for_grammars)
     kv_config = _kv_config(for_kv)
     _check_names(for_engine)
-    checkpoint = open_checkpoint(build_options.model or DEMO_MODEL)
+    checkpoint = open_checkpoint(build_options.model or DEMO_MODEL, build_options.download_dir)
     kv_config = _with_head_scores(kv_config, checkpoint, for_engine.get("max_model_len"))
     _check_head_budgets(kv_config, checkpoint.config)
     engine_config = _engine_config(for_engine, checkpoint.config, jax.default_backend())

@@ -36,7 +36,7 @@ class _Files:
     )
 
 
-_ENGINE = engine_options("model", "dtype", "quantization", "tensor_parallel_size")
+_ENGINE = engine_options("model", "download_dir", "dtype", "quantization", "tensor_parallel_size")
 OPTIONS = (*options_of(LearnConfig, _Files), *_ENGINE)
 
 
@@ -75,7 +75,7 @@ def _learn(config: LearnConfig, given: dict[str, Any], source: str) -> tuple[Hea
     from fairkv_jax.profile.learn import learn_head_scores
 
     return learn_head_scores(
-        open_checkpoint(given["model"] or DEMO_MODEL),
+        open_checkpoint(given["model"] or DEMO_MODEL, given["download_dir"]),
         config,
         dtype=resolved_dtype(given["dtype"], jax.default_backend()),
         num_devices=num_devices,

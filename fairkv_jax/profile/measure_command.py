@@ -39,7 +39,7 @@ class MeasureOptions:
 
 _ENGINE = tuple(
     replace(each, default="ada_snapkv") if each.name == "kv_policy" else each
-    for each in (*engine_options("model", "dtype"), *options_of(KVConfig))
+    for each in (*engine_options("model", "download_dir", "dtype"), *options_of(KVConfig))
 )
 OPTIONS = (*options_of(MeasureOptions), *_ENGINE)
 

