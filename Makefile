@@ -13,9 +13,10 @@ ARGS ?=
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 INSTALLED_DEV := $(VENV)/.installed-dev
+INSTALLED_DOCS := $(VENV)/.installed-docs
 CHECKPOINT := checkpoints/SmolLM2-135M-Instruct/SmolLM2-135M-Instruct.Q4_1.gguf
 
-.PHONY: serve test test-long check lint format types layers spelling option-table clean
+.PHONY: serve test test-long check lint format types layers spelling option-table docs clean
 
 serve: $(CHECKPOINT)
 	$(BIN)/python -m fairkv_jax.serve $(ARGS)
@@ -44,9 +45,15 @@ layers: $(INSTALLED_DEV)
 spelling: $(INSTALLED_DEV)
 	$(BIN)/codespell
 
-# Writes README's table of options from their declarations. A test fails if it is out of date.
+# Writes the table of options in docs/reference/options.md from their declarations. A test fails if
+# it is out of date.
 option-table: $(INSTALLED)
-	$(BIN)/python -m fairkv_jax.serve.option_table README.md
+	$(BIN)/python -m fairkv_jax.serve.option_table
+
+# Builds the documentation into site/. It fails if a link is broken or a table cannot be generated.
+docs: $(INSTALLED_DOCS)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+	@echo "the documentation is in site/index.html"
 
 clean:
 	rm -rf $(VENV)
@@ -72,6 +79,11 @@ $(INSTALLED): pyproject.toml | $(BIN)/python
 $(INSTALLED_DEV): $(INSTALLED)
 	@echo "installing the requirements of tests and checks into $(VENV)"
 	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	@touch $@
+
+$(INSTALLED_DOCS): $(INSTALLED)
+	@echo "installing the requirements of the documentation into $(VENV)"
+	$(BIN)/python -m pip install --quiet --editable '.[docs]'
 	@touch $@
 
 # Each interpreter is tried, because a name on PATH may be a version manager's shim that fails.

@@ -19,9 +19,9 @@ from fairkv_jax.options import (
     split_options,
     with_new_names,
 )
-from fairkv_jax.serve.option_table import BEGIN, END, with_table
+from fairkv_jax.serve.option_table import BEGIN, END, PAGE, with_table
 
-README = Path(__file__).parents[1] / "README.md"
+ROOT = Path(__file__).parents[1]
 
 
 @dataclass(frozen=True)
@@ -126,8 +126,8 @@ def test_docstrings_list_the_options():
 
 
 def test_readme_has_the_current_table():
-    page = README.read_text(encoding="utf-8")
-    assert page == with_table(page), "README's option table is stale: run `make option-table`"
+    page = (ROOT / PAGE).read_text(encoding="utf-8")
+    assert page == with_table(page), f"{PAGE} is stale: run `make option-table`"
 
 
 def test_the_table_replaces_what_is_between_its_markers():

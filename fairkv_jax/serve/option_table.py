@@ -1,4 +1,7 @@
-"""Writes the table of engine options into README.md: `python -m fairkv_jax.serve.option_table`."""
+"""Writes the table of engine options into docs/reference/options.md.
+
+`make option-table` does so; a test fails if the table is out of date.
+"""
 
 import sys
 from pathlib import Path
@@ -9,6 +12,8 @@ from fairkv_jax.serve.flags import served_option
 
 BEGIN = "<!-- options: written by `make option-table` from the declarations in fairkv_jax/ -->"
 END = "<!-- end of options -->"
+PAGE = Path("docs/reference/options.md")
+"""The page with the table, relative to the root of the repository."""
 
 
 def with_table(page: str) -> str:
@@ -20,7 +25,9 @@ def with_table(page: str) -> str:
     before, begin, rest = page.partition(BEGIN)
     _, end, after = rest.partition(END)
     if not begin or not end:
-        raise ValueError(f"the page needs the lines {BEGIN!r} and {END!r} around the table")
+        raise ValueError(
+            f"the page needs the lines {BEGIN!r} and {END!r} around the table, as {PAGE} has"
+        )
     return f"{before}{begin}\n{_table()}\n{end}{after}"
 
 
@@ -50,5 +57,5 @@ def _value(option: Option) -> str:
 
 
 if __name__ == "__main__":
-    path = Path(sys.argv[1] if len(sys.argv) > 1 else "README.md")
+    path = Path(sys.argv[1]) if len(sys.argv) > 1 else PAGE
     path.write_text(with_table(path.read_text(encoding="utf-8")), encoding="utf-8")

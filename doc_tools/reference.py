@@ -1,0 +1,147 @@
+"""Reference tables that are generated from the code whenever the site is built.
+
+A page asks for one by a line `<!-- generated: NAME -->`.
+"""
+
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from prometheus_client.metrics_core import Metric
+
+from fairkv_jax.options import Option, help_with_choices
+from fairkv_jax.serve.app import create_app
+from fairkv_jax.serve.metrics import Metrics
+from fairkv_jax.serve.options import SERVER_OPTIONS, ServerOptions
+from fairkv_jax.serve.service import Service
+
+MARKER = re.compile(r"^<!-- generated: (.+?) -->$", re.MULTILINE)
+
+
+def with_generated(page: str) -> str:
+    """Returns the page with every marker replaced by what it asks for.
+
+    Raises:
+        KeyError: a marker names nothing that can be generated.
+    """
+    return MARKER.sub(lambda found: _generate(found[1]), page)
+
+
+def _generate(name: str) -> str:
+    if name.startswith("help of "):
+        return help_page(name.removeprefix("help of "))
+    return TABLES[name]()
+
+
+def help_page(command: str) -> str:
+    """Returns what `python -m fairkv_jax.COMMAND --help` prints, as a block of code.
+
+    Raises:
+        RuntimeError: the command failed.
+    """
+    module, *subcommands = command.split()
+    program = [sys.executable, "-m", f"fairkv_jax.{module}", *subcommands, "--help"]
+    done = subprocess.run(program, capture_output=True, text=True, check=False)
+    text = done.stdout.strip()
+    if not text:  # absl's help ends with status 1
+        raise RuntimeError(f"{' '.join(program[1:])} printed no help: {done.stderr.strip()}")
+    # absl names the file that declares a flag by its absolute path.
+    text = re.sub(r"^/\S*?(fairkv_jax/\S+):$", r"\1:", text, flags=re.MULTILINE)
+    return f"```text\n{text}\n```"
+
+
+def server_options() -> str:
+    """Returns the table of the options that only the server has."""
+    rows = [
+        (f"`{option.name}`", _default(option), help_with_choices(option))
+        for option in SERVER_OPTIONS
+    ]
+    return _table(("option", "default", "meaning"), rows)
+
+
+def _default(option: Option) -> str:
+    if option.default_text or not option.shown_default:
+        return option.default_text
+    return f"`{option.shown_default}`"
+
+
+def openapi() -> dict[str, Any]:
+    """Returns the OpenAPI description that the server answers at /openapi.json."""
+    engine: Any = None  # routes are described without being called
+    return create_app(Service(engine, ServerOptions(), Metrics())).openapi()
+
+
+def routes() -> str:
+    """Returns the table of the server's routes."""
+    rows = []
+    for path, operations in openapi()["paths"].items():
+        for method, operation in operations.items():
+            text = (operation.get("description") or operation["summary"]).split("\n")[0]
+            rows.append((f"`{method.upper()} {path}`", text))
+    return _table(("route", "what it does"), rows)
+
+
+def bodies() -> str:
+    """Returns a table of fields for each request body, its nested objects included."""
+    schemas = openapi()["components"]["schemas"]
+    parts = []
+    for name, schema in schemas.items():
+        if "properties" not in schema or "Error" in name:
+            continue
+        needed = schema.get("required", ())
+        rows = [
+            (
+                f"`{field}`",
+                _type(facts),
+                "required" if field in needed else _json(facts.get("default")),
+                facts.get("description", ""),
+            )
+            for field, facts in schema["properties"].items()
+        ]
+        parts.append(f"### {name}\n\n" + _table(("field", "type", "default", "meaning"), rows))
+    return "\n\n".join(parts)
+
+
+def _type(facts: dict[str, Any]) -> str:
+    """Names a JSON schema in a few words; null is left out, since most fields accept it."""
+    if "$ref" in facts:
+        return facts["$ref"].rsplit("/", 1)[-1]
+    if "enum" in facts:
+        return " or ".join(f"`{value}`" for value in facts["enum"])
+    if "anyOf" in facts:
+        names = [_type(each) for each in facts["anyOf"] if each.get("type") != "null"]
+        return " or ".join(dict.fromkeys(names))
+    if facts.get("type") == "array":
+        return f"list of {_type(facts.get('items', {}))}"
+    return facts.get("type", "any")
+
+
+def _json(value: Any) -> str:
+    return "" if value is None else f"`{value}`"
+
+
+def metrics() -> str:
+    """Returns the table of the Prometheus metrics."""
+    families: list[Metric] = list(Metrics().registry.collect())
+    rows = [
+        (f"`{family.name}`", family.type, family.documentation)
+        for family in families
+        if not family.name.startswith("process_")
+    ]
+    return _table(("metric", "type", "meaning"), rows)
+
+
+def _table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+    lines = [head, ("---",) * len(head), *rows]
+    cells = ((cell.replace("|", "\\|").replace("\n", " ") for cell in line) for line in lines)
+    return "\n".join(f"| {' | '.join(line)} |" for line in cells)
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "server options": server_options,
+    "routes": routes,
+    "bodies": bodies,
+    "metrics": metrics,
+}

@@ -1,0 +1,86 @@
+"""Hooks of mkdocs: tables from the code, and links to files outside of docs/.
+
+Pages link to files of the repository by relative paths, so that they work where the repository is
+read. On the site, a linked Markdown file becomes a page, and any other file is copied; a link to
+something that does not exist fails the build (`mkdocs build --strict`).
+"""
+
+import re
+from pathlib import Path
+
+from mkdocs.config.defaults import MkDocsConfig
+from mkdocs.structure.files import File, Files
+from mkdocs.structure.pages import Page
+from mkdocs.utils import get_relative_url
+
+from doc_tools.reference import with_generated
+
+ROOT = Path(__file__).parents[1]
+DOCS = ROOT / "docs"
+OUTSIDE = "repository"
+"""The folder of the site for files outside of docs/."""
+LINK = re.compile(r"(\]\()([^)\s#]+)((?:#[^)\s]*)?\))")
+_CODE = re.compile(r"(^```.*?^```|`[^`\n]+`)", re.MULTILINE | re.DOTALL)
+
+
+def local_targets(path: Path) -> list[Path]:
+    """Returns the files and folders that a Markdown file links to by relative paths."""
+    prose = _CODE.sub("", path.read_text(encoding="utf-8"))
+    targets = [found[2] for found in LINK.finditer(prose)]
+    return [(path.parent / target).resolve() for target in targets if _is_relative(target)]
+
+
+def _is_relative(target: str) -> bool:
+    return not re.match(r"[a-z]+:", target)
+
+
+def on_files(files: Files, config: MkDocsConfig) -> Files:
+    """Adds the files outside of docs/ that its pages link to, and those that these link to."""
+    files.append(_outside(ROOT / "README.md", config))
+    pages = files.documentation_pages()
+    waiting = [Path(file.abs_src_path) for file in pages if file.abs_src_path]
+    seen = set(waiting)
+    while waiting:
+        for target in local_targets(waiting.pop()):
+            if target in seen or not target.is_file() or DOCS in target.parents:
+                continue
+            seen.add(target)
+            files.append(_outside(target, config))
+            if target.suffix == ".md":
+                waiting.append(target)
+    return files
+
+
+def _outside(path: Path, config: MkDocsConfig) -> File:
+    return File.generated(config, _site_uri(path), abs_src_path=str(path))
+
+
+def _site_uri(path: Path) -> str:
+    """Returns where a file is on the site, relative to docs/; README.md is its first page."""
+    if path == ROOT / "README.md":
+        return "index.md"
+    if DOCS in path.parents:
+        return path.relative_to(DOCS).as_posix()
+    return f"{OUTSIDE}/{path.relative_to(ROOT).as_posix()}"
+
+
+def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
+    """Fills in generated tables, and points links to where their targets are on the site."""
+    source = page.file.abs_src_path
+    if source is None:
+        return markdown
+    folder = Path(source).parent
+    own = page.file.src_uri
+
+    def moved(found: re.Match[str]) -> str:
+        before, target, after = found.groups()
+        path = (folder / target).resolve()
+        if not _is_relative(target) or ROOT not in path.parents:
+            return found[0]
+        if path.is_dir():
+            index = path / "README.md"
+            path = index if index.is_file() else path
+        return f"{before}{get_relative_url(_site_uri(path), own)}{after}"
+
+    parts = _CODE.split(with_generated(markdown))
+    return "".join(part if part.startswith("`") else LINK.sub(moved, part) for part in parts)

@@ -1,0 +1,135 @@
+"""The documentation: links lead somewhere, commands have the flags that they are shown with."""
+
+import json
+import re
+import shlex
+import subprocess
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from doc_tools.reference import help_page, openapi, with_generated
+from fairkv_jax.serve.prefixes import PrefixBody
+from fairkv_jax.serve.protocol import ChatBody, CompletionBody
+
+ROOT = Path(__file__).parents[2]
+PAGES = sorted(
+    ROOT / name
+    for name in subprocess.run(
+        ["git", "ls-files", "-co", "--exclude-standard", "*.md"],
+        cwd=ROOT, capture_output=True, text=True, check=True,
+    ).stdout.split()
+)  # fmt: skip
+CODE = re.compile(r"^```.*?^```$|^ {4}.*?$|`[^`\n]+`", re.MULTILINE | re.DOTALL)
+LINK = re.compile(r"\]\(([^)\s]+)\)")
+COMMAND = re.compile(r"python -m fairkv_jax\.(\w+)((?:\\\n|[^\n`|#])*)")
+SUBCOMMANDS = {
+    "profile": ("measure", "learn", "import"),
+    "checkpoint": ("fetch", "convert", "inspect"),
+}
+BODIES = {"chat/completions": ChatBody, "completions": CompletionBody, "prefixes": PrefixBody}
+
+
+def ids(page: Path) -> str:
+    return page.relative_to(ROOT).as_posix()
+
+
+def anchors(page: Path) -> set[str]:
+    headings = re.findall(r"^#+ (.+)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=ids)
+def test_links_lead_to_files_and_headings(page: Path):
+    prose = CODE.sub("", page.read_text(encoding="utf-8"))
+    for link in LINK.findall(prose):
+        if re.match(r"[a-z]+:", link):
+            continue
+        target, _, anchor = link.partition("#")
+        path = (page.parent / target).resolve() if target else page
+        assert path.exists(), f"{ids(page)} links to {link}"
+        if anchor and path.suffix == ".md":
+            assert anchor in anchors(path), f"{ids(page)} links to {link}"
+
+
+@cache
+def known_flags(command: str) -> set[str]:
+    flags = re.findall(r"(?<![\w-])--(?:\[no\])?([a-z][\w-]*)", help_page(command))
+    return {flag.replace("-", "_") for flag in flags} | {"help"}
+
+
+def commands_of(page: Path) -> list[tuple[str, list[str]]]:
+    found = []
+    for module, rest in COMMAND.findall(page.read_text(encoding="utf-8")):
+        words = shlex.split(rest.replace("\\\n", " ").replace("'", ""))
+        if words and words[0] in SUBCOMMANDS.get(module, ()):
+            module = f"{module} {words[0]}"
+        flags = [word[2:].partition("=")[0].replace("-", "_") for word in words if word[:2] == "--"]
+        found.append((module, flags))
+    return found
+
+
+@pytest.mark.parametrize(
+    "page", [page for page in PAGES if any(f for _, f in commands_of(page))], ids=ids
+)
+def test_commands_have_the_flags_they_are_shown_with(page: Path):
+    for command, flags in commands_of(page):
+        unknown = [flag for flag in flags if flag.removeprefix("no_") not in known_flags(command)]
+        assert not unknown, f"{ids(page)} shows {command} with {unknown}"
+
+
+def test_bodies_sent_by_curl_are_valid():
+    sent = 0
+    for page in PAGES:
+        text = page.read_text(encoding="utf-8")
+        for route, body in re.findall(r"/v1/([a-z/]+)[^\n]* -d '(\{.*?\})'\n", text, re.DOTALL):
+            BODIES[route].model_validate(json.loads(body))
+            sent += 1
+    assert sent
+
+
+def test_readme_is_short():
+    assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 150
+
+
+def test_the_readme_example_runs(tiny_checkpoint: Path, capsys: pytest.CaptureFixture[str]):
+    (example,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    small = example.replace("SmolLM2-135M-Instruct", str(tiny_checkpoint)).replace("256", "64")
+    small = small.replace("* 100", "* 4")
+    assert small.count(str(tiny_checkpoint)) == 1
+    names: dict[str, Any] = {}
+    exec(small, names)
+    lengths = names["output"].kv_lengths
+    assert (lengths.shape, lengths.mean()) == ((2, 3), 64)
+    assert "prompt tokens" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("name", "row"),
+    [
+        ("server options", "| `shutdown_timeout` | `25` | Seconds that running requests"),
+        ("routes", "| `POST /v1/chat/completions` |"),
+        ("metrics", "| `fairkv:kv_load_max_over_mean` | gauge |"),
+        ("help of chat", "--base_url"),
+    ],
+)
+def test_tables_are_generated(name: str, row: str):
+    page = with_generated(f"before\n\n<!-- generated: {name} -->\n\nafter")
+    assert row in page
+    assert page.startswith("before\n\n")
+    assert page.endswith("\n\nafter")
+    assert str(ROOT) not in page
+
+
+def test_every_field_of_a_body_has_a_row():
+    page = with_generated("<!-- generated: bodies -->")
+    fields = openapi()["components"]["schemas"]["ChatBody"]["properties"]
+    section = page.split("### ChatBody\n")[1].split("\n### ")[0]
+    assert [row.split("`")[1] for row in section.splitlines() if row.startswith("| `")] == [*fields]
+
+
+def test_an_unknown_marker_is_an_error():
+    with pytest.raises(KeyError, match="nothing"):
+        with_generated("<!-- generated: nothing -->")
