@@ -13,6 +13,7 @@ from fairkv_jax.sampling_params import (
     MAX_LOGIT_BIAS,
     MAX_LOGPROBS,
     MAX_STOP_TOKEN_IDS,
+    NO_TOKEN,
     SamplingParams,
 )
 from fairkv_jax.select import keep_mass
@@ -125,8 +126,10 @@ def sample(
 
     `output_index` is the number of tokens that the row has generated, the last ones of its history.
     A row's token depends on its logits, its options, its seed and its history, and not on the row's
-    number. `grammar_bitmask` has a bit per token, the lowest first, 32 per word (W is V / 32,
-    rounded up); it is read only for rows that follow a grammar.
+    number. Where the largest logit is not finite, the token is `NO_TOKEN`.
+
+    `grammar_bitmask` has a bit per token, the lowest first, 32 per word (W is V / 32, rounded up);
+    it is read only for rows that follow a grammar.
     """
     adjusted = _adjust(logits, state, output_index, history, grammar_bitmask)
     greedy = jnp.argmax(adjusted, -1)
@@ -142,7 +145,8 @@ def sample(
             lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(ranked_logprobs, logits, tokens)
         ),
     )
-    return Sampled(tokens, *logprobs)
+    is_finite = jnp.isfinite(logits.max(-1))  # The maximum of NaN and any number is NaN.
+    return Sampled(jnp.where(is_finite, tokens, NO_TOKEN), *logprobs)
 
 
 @jax.jit

@@ -12,6 +12,8 @@ MAX_LOGIT_BIAS = 300
 """Maximum number of tokens in `logit_bias`."""
 MAX_STOP_TOKEN_IDS = 128
 """Maximum number of tokens in `stop_token_ids`."""
+NO_TOKEN = -1
+"""Stands for the token of a row whose logits are not finite."""
 MAX_GRAMMAR_CHARACTERS = 1 << 17
 """Maximum length of a schema, regular expression or grammar; longer ones compile for seconds."""
 

@@ -12,6 +12,7 @@ import numpy as np
 from fairkv_jax.checkpoint.base import Checkpoint, CheckpointError
 from fairkv_jax.checkpoint.convert import convert
 from fairkv_jax.checkpoint.fetch import DEMO_MODEL, checkpoints_root, fetch_demo
+from fairkv_jax.checkpoint.hashes import verify
 from fairkv_jax.checkpoint.hub import fetch_hub, is_hub_name
 from fairkv_jax.checkpoint.open import open_checkpoint
 from fairkv_jax.checkpoint.orbax_checkpoint import DTYPES
@@ -27,7 +28,10 @@ def main(arguments: list[str] | None = None) -> int:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:
         if options.command == "fetch":
-            print(_fetch(options))
+            path = _fetch(options)
+            if options.verify:
+                print(f"{verify(path)} files have their recorded hashes", file=sys.stderr)
+            print(path)
         elif options.command == "convert":
             print(convert(open_checkpoint(options.source), options.target, options.dtype))
         else:
@@ -49,6 +53,11 @@ def _parser() -> argparse.ArgumentParser:
         help="%(default)s (default), or OWNER/MODEL on the Hugging Face Hub",
     )
     fetch.add_argument("--revision", help="branch, tag or commit in the Hub's repository")
+    fetch.add_argument(
+        "--verify",
+        action="store_true",
+        help="compare the files, also those fetched earlier, with the hashes recorded then",
+    )
     fetch.add_argument(
         "--download-dir",
         "--root",

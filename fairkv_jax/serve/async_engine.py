@@ -43,6 +43,10 @@ class RequestRefused(Exception):
     """The request is invalid and retrying cannot help; the message says what is wrong with it."""
 
 
+class GenerationFailed(Exception):
+    """The engine could not complete a request; the message says why. Other requests go on."""
+
+
 class QueueFull(Exception):
     """The queue has reached its maximum number of requests."""
 
@@ -111,6 +115,7 @@ class OutputStream:
         Raises:
             EngineUnavailable: the engine failed or stopped.
             RequestRefused: the engine rejected the request.
+            GenerationFailed: the engine could not complete the request.
         """
         while True:
             await self._news.wait()
@@ -299,6 +304,8 @@ class AsyncEngine:
             stream = self._streams.get(output.request_id)
             if stream is not None:
                 stream.put(output)
+                if output.error is not None:
+                    stream.fail(GenerationFailed(output.error))
                 if output.finished:
                     self.forget([output.request_id])
 

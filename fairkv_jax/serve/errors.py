@@ -13,7 +13,12 @@ from starlette.requests import ClientDisconnect
 from starlette.routing import Match, Route
 
 from fairkv_jax.engine.prefix_registry import UnknownPrefix
-from fairkv_jax.serve.async_engine import EngineUnavailable, QueueFull, RequestRefused
+from fairkv_jax.serve.async_engine import (
+    EngineUnavailable,
+    GenerationFailed,
+    QueueFull,
+    RequestRefused,
+)
 from fairkv_jax.serve.protocol import NotServed
 
 log = logging.getLogger(__name__)
@@ -105,6 +110,8 @@ def message_of(error: Exception) -> str:
     """
     if isinstance(error, HTTPException):
         return str(error.detail)
+    if isinstance(error, GenerationFailed):
+        return str(error)
     if status_of(error) == HTTPStatus.INTERNAL_SERVER_ERROR:
         return "internal server error: see the server's log"
     return str(error)
@@ -130,6 +137,7 @@ def add_error_handlers(app: FastAPI) -> None:
         ApiError,
         HTTPException,
         EngineUnavailable,
+        GenerationFailed,
         QueueFull,
         RequestRefused,
         UnknownPrefix,

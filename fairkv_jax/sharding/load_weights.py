@@ -22,7 +22,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from tqdm import tqdm
 
 from fairkv_jax.checkpoint import Checkpoint
-from fairkv_jax.checkpoint.base import LazyTensor
+from fairkv_jax.checkpoint.base import LazyTensor, check_finite
 from fairkv_jax.models.decoder import abstract_model
 from fairkv_jax.models.model import Model
 from fairkv_jax.models.params import MLP, MODEL, SLOT, VOCAB, ParamSpec, param_specs
@@ -67,7 +67,7 @@ def load_model(
     are rounded to int8 with one scale per output channel.
 
     Raises:
-        CheckpointError: a tensor cannot be read.
+        CheckpointError: a tensor cannot be read, or holds numbers that are not finite.
     """
     config = checkpoint.config
     model = abstract_model(config, layout.num_slots, layout.num_devices, dtype, int8=int8)
@@ -133,8 +133,9 @@ class _Loader:
             lazy = self._checkpoint.lazy(tensor.name)
             if tensor.is_stored_transposed:
                 lazy, scales_of_columns = quantize_columns(lazy)
+                # The scale of a channel that holds a number that is not finite is not, either.
+                self._copy(tensor.name, scales_of_columns, scale_target, counts=False)
                 self._copy(tensor.name, lazy, target)
-                self._copy(None, scales_of_columns, scale_target)
             else:
                 self._copy(tensor.name, lazy, target, scale_target)
         shards.values.close(layer)
@@ -142,23 +143,25 @@ class _Loader:
 
     def _copy(
         self,
-        name: str | None,
+        name: str,
         tensor: LazyTensor,
         target: "_Target",
         scale_target: "_Target | None" = None,
+        *,
+        counts: bool = True,
     ) -> None:
         """Copies every block to the shards that hold its rows, in int8 if there are scales.
 
-        The progress bar advances by the tensor's bytes, by none if `name` is None.
+        The progress bar advances by the tensor's bytes, if `counts`.
         """
         rows = tensor.shape[0]
-        num_bytes = 0 if name is None else self._checkpoint.stored(name).num_bytes
+        num_bytes = self._checkpoint.stored(name).num_bytes if counts else 0
 
         def copy(start: int) -> int:
             stop = min(start + tensor.block, rows)
             owners = list(target.owners(self._layout, start, stop))
             if owners:
-                values = tensor.read(start, stop)
+                values = check_finite(tensor.read(start, stop), self._checkpoint, name)
                 if scale_target is not None:
                     values, scales = quantize_rows(values)
                     scale_target.fill(owners, scales)

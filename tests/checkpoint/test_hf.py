@@ -166,6 +166,11 @@ def test_the_stretching_of_llama_3_1(gguf, tmp_path):
         ({"num_hidden_layers": 0}, "num_hidden_layers must be positive"),
         ({"num_key_value_heads": 4}, "6 query heads do not divide over 4"),
         ({"tie_word_embeddings": 1}, "tie_word_embeddings must be bool"),
+        (
+            {"num_hidden_layers": 10**6},
+            "num_hidden_layers is 1,000,000, but there are only 21 tensors",
+        ),
+        ({"head_dim": 2**40}, "head_dim must be at most 65536"),
         ({"num_hidden_layers": 3}, r"lacks 9 of 30 tensors, the first 'model\.layers\.2"),
         ({"num_hidden_layers": 1}, "holds 9 tensors that the family llama is not known to use"),
         ({"hidden_size": 64}, r"has the shape \(384, 48\), but config.json requires \(384, 64\)"),

@@ -84,8 +84,9 @@ def endpoint(published) -> Iterator[str]:
         thread.join()
 
 
-def fetch(endpoint: str, name: str, root: Path) -> subprocess.CompletedProcess[str]:
-    return run(endpoint, root, "-m", "fairkv_jax.checkpoint", "fetch", name, "--root", str(root))
+def fetch(endpoint: str, name: str, root: Path, *flags: str) -> subprocess.CompletedProcess[str]:
+    command = ["-m", "fairkv_jax.checkpoint", "fetch", name, "--root", str(root), *flags]
+    return run(endpoint, root, *command)
 
 
 def run(endpoint: str, root: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -108,7 +109,16 @@ def test_a_repository_becomes_a_folder_that_its_name_opens(endpoint, published, 
     checkpoint.tokenizer()
     names = {path.name for path in folder.iterdir()}
     assert not names & {"README.md", "consolidated.safetensors"}
-    assert fetch("http://127.0.0.1:1", NAME, root).returncode == 0  # it is there: no network
+    again = fetch("http://127.0.0.1:1", NAME, root, "--verify")  # it is there: no network
+    assert again.returncode == 0
+    assert "files have their recorded hashes" in again.stderr
+    weights = next(folder.glob("*.safetensors"))
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    damaged = fetch("http://127.0.0.1:1", NAME, root, "--verify")
+    assert damaged.returncode == 1
+    assert f"error: {weights} is damaged" in damaged.stderr
 
 
 def test_a_name_is_fetched_where_it_is_opened(endpoint, tmp_path):

@@ -1,6 +1,10 @@
 """Converted checkpoints: the same model, whole or not at all, and no damaged byte passes."""
 
+import fcntl
 import json
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -287,3 +291,34 @@ def test_the_commands(gguf, tmp_path, capsys):
     assert main(["convert", str(gguf), str(target)]) == 1
     assert "exists already" in capsys.readouterr().err
     assert json.loads((target / "model.json").read_text())["name"] == "Tiny"
+
+
+def test_a_disk_that_is_full_is_a_sentence_and_nothing_is_left(gguf, tmp_path):
+    """The limit on the size of files stands for a disk that fills up in the middle."""
+    code = (
+        "import resource, sys; from fairkv_jax.checkpoint.__main__ import main; "
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000)); "
+        f"sys.exit(main(['convert', {str(gguf)!r}, {str(tmp_path / 'converted')!r}]))"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 1
+    expected = f"error: cannot write {tmp_path / 'converted'}: File too large\n"
+    assert result.stderr == expected
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_disk_without_room_is_refused_before_anything_is_written(gguf, tmp_path, monkeypatch):
+    usage = shutil.disk_usage(tmp_path)._replace(free=1000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    with pytest.raises(CheckpointError, match=r"0\.00 GiB are free on the disk"):
+        convert(open_checkpoint(gguf), tmp_path / "converted")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_second_conversion_to_one_target_is_refused_at_once(gguf, tmp_path):
+    with (tmp_path / ".converted.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(CheckpointError, match="another process is converting to"):
+            convert(open_checkpoint(gguf), tmp_path / "converted")

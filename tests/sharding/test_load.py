@@ -9,9 +9,11 @@ import jax
 import numpy as np
 import pytest
 
-from fairkv_jax.checkpoint import Checkpoint, open_checkpoint
+from fairkv_jax.checkpoint import Checkpoint, CheckpointError, open_checkpoint
 from fairkv_jax.checkpoint.base import LazyTensor
-from fairkv_jax.models.params import device_bytes
+from fairkv_jax.checkpoint.convert import convert
+from fairkv_jax.checkpoint.gguf_file import GGUFFile
+from fairkv_jax.models.params import device_bytes, param_specs
 from fairkv_jax.plan import Plan, Profile, make_plan
 from fairkv_jax.sharding import load_weights, shards
 from fairkv_jax.sharding.load_weights import load_model
@@ -63,6 +65,25 @@ def test_every_row_is_read_once_though_heads_have_copies(tiny_checkpoint, int8):
     }
     assert checkpoint.reads.keys() == rows
     assert set(checkpoint.reads.values()) == {1}
+
+
+@pytest.mark.parametrize("int8", [False, True])
+@pytest.mark.parametrize("name", ["embed", "layers.1.down", "layers.0.q", "layers.1.attn_norm"])
+def test_numbers_that_are_not_finite_are_refused_by_name(tiny_checkpoint, tmp_path, name, int8):
+    checkpoint = open_checkpoint(tiny_checkpoint)
+    stored = param_specs(checkpoint.config)[name].gguf_name
+    info = GGUFFile(tiny_checkpoint).tensors[stored]
+    path = tmp_path / "damaged.gguf"
+    content = bytearray(tiny_checkpoint.read_bytes())
+    content[info.offset + 100 : info.offset + 140] = b"\xff" * 40
+    path.write_bytes(content)
+    damaged = open_checkpoint(path)
+    layout = SlotLayout.from_plan(skewed_plan(damaged, 2))
+    with pytest.raises(CheckpointError, match=f"'{name}' holds .* not finite"):
+        load_model(damaged, layout, make_mesh(2), "float32", int8=int8, progress=False)
+    with pytest.raises(CheckpointError, match=f"'{name}' holds .* not finite"):
+        convert(damaged, tmp_path / "converted")
+    assert not list(tmp_path.glob("*converted*"))
 
 
 class OneDevice(shards.HostShards):
