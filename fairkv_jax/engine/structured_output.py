@@ -67,6 +67,24 @@ class _Compiled:
     num_bytes: int
 
 
+class _Usage:
+    """The bytes of the grammars that are cached or that requests refer to."""
+
+    def __init__(self) -> None:
+        self.num_bytes = 0
+        self._lock = threading.RLock()  # Garbage collection may call `release` at any time.
+
+    def hold(self, compiled: _Compiled) -> None:
+        """Counts a grammar as long as it exists."""
+        with self._lock:
+            self.num_bytes += compiled.num_bytes
+        weakref.finalize(compiled, self._release, compiled.num_bytes).atexit = False
+
+    def _release(self, num_bytes: int) -> None:
+        with self._lock:
+            self.num_bytes -= num_bytes
+
+
 class GrammarCompiler:
     """Compiles schemas and grammars for one vocabulary, and caches the last compiled ones.
 
@@ -84,9 +102,8 @@ class GrammarCompiler:
         self._compiled: OrderedDict[StructuredOutputsParams, _Compiled] = OrderedDict()
         self._refused: OrderedDict[StructuredOutputsParams, str] = OrderedDict()
         """Grammars beyond the limits, which are not tried again, and why."""
-        self._bytes_in_use = 0
-        """Of the grammars that are cached or that requests refer to."""
-        self._lock = threading.RLock()
+        self._usage = _Usage()
+        self._lock = threading.Lock()
 
     def warm_up(self) -> None:
         """Starts a worker, so that the first grammar does not have to wait for it."""
@@ -109,7 +126,10 @@ class GrammarCompiler:
             with self._lock:
                 self._make_room(num_bytes)
             matcher = _compile(params, self._vocabulary, self._num_words)
-            compiled = self._keep(params, _Compiled(matcher, num_bytes))
+            compiled = _Compiled(matcher, num_bytes)
+            self._usage.hold(compiled)
+            with self._lock:
+                self._compiled[params] = compiled
         return GrammarMatcher(compiled.matcher, self._num_words, compiled).copy()
 
     def _cached(self, params: StructuredOutputsParams) -> _Compiled | None:
@@ -147,25 +167,14 @@ class GrammarCompiler:
     def _make_room(self, num_bytes: int) -> None:
         """Drops cached grammars that no request uses, the oldest first, until there is room."""
         while self._compiled and (
-            self._bytes_in_use + num_bytes > _MAX_BYTES or len(self._compiled) >= _MAX_COMPILED
+            self._usage.num_bytes + num_bytes > _MAX_BYTES or len(self._compiled) >= _MAX_COMPILED
         ):
             self._compiled.popitem(last=False)
-        if self._bytes_in_use + num_bytes > _MAX_BYTES:
+        if self._usage.num_bytes + num_bytes > _MAX_BYTES:
             raise TooManyGrammars(
-                f"the schemas and grammars of other requests take {self._bytes_in_use >> 20} of "
+                f"the schemas and grammars of other requests take {self._usage.num_bytes >> 20} of "
                 f"{_MAX_BYTES >> 20} MiB: try again later, or send a simpler one"
             )
-
-    def _keep(self, params: StructuredOutputsParams, compiled: _Compiled) -> _Compiled:
-        with self._lock:
-            self._compiled[params] = compiled
-            self._bytes_in_use += compiled.num_bytes
-        weakref.finalize(compiled, self._forget, compiled.num_bytes).atexit = False
-        return compiled
-
-    def _forget(self, num_bytes: int) -> None:
-        with self._lock:
-            self._bytes_in_use -= num_bytes
 
     @cached_property
     def _vocabulary(self) -> LLTokenizer:

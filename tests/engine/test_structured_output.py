@@ -1,7 +1,9 @@
 """What grammars allow: whatever is drawn matches, and what matches can be drawn."""
 
+import gc
 import json
 import re
+import weakref
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -188,6 +190,17 @@ def test_threads_compile_and_match_side_by_side(grammars: GrammarCompiler, token
 
     with ThreadPoolExecutor(4) as pool:
         assert all(pool.map(walk, range(12)))
+
+
+def test_the_workers_end_with_the_compiler(tokenizer: Tokenizer):
+    """Not only with the process, although its grammars are counted."""
+    grammars = GrammarCompiler(tokenizer, 384)
+    matcher = grammars.matcher(StructuredOutputsParams(regex="[0-9]+"))
+    compiler, pool = weakref.ref(grammars), weakref.ref(grammars._pool)
+    del grammars, matcher
+    gc.collect()
+    assert compiler() is None
+    assert pool() is None
 
 
 def test_a_real_vocabulary_allows_long_tokens():
