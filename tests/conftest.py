@@ -12,12 +12,17 @@ from fairkv_jax.checkpoint import open_checkpoint
 from fairkv_jax.checkpoint.fetch import DEMO_MODEL, checkpoints_root
 from tests.oracle.tiny import write_tiny_checkpoint
 
-# Nothing above starts JAX, which reads this when it makes its devices. A number of devices that
-# stands there already stays.
+# Nothing above imports JAX, which reads the environment. What stands there already stays.
 _DEVICES = "--xla_force_host_platform_device_count"
 if _DEVICES not in os.environ.get("XLA_FLAGS", ""):
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_DEVICES}=8".strip()
-
+# Most of the suite's time is compilation. All test processes, the servers that tests start and
+# later runs share what they compile; where tests count compilations, the cache's programs count.
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    programs = Path(__file__).parent.parent / ".pytest_cache" / "jax-programs"
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = str(programs)
+    os.environ["JAX_COMPILATION_CACHE_MAX_SIZE"] = str(2 << 30)
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
 
 _MANY_MAPS = 25_000
 
