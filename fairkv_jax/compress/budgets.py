@@ -11,6 +11,8 @@ from fairkv_jax.plan import HeadScores
 
 PYRAMID_STEEPNESS = 20
 """PyramidKV's last layer keeps this fraction (1/20) of the mean outside the window."""
+_BISECTIONS = 60
+"""Halvings of the range of a factor, until it is exact to a token."""
 
 
 def num_kept_tokens(config: KVConfig, prompt_tokens: int) -> int:
@@ -35,13 +37,15 @@ def budgets_per_head(
     if config.head_budgets is not None:
         return config.head_budgets
     kept = num_kept_tokens(config, prompt_tokens)
-    if config.allocator_name == "duo" or config.pools_layers:
+    if config.uses_head_scores or config.pools_layers:
         pairs = num_layers * num_heads
         total = pairs * kept
         if config.ratio is not None:
             total = max(pairs, pairs * prompt_tokens - int(pairs * prompt_tokens * config.ratio))
         if config.allocator_name == "duo":
             flat = _duo(config.head_scores, total, prompt_tokens)
+        elif config.allocator_name == "head_scores":
+            flat = _by_scores(config.head_scores, total, prompt_tokens)
         else:
             flat = [total // pairs + (index < total % pairs) for index in range(pairs)]
         rows = range(0, pairs, num_heads)
@@ -115,8 +119,8 @@ def request_policies(config: KVConfig) -> tuple[str, ...]:
 
 
 def check_least_kept(config: KVConfig, prompt_tokens: int) -> None:
-    """Raises ValueError if less is asked for than DuoAttention keeps of such a prompt."""
-    if config.allocator_name != "duo" or config.head_scores is None:
+    """Raises ValueError if less is asked for than heads of low scores keep of such a prompt."""
+    if not config.uses_head_scores or config.head_scores is None:
         return
     sinks, recent = config.head_scores.sinks, config.head_scores.recent
     kept, least = num_kept_tokens(config, prompt_tokens), sinks + recent
@@ -162,6 +166,32 @@ def _duo(scores: HeadScores, total: int, prompt_tokens: int) -> list[int]:
     spare = total - sum(budgets)
     for index in sorted(range(len(flat)), key=lambda index: -flat[index]):
         more = max(0, min(spare, prompt_tokens - least))
+        budgets[index] += more
+        spare -= more
+    return budgets
+
+
+def _by_scores(scores: HeadScores, total: int, prompt_tokens: int) -> list[int]:
+    """Returns budgets in proportion to the square roots of the scores, layer after layer.
+
+    No budget is less than sinks and recent tokens, and none exceeds the prompt. Budgets are rounded
+    down, and the heads of the highest scores take what is left of the total.
+    """
+    flat = [max(0.0, score) for layer in scores.scores for score in layer]
+    least = min(prompt_tokens, scores.sinks + scores.recent)
+    weights = [math.sqrt(score) for score in flat]
+
+    def of(scale: float) -> list[int]:
+        return [max(least, min(prompt_tokens, int(scale * weight))) for weight in weights]
+
+    low, high = 0.0, prompt_tokens / min((w for w in weights if w), default=1.0)
+    for _ in range(_BISECTIONS):
+        middle = (low + high) / 2
+        low, high = (middle, high) if sum(of(middle)) <= total else (low, middle)
+    budgets = of(low)
+    spare = total - sum(budgets)
+    for index in sorted(range(len(flat)), key=lambda index: -flat[index]):
+        more = max(0, min(spare, prompt_tokens - budgets[index]))
         budgets[index] += more
         spare -= more
     return budgets

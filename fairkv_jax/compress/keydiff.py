@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
@@ -13,10 +14,14 @@ _SMALLEST_NORM = 1e-12
 
 @dataclass(frozen=True)
 class KeyDiff(FromKeysAndValues):
-    """Scores a key by -cos(key, mean of the normalised keys), after RoPE."""
+    """Scores a key by -cos(key, mean of the normalised keys), after RoPE.
+
+    A token takes the highest score within a window of `kernel` tokens around it, an odd number.
+    """
 
     num_sinks: int = 0
     window: int = 0
+    kernel: int = 1
 
     def score(
         self,
@@ -29,7 +34,12 @@ class KeyDiff(FromKeysAndValues):
         directions = _normalized(k.astype(jnp.float32))
         is_prompt = (jnp.arange(k.shape[1]) < length)[:, None]
         mean = jnp.sum(jnp.where(is_prompt, directions, 0), 1) / length
-        return Scores(-jnp.einsum("cth,ch->ct", directions, _normalized(mean)))
+        scores = -jnp.einsum("cth,ch->ct", directions, _normalized(mean))
+        if self.kernel > 1:
+            scores = jnp.where(is_prompt[:, 0], scores, -jnp.inf)
+            window, strides = (1, self.kernel), (1, 1)
+            scores = jax.lax.reduce_window(scores, -jnp.inf, jax.lax.max, window, strides, "same")
+        return Scores(scores)
 
 
 def _normalized(x: Float[Array, "*rows H"]) -> Float[Array, "*rows H"]:

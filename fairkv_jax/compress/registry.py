@@ -31,13 +31,19 @@ def _recency(config: KVConfig) -> Recency:
     return Recency() if config.head_scores is None else Recency(config.head_scores.sinks)
 
 
+def _keydiff(config: KVConfig) -> KeyDiff:
+    if config.head_scores is None:
+        return KeyDiff()
+    return KeyDiff(num_sinks=config.head_scores.sinks, kernel=3)
+
+
 SCORERS: dict[str, ScorerEntry] = {
     "streaming_llm": ScorerEntry(_recency, is_query_agnostic=True),
     "snapkv": ScorerEntry(WindowAttention.from_config, is_query_agnostic=False),
     "expected_attention": ScorerEntry(
         lambda config: ExpectedAttention(config.epsilon), is_query_agnostic=True
     ),
-    "keydiff": ScorerEntry(lambda config: KeyDiff(), is_query_agnostic=True),
+    "keydiff": ScorerEntry(_keydiff, is_query_agnostic=True),
     "knorm": ScorerEntry(lambda config: KeyNorm(), is_query_agnostic=True),
     "tova": ScorerEntry(
         lambda config: last_query_attention(), is_query_agnostic=False, mean_over_heads=True
@@ -63,6 +69,7 @@ ALLOCATORS: dict[str, Callable[[KVConfig], Allocator]] = {
     "pyramid": lambda config: Uniform(),
     "head_budgets": lambda config: Uniform(),
     "duo": lambda config: Uniform(),
+    "head_scores": lambda config: Uniform(),
     "ada": _ada,
     "critical_ada": lambda config: CriticalAda(_ada(config), config.alpha_safeguard),
 }

@@ -23,7 +23,16 @@ SCORER_NAMES = (
     "kvzip",
     "kvzip_plus",
 )
-ALLOCATOR_NAMES = ("full", "uniform", "pyramid", "ada", "critical_ada", "head_budgets", "duo")
+ALLOCATOR_NAMES = (
+    "full",
+    "uniform",
+    "pyramid",
+    "ada",
+    "critical_ada",
+    "head_budgets",
+    "duo",
+    "head_scores",
+)
 POLICIES = {
     "full": ("streaming_llm", "full"),
     "streaming_llm": ("streaming_llm", "uniform"),
@@ -39,6 +48,7 @@ POLICIES = {
     "kvzip": ("kvzip", "ada"),
     "kvzip_plus": ("kvzip_plus", "ada"),
     "duo_attention": ("streaming_llm", "duo"),
+    "retrieval_keydiff": ("keydiff", "head_scores"),
 }
 """The scorer and the allocator that each policy names."""
 REQUEST_POLICIES = ("streaming_llm", "snapkv", "ada_snapkv")
@@ -77,7 +87,7 @@ class KVConfig:
         "budget chosen by what the values contribute. kvzip and kvzip_plus: the tokens that the "
         "model attends to when it repeats the prompt, which costs 2 to 3 prefills. duo_attention: "
         "the heads with the highest kv_head_scores keep all tokens, the others the first and the "
-        "last ones.",
+        "last ones. retrieval_keydiff: like keydiff, with budgets that grow with kv_head_scores.",
         name="kv_policy",
         group=_COMPRESSION,
         choices=tuple(POLICIES),
@@ -95,7 +105,8 @@ class KVConfig:
         "Allocator, if not that of kv_policy. uniform: the same budget for every head. pyramid: "
         "budgets that decrease with depth. ada: by the best scores of a layer, and with kvzip of "
         "all layers. critical_ada: as ada, and half of each budget by what the values contribute. "
-        "head_budgets: those of kv_head_budgets. duo: by kv_head_scores.",
+        "head_budgets: those of kv_head_budgets. duo: all or little, by kv_head_scores. "
+        "head_scores: in proportion to the square roots of kv_head_scores.",
         name="kv_allocator",
         group=_COMPRESSION,
         choices=ALLOCATOR_NAMES,
@@ -167,7 +178,8 @@ class KVConfig:
     )
     head_scores: Any = option(
         None,
-        "Path of head scores in JSON, see `python -m fairkv_jax.profile learn`, for duo_attention.",
+        "Path of head scores in JSON, see `python -m fairkv_jax.profile learn`, for duo_attention "
+        "and retrieval_keydiff.",
         name="kv_head_scores",
         group=_COMPRESSION,
         type=str,
@@ -219,10 +231,11 @@ class KVConfig:
                 "kv_head_budgets goes with kv_policy or kv_allocator 'head_budgets', and no other: "
                 "give both"
             )
-        if self.head_scores is not None and self.allocator_name != "duo":
+        if self.head_scores is not None and not self.uses_head_scores:
             raise ValueError(
-                f"kv_head_scores goes with kv_allocator 'duo', not {self.allocator_name!r}: drop "
-                "it, or choose kv_policy 'duo_attention'"
+                "kv_head_scores goes with kv_allocator 'duo' or 'head_scores', not "
+                f"{self.allocator_name!r}: drop it, or choose kv_policy 'duo_attention' or "
+                "'retrieval_keydiff'"
             )
         if self.scorer is not None and self.allocator_name == "full":
             raise ValueError(
@@ -291,12 +304,17 @@ class KVConfig:
     @property
     def has_budget_per_head(self) -> bool:
         """Whether each head has a budget of its own that its scores do not change."""
-        return self.allocator_name in ("head_budgets", "duo")
+        return self.allocator_name == "head_budgets" or self.uses_head_scores
+
+    @property
+    def uses_head_scores(self) -> bool:
+        """Whether the budgets of the heads follow from their scores."""
+        return self.allocator_name in ("duo", "head_scores")
 
     @property
     def spans_layers(self) -> bool:
         """Whether one layer may be kept whole, at least until the prompt has been repeated."""
-        return self.allocator_name == "duo" or self.repeats_prompt
+        return self.uses_head_scores or self.repeats_prompt
 
     @property
     def repeats_prompt(self) -> bool:

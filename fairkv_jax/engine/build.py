@@ -228,13 +228,14 @@ def _with_head_scores(
         ValueError: there are none, they are another model's, or not even the longest prompt has
             as much to keep as every head keeps.
     """
-    if kv_config.allocator_name != "duo":
+    if not kv_config.uses_head_scores:
         return kv_config
     scores = kv_config.head_scores or checkpoint.head_scores or shipped_head_scores(checkpoint.name)
     if scores is None:
         raise ValueError(
-            f"kv_allocator 'duo' needs head scores, and {checkpoint.name} has none: learn them "
-            "with python -m fairkv_jax.profile learn, and give the file as kv_head_scores"
+            f"kv_allocator {kv_config.allocator_name!r} needs head scores, and {checkpoint.name} "
+            "has none: learn them with python -m fairkv_jax.profile learn, and give the file as "
+            "kv_head_scores"
         )
     config = checkpoint.config
     scores.check_model(config.num_layers, config.num_kv_heads, checkpoint.name)

@@ -11,7 +11,7 @@ import pytest
 from fairkv_jax import LLM
 from fairkv_jax.compress.budgets import MaxKept, budgets_per_head, num_kept_tokens
 from fairkv_jax.config import KVConfig
-from fairkv_jax.plan import Profile
+from fairkv_jax.plan import HeadScores, Profile
 from tests.engine.drive import greedy, random_prompt
 from tests.oracle.forward import forward, read_llama
 from tests.oracle.selection import Options, kept_positions
@@ -59,6 +59,24 @@ def test_a_pyramid_of_long_prompts_spans_a_twentieth_to_the_rest():
     budgets = budgets_per_head(KVConfig("pyramidkv", budget=108, window=WINDOW), 4000, 11, 1)
     assert (budgets[0], budgets[-1]) == ((WINDOW + 195,), (WINDOW + 5,))
     assert budgets_per_head(KVConfig("pyramidkv", budget=64), 50, 4, 2) == ((50, 50),) * 4
+
+
+@pytest.mark.parametrize("tokens", [1, 15, 16, 40, 200, 5000])
+@pytest.mark.parametrize("ratio", [0.0, 0.5, 0.9])
+def test_budgets_by_head_scores(tokens: int, ratio: float):
+    """A score of zero or less keeps as little as may be; the total is exact where it can be."""
+    scores = HeadScores("m", "test", ((0.0, 1e-9, 0.04), (-1.0, 0.16, 0.64)), sinks=4, recent=12)
+    config = KVConfig("retrieval_keydiff", ratio=ratio, head_scores=scores)
+    budgets = np.array(budgets_per_head(config, tokens, 2, 3))
+    least, pairs = min(16, tokens), 6
+    assert budgets.min() >= least
+    assert budgets.max() <= tokens
+    total = pairs * tokens - int(pairs * tokens * ratio)
+    assert budgets.sum() == max(total, pairs * least)
+    order = np.argsort(scores.array, axis=None)
+    assert (np.diff(budgets.ravel()[order]) >= 0).all()
+    if (tokens, ratio) == (5000, 0.9):
+        np.testing.assert_allclose(budgets[1, 1] / budgets[0, 2], 2, rtol=0.01)
 
 
 def test_a_pyramid_keeps_what_snapkv_keeps_at_each_budget(tiny_checkpoint: Path):

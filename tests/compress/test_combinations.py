@@ -91,6 +91,21 @@ def duo(streaming: str) -> Kept:
     return kept
 
 
+def retrieval_keydiff(_: Llama, seen: Forward, __: LLM) -> Sequence[allocators.Positions]:
+    T = len(PROMPT)
+    total = 6 * T - int(6 * T * RATIO)
+    budgets = allocators.budgets_by_scores(HEAD_SCORES.array, T, total, 4, 12)
+    assert budgets.sum() == total
+    assert len(set(budgets.flat)) == 6
+    kept = []
+    for layer, row in zip(seen.layers, budgets.tolist(), strict=True):
+        scores = scorers.keydiff(layer)
+        scores = np.max([scores, *scorers.neighbours(scores)], axis=0)
+        scores[:, :4] = np.inf
+        kept.append(allocators.uniform(scores, row))
+    return kept
+
+
 CASES = [
     *(
         Case(
@@ -136,6 +151,11 @@ CASES = [
             "kv_window": 8,
         },
         duo("snapkv"),
+    ),
+    Case(
+        "retrieval_keydiff",
+        {"kv_policy": "retrieval_keydiff", "kv_head_scores": HEAD_SCORES},
+        retrieval_keydiff,
     ),
 ]
 ON_OTHER_DEVICES = ("expected_attention", "tova", "critical_ada", "kvzip_plus", "duo")

@@ -214,6 +214,7 @@ def test_which_policies_may_compress_a_shared_prefix():
         "kvzip",
         "kvzip_plus",
         "duo_attention",
+        "retrieval_keydiff",
     )
     for streaming, expected in (("recent", True), ("snapkv", False)):
         config = KVConfig("duo_attention", ratio=0.5, streaming=streaming)

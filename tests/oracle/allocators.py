@@ -89,6 +89,31 @@ def duo_budgets(
     return budgets
 
 
+def budgets_by_scores(
+    head_scores: np.ndarray, T: int, total: int, num_sinks: int, recent: int
+) -> np.ndarray:
+    """Returns budgets [L, K] in proportion to the square roots of the scores, rounded down.
+
+    They lie between num_sinks + recent and T. Of all factors of proportion, the largest one is
+    taken whose budgets fit into `total`; what is then left goes to the heads of the highest scores.
+    """
+    weights = np.sqrt(np.maximum(head_scores, 0))
+    base = min(num_sinks + recent, T)
+    budgets = np.full(weights.shape, base)
+    for factor in np.sort(np.outer(1 / weights[weights > 0], np.arange(1, T + 1)), axis=None):
+        # A little more than the factor at which one of the heads gains a token.
+        larger = np.clip(np.floor(factor * (1 + 1e-12) * weights).astype(int), base, T)
+        if larger.sum() > total:
+            break
+        budgets = larger
+    left = total - budgets.sum()
+    for index in ranking(head_scores.ravel()):
+        more = max(0, min(T - budgets.flat[index], left))
+        budgets.flat[index] += more
+        left -= more
+    return budgets
+
+
 def sinks_and_recent(n: int, T: int, num_sinks: int = 8) -> np.ndarray:
     """Returns the positions of the first `num_sinks` tokens and of the last n - num_sinks."""
     if n >= T:

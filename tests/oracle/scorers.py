@@ -72,6 +72,12 @@ def keydiff(layer: Layer) -> np.ndarray:
     return -np.stack([head @ anchor for head, anchor in zip(directions, anchors, strict=True)])
 
 
+def neighbours(scores: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the scores of the token before each token, and of the one after it."""
+    padded = np.pad(scores, [(0, 0), (1, 1)], constant_values=-np.inf)
+    return padded[:, :-2], padded[:, 2:]
+
+
 def knorm(layer: Layer) -> np.ndarray:
     """Returns minus the length of each key (Devoto et al., 2024): short keys are kept."""
     return -np.linalg.norm(layer.k, axis=-1)
