@@ -24,6 +24,11 @@ class StructuredOutputsParams:
 
     Schemas and grammars are checked when they are compiled, not here.
 
+    >>> from fairkv_jax.sampling_params import StructuredOutputsParams
+    >>> SamplingParams(structured_outputs=StructuredOutputsParams(choice=["yes", "no"]))
+    ... # doctest: +ELLIPSIS
+    SamplingParams(...choice=('yes', 'no')...)
+
     Raises:
         ValueError: no field or several fields are given, or a value has the wrong type.
     """
@@ -78,6 +83,10 @@ class SamplingParams:
     would end the output before `min_tokens` are masked, and the penalties are applied. Finally the
     logits are divided by `temperature` and filtered by `min_p`, `top_k` and `top_p`, in this order.
     Reported log-probabilities are those of the model, before all of these steps.
+
+    >>> from fairkv_jax import SamplingParams
+    >>> SamplingParams(temperature=0, max_tokens=32, stop="END").stop
+    ('END',)
 
     Raises:
         ValueError: a value is out of range or has the wrong type; the message names the limit.

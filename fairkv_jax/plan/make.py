@@ -29,6 +29,15 @@ def make_plan(
 ) -> Plan:
     """Assigns the heads of every layer to devices so that decoding is fast.
 
+    >>> from fairkv_jax.plan import Profile, make_plan
+    >>> profile = Profile("toy", "ada_snapkv", budget=300, tokens=[[900, 100, 100, 100]])
+    >>> for strategy in ("static", "best_effort", "fair_copying"):
+    ...     plan = make_plan(profile, 2, strategy, row_split="proportional")
+    ...     print(f"{strategy:12} {plan.utilization:.0%}")
+    static       60%
+    best_effort  67%
+    fair_copying 100%
+
     Args:
         strategy: "static" (contiguous blocks), "best_effort" (no replicas) or "fair_copying".
         row_split: how the rows of a replicated head are divided among its replicas: "equal", or

@@ -30,6 +30,11 @@ class Plan:
 
     Plans are hashable.
 
+    >>> from fairkv_jax.plan import Profile, make_plan
+    >>> plan = make_plan(Profile.uniform(num_layers=1, num_heads=4, tokens=100), 2, "static")
+    >>> plan.head_of_slot().tolist()  # [L, P, C]
+    [[[0, 1], [2, 3]]]
+
     Raises:
         ValueError: a head has no replica, shares do not add to 1, or an index is out of range.
     """

@@ -21,6 +21,11 @@ class Profile:
 
     Profiles are hashable: tables are nested tuples. `array` returns `tokens` as float64 [L, K].
 
+    >>> from fairkv_jax.plan import Profile
+    >>> profile = Profile("toy", "ada_snapkv", budget=300, tokens=[[900, 100, 100, 100]])
+    >>> profile.array.shape
+    (1, 4)
+
     Raises:
         ValueError: a table is not rectangular, or a value is not positive and finite.
     """

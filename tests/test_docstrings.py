@@ -1,0 +1,52 @@
+"""The examples in the docstrings of the public names run, in the order of the reference."""
+
+import doctest
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import fairkv_jax
+from fairkv_jax import LLM, SamplingParams
+from fairkv_jax.engine.request import CachedPrefix, CompletionOutput, RequestOutput
+from fairkv_jax.plan import Plan, Profile, make_plan
+from fairkv_jax.sampling_params import StructuredOutputsParams
+
+OF_THE_PLANNER = (Profile, make_plan, Plan)
+OF_THE_ENGINE = (
+    SamplingParams, StructuredOutputsParams, LLM, LLM.generate, LLM.chat, LLM.cache_prefix,
+    RequestOutput, CompletionOutput, CachedPrefix,
+)  # fmt: skip
+
+
+def run(objects: tuple[Any, ...], names: dict[str, Any]) -> None:
+    """Runs the examples of each object; names that they define stay for the following ones."""
+    finder, parser = doctest.DocTestFinder(recurse=False), doctest.DocTestParser()
+    for each in objects:
+        examples = parser.get_examples(finder.find(each)[0].docstring or "")
+        assert examples, f"{each.__qualname__} has no example"
+        test = doctest.DocTest(examples, names, each.__qualname__, None, None, None)
+        test.globs = names
+        failed = doctest.DocTestRunner().run(test, clear_globs=False).failed
+        assert not failed, f"see above: {each.__qualname__}"
+
+
+def test_examples_of_the_planner():
+    run(OF_THE_PLANNER, {})
+
+
+def test_examples_of_the_engine(tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch):
+    def tiny_llm(model: str, **options: Any) -> LLM:
+        assert model == "SmolLM2-135M-Instruct"
+        return LLM(tiny_checkpoint, progress=False, **options)
+
+    monkeypatch.setattr(fairkv_jax, "LLM", tiny_llm, raising=False)
+    run(OF_THE_ENGINE, {})
+
+
+def test_every_public_name_is_documented():
+    assert {"LLM", "SamplingParams"} == {*fairkv_jax.__all__} - {"__version__"}
+    reference = Path(__file__).parents[1] / "docs" / "reference" / "python.md"
+    page = reference.read_text(encoding="utf-8")
+    for each in (*OF_THE_PLANNER, *OF_THE_ENGINE):
+        assert f".{each.__qualname__.split('.')[0]}\n" in page
