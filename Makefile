@@ -16,7 +16,7 @@ INSTALLED_DEV := $(VENV)/.installed-dev
 INSTALLED_DOCS := $(VENV)/.installed-docs
 CHECKPOINT := checkpoints/SmolLM2-135M-Instruct/SmolLM2-135M-Instruct.Q4_1.gguf
 
-.PHONY: serve test test-long check lint format types layers spelling option-table docs clean
+.PHONY: serve test test-long check lint format types layers spelling option-table docs package clean
 
 serve: $(CHECKPOINT)
 	$(BIN)/python -m fairkv_jax.serve $(ARGS)
@@ -54,6 +54,10 @@ option-table: $(INSTALLED)
 docs: $(INSTALLED_DOCS)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
 	@echo "the documentation is in site/index.html"
+
+# Builds a wheel and a source distribution into dist/.
+package: $(INSTALLED_DEV)
+	$(BIN)/python -m build
 
 clean:
 	rm -rf $(VENV)
