@@ -35,7 +35,14 @@ def _is_relative(target: str) -> bool:
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
-    """Adds the files outside of docs/ that its pages link to, and those that these link to."""
+    """Adds the files outside of docs/ that its pages link to, and those that these link to.
+
+    Pages of docs/ that the navigation of mkdocs.yml does not list are listed at its end.
+    """
+    pages = files.documentation_pages()
+    unlisted = [file.src_uri for file in pages if file.src_uri not in str(config.nav)]
+    if unlisted:
+        config.nav = [*(config.nav or ()), {"More": unlisted}]
     files.append(_outside(ROOT / "README.md", config))
     pages = files.documentation_pages()
     waiting = [Path(file.abs_src_path) for file in pages if file.abs_src_path]
