@@ -25,9 +25,8 @@ Messages = Sequence[Mapping[str, Any]]
 class LLM:
     """A model for offline inference, which generates outputs for lists of prompts.
 
-    >>> from fairkv_jax import LLM, SamplingParams
-    >>> llm = LLM("SmolLM2-135M-Instruct", kv_policy="streaming_llm", kv_budget=64,
-    ...           enable_prefix_caching=True)
+        llm = LLM(tensor_parallel_size=2, kv_policy="ada_snapkv", kv_budget=256)
+        llm.generate(["The capital of France is"], SamplingParams(temperature=0))
 
     `progress` shows progress bars. The other options are keyword arguments:
 
@@ -61,13 +60,6 @@ class LLM:
         options replace the engine's, and may not keep more. Returns the outputs in the order of
         the prompts.
 
-        >>> params = SamplingParams(max_tokens=4, ignore_eos=True)
-        >>> (output,) = llm.generate(["one two three " * 30], params)
-        >>> len(output.outputs[0].token_ids)
-        4
-        >>> float(output.kv_lengths.mean())  # kept tokens per layer and KV head
-        64.0
-
         Raises:
             ValueError: a prompt or a parameter is invalid. All prompts are checked before any is
                 run.
@@ -100,10 +92,6 @@ class LLM:
 
         With `prefix_id`, see `cache_prefix`, the messages are those that follow the prefix's. The
         `kv_` options are those of `generate`.
-
-        >>> (answer,) = llm.chat([{"role": "user", "content": "Hello!"}], params)
-        >>> answer.finished
-        True
         """
         if not isinstance(messages, Sequence) or not messages:
             raise ValueError(f"messages must be a list of messages, got {messages!r}")
@@ -139,10 +127,8 @@ class LLM:
     ) -> CachedPrefix:
         """Reads and compresses the beginning of prompts once, for any number of requests.
 
-        >>> document = llm.cache_prefix("one two three " * 30)
-        >>> (answer,) = llm.generate(["Question: what follows?"], params, prefix_id=document.id)
-        >>> answer.num_cached_tokens == document.num_tokens
-        True
+            document = llm.cache_prefix(text, kv_policy="streaming_llm", kv_budget=256)
+            llm.generate(["\n\nQuestion: ..."], prefix_id=document.id)
 
         It remains in the KV cache until its pages are needed, and is then computed again when a
         request needs it. An equal prefix is computed once.

@@ -25,11 +25,7 @@ class Logprob:
 
 @dataclass
 class CompletionOutput:
-    """The output of a request that has been generated so far.
-
-    >>> output.outputs[0].finish_reason
-    'length'
-    """
+    """The output of a request that has been generated so far."""
 
     text: str
     """While the request runs, text that may be the beginning of a stop string is held back."""
@@ -45,12 +41,7 @@ class CompletionOutput:
 
 @dataclass
 class RequestOutput:
-    """The state of a request after a step. The output is cumulative.
-
-    >>> (output,) = llm.generate(["one two three"], SamplingParams(max_tokens=4, ignore_eos=True))
-    >>> output.finished, output.prompt
-    (True, 'one two three')
-    """
+    """The state of a request after a step. The output is cumulative."""
 
     request_id: str
     prompt: str | None
@@ -116,12 +107,7 @@ class PrefixRecord:
 
 @dataclass(frozen=True)
 class CachedPrefix:
-    """A compressed prefix that requests can begin with, see `LLM.cache_prefix`.
-
-    >>> document = llm.cache_prefix("one two three " * 30)
-    >>> document.num_tokens > document.kept_tokens.mean() == 64
-    True
-    """
+    """A compressed prefix that requests can begin with, see `LLM.cache_prefix`."""
 
     id: str
     num_tokens: int
