@@ -14,12 +14,18 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 INSTALLED_DEV := $(VENV)/.installed-dev
 INSTALLED_DOCS := $(VENV)/.installed-docs
+INSTALLED_NOTEBOOKS := $(VENV)/.installed-notebooks
 CHECKPOINT := checkpoints/SmolLM2-135M-Instruct/SmolLM2-135M-Instruct.Q4_1.gguf
 
-.PHONY: serve test test-long check lint format types layers spelling option-table docs package clean
+.PHONY: serve notebooks test test-long check lint format types layers spelling option-table docs \
+	package clean
 
 serve: $(CHECKPOINT)
 	$(BIN)/python -m fairkv_jax.serve $(ARGS)
+
+# Opens the notebooks in JupyterLab.
+notebooks: $(INSTALLED_NOTEBOOKS) $(CHECKPOINT)
+	$(BIN)/jupyter lab --notebook-dir notebooks $(ARGS)
 
 test: $(INSTALLED_DEV) $(CHECKPOINT)
 	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile $(ARGS)
@@ -88,6 +94,11 @@ $(INSTALLED_DEV): $(INSTALLED)
 $(INSTALLED_DOCS): $(INSTALLED)
 	@echo "installing the requirements of the documentation into $(VENV)"
 	$(BIN)/python -m pip install --quiet --editable '.[docs]'
+	@touch $@
+
+$(INSTALLED_NOTEBOOKS): $(INSTALLED)
+	@echo "installing JupyterLab and matplotlib into $(VENV)"
+	$(BIN)/python -m pip install --quiet --editable '.[notebooks]'
 	@touch $@
 
 # Each interpreter is tried, because a name on PATH may be a version manager's shim that fails.
