@@ -8,6 +8,7 @@ One pool serves all layers, so what every device must hold is its load over the 
     lengths              [L, B, P*C]               cached tokens; 0 where the slot owns no part
     token_ids            [B, S]                    each row's prompt and output, on all devices
     num_known            [B]                       how many of them the host has given
+    queries              [L, B, w, P*C, G, H]      each row's last w queries, if they are needed
 
 Rows stand before slots, as in the queries of a step. Ownership is length: a replica that does not
 serve a row has length 0 there. What a step samples is written to `token_ids` and read by the next
@@ -46,12 +47,16 @@ class KVCache:
     lengths: Int[Array, "L B PC"]
     token_ids: Int[Array, "B S"]
     num_known: Int[Array, "B"]
+    queries: Float[Array, "L B w PC G H"] | None = None
+    """The queries of each row's last decode steps, after RoPE, for the compression of rows while
+    they decode: that of position p is at p % w."""
 
     @classmethod
     def partition(cls) -> "KVCache":
-        """How each array is split over the mesh."""
+        """How each array is split over the mesh, as a prefix of the cache's pytree."""
         page_table = PageTable(_BY_DEVICE, _BY_SLOT)
-        return cls(_BY_DEVICE, _BY_DEVICE, page_table, _BY_SLOT, _WHOLE, _WHOLE)
+        queries: Any = PartitionSpec(None, None, None, TENSOR_AXIS)
+        return cls(_BY_DEVICE, _BY_DEVICE, page_table, _BY_SLOT, _WHOLE, _WHOLE, queries)
 
     @classmethod
     def shapes(cls, spec: KVCacheSpec) -> "KVCache":
@@ -61,6 +66,11 @@ class KVCache:
         integers: Any = partial(jax.ShapeDtypeStruct, dtype=jnp.int32)
         pages: Any = jax.ShapeDtypeStruct(pool, jnp.dtype(spec.dtype))
         table = PageTable(integers((spec.num_devices * spec.table_entries,)), integers(pairs))
+        store, queries = spec.queries, None
+        if store is not None:
+            size = (store.num_queries, spec.num_slots, store.group_size, spec.head_dim)
+            shape = (spec.num_layers, spec.num_rows, *size)
+            queries: Any = jax.ShapeDtypeStruct(shape, jnp.dtype(store.dtype))
         return cls(
             pages,
             pages,
@@ -68,6 +78,7 @@ class KVCache:
             integers(pairs),
             integers((spec.num_rows, spec.max_tokens)),
             integers((spec.num_rows,)),
+            queries,
         )
 
     @classmethod

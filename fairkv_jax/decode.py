@@ -126,7 +126,7 @@ def _decode_local(
 ) -> tuple[KVCache, Sampled]:
     """One device's part, inside `shard_map`."""
     cache = replace(cache, page_table=write_table(cache.page_table, writes))
-    attend: Callable[..., Any] = partial(append_and_attend, **attention)
+    attend = partial(_attend, keeps_queries=cache.queries is not None, **attention)
     one_step = partial(_one_step, model, attend=attend)
 
     def step(i: Array, carry: tuple[KVCache, Sampled]) -> tuple[KVCache, Sampled]:
@@ -144,6 +144,12 @@ def _decode_local(
     return jax.lax.fori_loop(0, num_steps, step, (cache, nothing))
 
 
+def _attend(*args: Any, keeps_queries: bool, **attention: Any) -> tuple[Array, Any, Array | None]:
+    """As `append_and_attend`; with `keeps_queries`, its outputs are the queries."""
+    out, pool, _ = append_and_attend(*args, **attention)
+    return out, pool, args[0] if keeps_queries else None
+
+
 def _one_step(
     model: Model,
     cache: KVCache,
@@ -157,7 +163,7 @@ def _one_step(
     position = inputs.positions + step
     table, lengths = cache.page_table, cache.lengths[:, : len(row)]
     table = PageTable(table.pages, table.starts[:, : len(row)])
-    x, (k_pages, v_pages), _ = model(
+    x, (k_pages, v_pages), queries = model(
         cache.token_ids[row, position],
         position,
         partial(attend, page_table=table, lengths=lengths),
@@ -173,4 +179,7 @@ def _one_step(
     after = jnp.where(is_new, position + 1, cache.token_ids.shape[1])  # past the end: dropped
     token_ids = cache.token_ids.at[row, after].set(sampled.tokens, mode="drop")
     cache = replace(cache, k_pages=k_pages, v_pages=v_pages, token_ids=token_ids)
+    if cache.queries is not None:
+        at = position % cache.queries.shape[2]
+        cache = replace(cache, queries=cache.queries.at[:, row, at].set(queries))
     return grow(cache, len(row)), sampled

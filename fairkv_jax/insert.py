@@ -1,5 +1,6 @@
 """Insert: copies the compressed cache of a prompt, or of its suffix, into the pages of a row."""
 
+from dataclasses import replace
 from functools import partial
 
 import jax
@@ -88,11 +89,11 @@ def _insert_local(
     page = cache.page_table.entries(start, jnp.where(owned, token // page_size, 0))
     page = jnp.where(owned, page, num_pages)  # past the pool: dropped
     token = token % page_size
-    return KVCache(
-        cache.k_pages.at[page, token].set(prefix.k, mode="drop"),
-        cache.v_pages.at[page, token].set(prefix.v, mode="drop"),
-        cache.page_table,
-        cache.lengths.at[:, row].set(jnp.where(is_active, lengths, 0)),
-        cache.token_ids.at[row].set(token_ids),
-        cache.num_known.at[row].set(num_known),
+    return replace(
+        cache,
+        k_pages=cache.k_pages.at[page, token].set(prefix.k, mode="drop"),
+        v_pages=cache.v_pages.at[page, token].set(prefix.v, mode="drop"),
+        lengths=cache.lengths.at[:, row].set(jnp.where(is_active, lengths, 0)),
+        token_ids=cache.token_ids.at[row].set(token_ids),
+        num_known=cache.num_known.at[row].set(num_known),
     )

@@ -12,6 +12,21 @@ _ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
 @dataclass(frozen=True)
+class QueryStore:
+    """The last queries of every row, which score its tokens when it is compressed again."""
+
+    num_queries: int
+    """Queries of each row, layer and query head."""
+    group_size: int
+    """Query heads per KV head (G)."""
+    dtype: str
+
+    def bytes_per_slot(self, head_dim: int) -> int:
+        """Bytes of a row's queries in one layer and head slot."""
+        return self.num_queries * self.group_size * head_dim * _ITEM_BYTES[self.dtype]
+
+
+@dataclass(frozen=True)
 class KVCacheSpec:
     """The sizes of the paged KV cache: its pages, its page tables, and what they take in bytes.
 
@@ -38,16 +53,18 @@ class KVCacheSpec:
     dtype: str = "float32"
     sharing: int = 1
     """How many times the pages of a device the page tables can list, for rows that share pages."""
+    queries: QueryStore | None = None
+    """None where rows are not compressed while they decode, or no queries are needed for that."""
 
     def __post_init__(self) -> None:
         for field in fields(self):
             value = getattr(self, field.name)
-            if field.name != "dtype" and value < 1:
+            if isinstance(value, int) and value < 1:
                 raise ValueError(f"{field.name} must be at least 1, got {value}")
 
     @classmethod
     def fit(cls, num_bytes: int, max_pages_per_device: int, **sizes: Any) -> "KVCacheSpec":
-        """The largest cache of at most `num_bytes` over all devices, page tables included.
+        """The largest cache of at most `num_bytes` over all devices, all of its arrays included.
 
         `sizes` are the other fields. Where not even one page fits, the cache has one.
         """
@@ -95,9 +112,18 @@ class KVCacheSpec:
 
     @property
     def bytes_per_device(self) -> int:
-        """Bytes of the cache on each device: pages, page tables, and the rows' token ids."""
+        """Bytes of the cache on each device: pages, page tables, token ids, and queries."""
         tokens = _ENTRY_BYTES * self.num_rows * (self.max_tokens + 1)
-        return self.pool_bytes_per_device + self.table_bytes_per_device + tokens
+        pages = self.pool_bytes_per_device + self.table_bytes_per_device
+        return pages + tokens + self.query_bytes_per_device
+
+    @property
+    def query_bytes_per_device(self) -> int:
+        """Bytes of the last queries of all rows on each device."""
+        if self.queries is None:
+            return 0
+        pairs = self.num_layers * self.num_rows * self.slots_per_device
+        return pairs * self.queries.bytes_per_slot(self.head_dim)
 
 
 def token_bytes(head_dim: int, dtype: str) -> int:

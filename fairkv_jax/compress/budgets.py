@@ -150,6 +150,8 @@ def with_policy(
         allocator=None,
         head_scores=None,
         head_budgets=None,
+        decode_budget=None,
+        decode_policy=None,
     )
 
 

@@ -58,6 +58,10 @@ SCORERS: dict[str, ScorerEntry] = {
 def _ada(config: KVConfig) -> Allocator:
     if config.repeats_prompt:  # KVzip has no safeguard
         return AdaReserve(0.0)
+    return _safeguarded(config)
+
+
+def _safeguarded(config: KVConfig) -> Allocator:
     allocator = {"blend": AdaBlend, "reserve": AdaReserve}[config.safeguard]
     return allocator(config.alpha_safeguard)
 
@@ -95,6 +99,31 @@ def make_method(config: KVConfig) -> Method:
         ALLOCATORS[config.allocator_name](config),
         entry.is_query_agnostic,
         entry.mean_over_heads,
+    )
+
+
+def make_decode_method(config: KVConfig) -> Method | None:
+    """Returns the method that compresses rows while they decode; None where nothing does.
+
+    Raises:
+        ValueError: the budget is smaller than what is kept in any case.
+    """
+    if config.decode_budget is None:
+        return None
+    name, allocator = config.decode_method
+    entry = SCORERS[name]
+    scorer = entry.make(config)
+    least = scorer.num_sinks + config.decode_window
+    if config.decode_budget < least:
+        first = f"{scorer.num_sinks} first and " if scorer.num_sinks else ""
+        raise ValueError(
+            f"kv_decode_budget {config.decode_budget} is smaller than the {first}"
+            f"{config.decode_window} last tokens that every head keeps: raise it to {least} or more"
+        )
+    return Method(
+        scorer,
+        Uniform() if allocator == "uniform" else _safeguarded(config),
+        entry.is_query_agnostic,
     )
 
 

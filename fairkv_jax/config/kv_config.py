@@ -57,6 +57,16 @@ REPEATING_SCORERS = ("kvzip", "kvzip_plus")
 """Scorers that let the model repeat the prompt, once it has been read."""
 POOLINGS = ("max", "avg")
 SAFEGUARDS = ("blend", "reserve")
+DECODE_POLICIES = ("snapkv", "ada_snapkv", "expected_attention", "keydiff")
+"""Policies that can compress a row again while it decodes: their scorers need nothing but the
+cached keys and values, and the last queries."""
+_DECODE_SCORERS = tuple(POLICIES[policy][0] for policy in DECODE_POLICIES)
+_DECODE_ALLOCATORS = tuple(POLICIES[policy][1] for policy in DECODE_POLICIES)
+_QUERY_SCORERS = ("snapkv", "expected_attention")
+DECODE_PROTECTED = 128
+"""The last tokens of a row that are always kept when it is compressed while it decodes."""
+DEFAULT_DECODE_POLICY = "ada_snapkv"
+"""What compresses rows while they decode, where `kv_policy` keeps the prompts whole."""
 STREAMING = ("recent", "snapkv")
 SUFFIXES = ("keep", "compress")
 _COMPRESSION = "Compression of the KV cache"
@@ -67,7 +77,8 @@ _COMPRESSION = "Compression of the KV cache"
 class KVConfig:
     """How the keys and values of each prompt are compressed.
 
-    Give either `budget` or `ratio`; the policies `full` and `head_budgets` take neither.
+    Give either `budget` or `ratio`; the policies `full` and `head_budgets` take neither. The fields
+    `decode_...` say how the cache of a request is compressed again while it generates.
 
     Raises:
         ValueError: the options contradict each other or lie outside their limits.
@@ -128,7 +139,8 @@ class KVConfig:
     window: int = option(
         32,
         "Size of snapkv's observation window in tokens. These last tokens of a prompt are always "
-        "kept, and their queries score the other tokens.",
+        "kept, and their queries score the other tokens. With kv_decode_budget, as many of the "
+        "last queries of every request are stored.",
         name="kv_window",
         group=_COMPRESSION,
     )
@@ -209,6 +221,29 @@ class KVConfig:
         group=_COMPRESSION,
         choices=SUFFIXES,
     )
+    decode_budget: int | None = option(
+        None,
+        "Tokens kept per head while a request generates, prompt included, averaged over the heads "
+        "of a layer. When a request holds more, its cache is compressed again to this size, over "
+        "prompt and output; the last 128 tokens and cached prefixes are always kept.",
+        name="kv_decode_budget",
+        group=_COMPRESSION,
+        default_text="generated tokens are never dropped",
+    )
+    decode_interval: int = option(
+        128,
+        "Generated tokens between two such compressions.",
+        name="kv_decode_interval",
+        group=_COMPRESSION,
+    )
+    decode_policy: str | None = option(
+        None,
+        "Compression policy of kv_decode_budget.",
+        name="kv_decode_policy",
+        group=_COMPRESSION,
+        choices=DECODE_POLICIES,
+        default_text="the scorer and allocator of the prompts; ada_snapkv if those are kept whole",
+    )
     head_budgets: tuple[tuple[int, ...], ...] | None = option(
         None,
         "Path of a head profile in JSON, whose tokens per layer and head are the budgets of the "
@@ -271,6 +306,32 @@ class KVConfig:
         check_number("kv_epsilon", self.epsilon, 0)
         if self.replay_suffix is not None and not isinstance(self.replay_suffix, str):
             raise ValueError(f"kv_replay_suffix must be a text, got {self.replay_suffix!r}")
+        self._check_decode_options()
+
+    def _check_decode_options(self) -> None:
+        check_optional_choice("kv_decode_policy", self.decode_policy, DECODE_POLICIES)
+        check_int("kv_decode_interval", self.decode_interval, 1)
+        if self.decode_budget is None:
+            if self.decode_policy is not None:
+                raise ValueError(
+                    f"kv_decode_policy {self.decode_policy!r} has no effect without "
+                    "kv_decode_budget: give both"
+                )
+            return
+        check_int("kv_decode_budget", self.decode_budget, 1)
+        scorer, allocator = self.decode_method
+        if scorer not in _DECODE_SCORERS or allocator not in _DECODE_ALLOCATORS:
+            raise ValueError(
+                f"kv_policy {self.policy!r}, with the scorer {scorer!r} and the allocator "
+                f"{allocator!r}, cannot compress what a request generates: give kv_decode_policy, "
+                f"one of {', '.join(DECODE_POLICIES)}, or leave out kv_decode_budget"
+            )
+        if self.decode_interval < self.num_stored_queries:
+            raise ValueError(
+                f"kv_decode_interval {self.decode_interval} is smaller than kv_window "
+                f"{self.window}, but the queries of the window must be those of generated tokens: "
+                "raise kv_decode_interval or lower kv_window"
+            )
 
     @property
     def scorer_name(self) -> str:
@@ -285,6 +346,27 @@ class KVConfig:
     def allocator_name(self) -> str:
         """The allocator in use."""
         return self.allocator or POLICIES[self.policy][1]
+
+    @property
+    def decode_method(self) -> tuple[str, str]:
+        """The scorer and the allocator that compress rows while they decode."""
+        if self.decode_policy is not None:
+            return POLICIES[self.decode_policy]
+        if self.allocator_name == "full":
+            return POLICIES[DEFAULT_DECODE_POLICY]
+        return self.scorer_name, self.allocator_name
+
+    @property
+    def decode_window(self) -> int:
+        """The last tokens of a row that are kept when it is compressed while it decodes."""
+        return max(DECODE_PROTECTED, self.num_stored_queries)
+
+    @property
+    def num_stored_queries(self) -> int:
+        """The last queries of a row that score its tokens while it decodes; 0: none are needed."""
+        if self.decode_budget is None or self.decode_method[0] not in _QUERY_SCORERS:
+            return 0
+        return self.window
 
     @property
     def takes_budget(self) -> bool:

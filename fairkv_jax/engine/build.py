@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from fairkv_jax.checkpoint import Checkpoint, open_checkpoint
 from fairkv_jax.checkpoint.fetch import DEMO_MODEL
 from fairkv_jax.compress.budgets import MaxKept, check_least_kept
-from fairkv_jax.compress.registry import make_method
+from fairkv_jax.compress.registry import make_decode_method, make_method
 from fairkv_jax.config import (
     DTYPES,
     ENGINE_CLASSES,
@@ -131,6 +131,7 @@ def _kv_config(fields: dict[str, Any]) -> KVConfig:
     }
     kv_config = KVConfig(**{**fields, **read})
     make_method(kv_config)
+    make_decode_method(kv_config)
     return kv_config
 
 

@@ -2,20 +2,25 @@
 
 from dataclasses import replace
 
-from fairkv_jax.config import EngineConfig, ModelConfig
-from fairkv_jax.kv_cache_spec import KVCacheSpec
+from fairkv_jax.config import EngineConfig, KVConfig, ModelConfig
+from fairkv_jax.kv_cache_spec import KVCacheSpec, QueryStore
 from fairkv_jax.sharding.slots import SlotLayout
 
 _SHARING = 8
 """The page tables then still take less than 1 % of the cache, for heads of 128 in bfloat16."""
 
 
-def size_cache(config: EngineConfig, model: ModelConfig, layout: SlotLayout) -> KVCacheSpec:
+def size_cache(
+    config: EngineConfig, kv_config: KVConfig, model: ModelConfig, layout: SlotLayout
+) -> KVCacheSpec:
     """Returns the largest KV cache that fits, but no larger than all rows together can fill.
 
     Raises:
         ValueError: the cache could not hold one request of full length.
     """
+    queries = None
+    if kv_config.num_stored_queries:
+        queries = QueryStore(kv_config.num_stored_queries, model.group_size, config.dtype)
     owned_slots = int(layout.replicas.sum((0, 1)).max())
     one_row = owned_slots * -(-config.max_model_len // config.page_size)
     spec = KVCacheSpec.fit(
@@ -30,6 +35,7 @@ def size_cache(config: EngineConfig, model: ModelConfig, layout: SlotLayout) -> 
         max_tokens=config.max_model_len,
         dtype=config.dtype,
         sharing=_SHARING if config.enable_prefix_caching else 1,
+        queries=queries,
     )
     if spec.pages_per_device < one_row:
         need = replace(spec, pages_per_device=one_row).bytes_per_device * spec.num_devices

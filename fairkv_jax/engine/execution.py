@@ -70,6 +70,8 @@ class Execution:
     """The results of a prompt whose last chunk this was."""
     progress: Any
     """An array that is computed with the chunks of a prefill; None without them."""
+    compressed_lengths: tuple[jax.Array, ...] = ()
+    """On the devices: [L, K] tokens of each row that was compressed again."""
 
     def result(self) -> ExecutionResult:
         """Waits for the devices and reads what they know."""
@@ -80,7 +82,8 @@ class Execution:
         if self.sampled is not None:
             sampled = _on_host(self.sampled)
         prefill = None if self.prefill is None else self.prefill.result()
-        return ExecutionResult(prefill, sampled)
+        compressed = tuple(map(np.asarray, self.compressed_lengths))
+        return ExecutionResult(prefill, sampled, compressed)
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ read back to know what is full. The scheduler asks it before it schedules:
     activate         lets a row take part in decoding
     reserve          takes pages for the next tokens of every active row
     commit           counts tokens that the devices have written
+    shrink           gives back the pages that a row has no more use for
     free             gives a row's pages back
     retain           keeps the pages of a row as a prefix, whatever happens to the row
     share            begins a row with the pages of a prefix
@@ -200,6 +201,23 @@ class KVCacheManager:
     def commit(self, row: int, num_tokens: int) -> None:
         """Counts reserved tokens of a row that the devices have written."""
         self._uncommitted[row] -= num_tokens
+
+    def shrink(self, row: int, head_lengths: np.ndarray) -> None:
+        """Gives back the pages that a row does not need since the devices have compressed it.
+
+        `head_lengths` [L, K] are its tokens before those that are not committed yet.
+        """
+        before, size = self.lengths[:, row], self.spec.page_size
+        of_slots = np.take_along_axis(head_lengths, np.maximum(self._layout.head_of_slot, 0), 1)
+        lengths = np.where(before > 0, of_slots + self._uncommitted[row], 0)
+        assert (lengths <= before).all(), "compression has added tokens"
+        counts = _num_pages(lengths, size)
+        layer, slot = np.nonzero(before)
+        pairs = np.ravel_multi_index((layer, row, slot), self._room.shape)
+        devices, pages = self._tables.truncate(pairs, counts[layer, slot])
+        self._pool.release(devices, pages)
+        self._num_listed -= np.bincount(devices, minlength=self.spec.num_devices)
+        self._room[layer, row, slot] = (counts * size - lengths)[layer, slot]
 
     def free(self, row: int) -> None:
         """Gives back all pages of a row; those that prefixes or other rows hold remain in use."""

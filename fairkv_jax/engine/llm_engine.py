@@ -83,6 +83,7 @@ class LLMEngine:
             KVCacheManager(self.runner.cache_spec, self.runner.layout),
             self.output_processor.grammar_bitmask,
             engine_config.prefix_cache_fraction,
+            self.runner.decode_compression,
         )
         self.prefixes = PrefixRegistry(self.model_config, kv_config)
         """Prefixes that have been cached by requests, see `Request.caches_prefix`."""

@@ -14,9 +14,10 @@ import numpy as np
 from fairkv_jax.cache import KVCache, TableWrites
 from fairkv_jax.checkpoint import Checkpoint
 from fairkv_jax.compress.instruction import RepeatInstruction
-from fairkv_jax.compress.registry import offered_methods
+from fairkv_jax.compress.registry import make_decode_method, offered_methods
 from fairkv_jax.config import EngineConfig, KVConfig
 from fairkv_jax.engine.cache_size import size_cache
+from fairkv_jax.engine.decode_compression import DecodeCompression
 from fairkv_jax.engine.device_errors import (
     POOL_DOES_NOT_FIT,
     WEIGHTS_DO_NOT_FIT,
@@ -37,6 +38,7 @@ from fairkv_jax.engine.scheduler_output import (
     Insertion,
     NewRequest,
     PrefillChunks,
+    RowCompression,
     RowPrefix,
     SchedulerOutput,
 )
@@ -72,8 +74,16 @@ class ModelRunner:
         self.plan, self.config, self.kv_config = plan, config, kv_config
         self.layout = SlotLayout.from_plan(plan)
         self.mesh = make_mesh(config.tensor_parallel_size)
-        self.cache_spec = size_cache(config, self.model_config, self.layout)
+        self.cache_spec = size_cache(config, kv_config, self.model_config, self.layout)
         self.methods = offered_methods(kv_config)
+        self.decode_method = make_decode_method(kv_config)
+        """How rows are compressed while they decode; None: they never are."""
+        self.decode_compression = None
+        if kv_config.decode_budget is not None and self.decode_method is not None:
+            num_protected = self.decode_method.scorer.num_sinks + kv_config.decode_window
+            self.decode_compression = DecodeCompression(
+                kv_config.decode_budget, kv_config.decode_interval, num_protected
+            )
         int8 = config.quantization == "int8"
         with translate_xla_errors("loading the weights", WEIGHTS_DO_NOT_FIT):
             model = load_model(
@@ -86,7 +96,14 @@ class ModelRunner:
             self.instruction = RepeatInstruction.of(checkpoint.tokenizer(), kv_config.replay_suffix)
         shapes = StepShapes(self.mesh, self.model_config, self.layout, self.cache_spec, self.model)
         self.programs = Programs(
-            shapes, config, kv_config, self.methods, self.instruction, show=progress
+            shapes,
+            config,
+            kv_config,
+            self.methods,
+            self.instruction,
+            self.decode_method,
+            self._row_buckets,
+            show=progress,
         )
         self._prefills = PrefillRunner(
             self.programs,
@@ -122,7 +139,9 @@ class ModelRunner:
             self._task = None
         writes = list(self._inputs.table_writes(output.page_table_update))
         # A decode step takes one part of the changes itself; what comes before it needs them all.
-        only_decodes = output.insertion is None and output.prefill is None
+        only_decodes = (
+            output.insertion is None and output.prefill is None and not output.compressions
+        )
         last = writes.pop() if writes and output.decode and only_decodes else None
         for part in writes:
             table = self.programs.write_tables()(self.cache.page_table, part)
@@ -130,10 +149,11 @@ class ModelRunner:
         if output.insertion is not None:
             self._insert(output.insertion)
         prefill = None if output.prefill is None else self._prefill(output.prefill)
+        compressed = tuple(map(self._compress_row, output.compressions))
         sampled = None if output.decode is None else self._decode(output.decode, last)
         has_compiled = self.programs.num_compiled > num_programs
         progress = None if output.prefill is None or self._task is None else self._task.progress
-        return Execution(output, has_compiled, sampled, prefill, progress)
+        return Execution(output, has_compiled, sampled, prefill, progress, compressed)
 
     def prefill(self, token_ids: list[int], kv_config: KVConfig | None = None) -> CompressedPrefix:
         """Runs a prompt through the model and compresses its cache, all at once."""
@@ -243,6 +263,13 @@ class ModelRunner:
         """The compiled batch that holds the first `num_rows` rows."""
         return min(next_power_of_two(num_rows), self.config.max_num_seqs)
 
+    @property
+    def _row_buckets(self) -> list[int]:
+        """The tokens per head of rows for which `compress_row` is compiled, ascending."""
+        if self.decode_compression is None:
+            return []
+        return self.decode_compression.buckets(self.config.page_size, self.config.max_model_len)
+
     def _empty_cache(self) -> KVCache:
         with translate_xla_errors("making the KV pool", POOL_DOES_NOT_FIT):
             return jax.block_until_ready(KVCache.empty(self.mesh, self.cache_spec))
@@ -311,6 +338,20 @@ class ModelRunner:
         pool = self.cache.k_pages, self.cache.v_pages
         k_pages, v_pages = self.programs.copy_pages()(pool, *self._inputs.page_copies(copies))
         self.cache = replace(self.cache, k_pages=k_pages, v_pages=v_pages)
+
+    def _compress_row(self, row: RowCompression) -> jax.Array:
+        """Compresses a row again; returns the tokens that its heads have kept."""
+        bucket = next(size for size in self._row_buckets if size >= row.num_tokens)
+        self.cache, lengths = self.programs.compress_row(bucket)(
+            self.model,
+            self.cache,
+            np.int32(row.row),
+            np.int32(row.position),
+            row.budgets,
+            row.prefix_lengths,
+            self.layout.head_of_slot,
+        )
+        return lengths
 
     def _decode(self, decode: Decode, writes: TableWrites | None) -> Sampled:
         batch = self.batch_bucket(decode.rows[-1].row + 1)

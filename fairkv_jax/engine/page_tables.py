@@ -97,6 +97,18 @@ class PageTables:
         self._write(devices, indices, pages)
         self.counts.flat[pairs] = old + counts
 
+    def truncate(self, pairs: np.ndarray, counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Forgets the pages of `pairs[i]` after the first `counts[i]`.
+
+        Returns their devices and page numbers. The devices need not be told, since readers know how
+        many tokens there are.
+        """
+        dropped = self.counts.flat[pairs] - counts
+        devices = np.repeat(self._device(pairs), dropped)
+        pages = self.entries[devices, _ranges(self.starts.flat[pairs] + counts, dropped)]
+        self.counts.flat[pairs] = counts
+        return devices, pages
+
     def clear(self, pairs: np.ndarray) -> None:
         """Forgets all pages of some pairs."""
         self._free_segments(pairs)

@@ -4,7 +4,7 @@ The arguments of a step are declared beside its function, by a `lower_...` funct
 `sample_first`, `release_rows`, `write_tables` and `copy_pages` are declared here.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 
 import jax
@@ -18,6 +18,7 @@ from fairkv_jax.compress.contract import Method
 from fairkv_jax.compress.instruction import RepeatInstruction
 from fairkv_jax.compress_layer import lower_compress_layer
 from fairkv_jax.compress_prompt import lower_compress_prompt
+from fairkv_jax.compress_row import lower_compress_row
 from fairkv_jax.config import EngineConfig, KVConfig
 from fairkv_jax.decode import (
     abstract_table_writes,
@@ -48,12 +49,21 @@ class Programs:
         kv_config: KVConfig,
         methods: tuple[Method, ...],
         instruction: RepeatInstruction | None,
+        decode_method: Method | None = None,
+        row_buckets: Sequence[int] = (),
         *,
         show: bool,
     ):
-        """`show` says whether to show a progress bar while many programs are compiled."""
+        """Compiles nothing yet.
+
+        Args:
+            decode_method: how rows are compressed while they decode.
+            row_buckets: the sizes of the programs that do it.
+            show: whether to show a progress bar while many programs are compiled.
+        """
         self._shapes, self._config, self._kv_config = shapes, config, kv_config
         self._methods, self._instruction, self._show = methods, instruction, show
+        self._decode_method, self._row_buckets = decode_method, row_buckets
         self._compiled: dict[tuple[str, int], Compiled] = {}
         self.max_table_writes = max_table_writes(shapes)
 
@@ -100,6 +110,10 @@ class Programs:
             for step in steps
         ]
         wanted += [(step.__name__, (step.__name__, 0), step) for step in once]
+        wanted += [
+            (f"rows of {n} tokens", ("compress_row", n), partial(self.compress_row, n))
+            for n in self._row_buckets
+        ]
         missing = [(name, make) for name, key, make in wanted if key not in self._compiled]
         if missing:
             compile_all(missing[::-1], show=self._show)  # the largest take the longest
@@ -150,6 +164,16 @@ class Programs:
     def score_prompt(self, bucket: int) -> Compiled:
         lower = partial(lower_score_prompt, block=logprobs_block(bucket))
         return self._get_prefill("score_prompt", bucket, lower)
+
+    def compress_row(self, num_tokens: int) -> Compiled:
+        """`compress_row` of rows of up to `num_tokens` tokens per head."""
+        method, window = self._decode_method, self._kv_config.decode_window
+        assert method is not None
+        return self._get(
+            "compress_row",
+            num_tokens,
+            lambda: lower_compress_row(self._shapes, num_tokens, method, window),
+        )
 
     def sample_first(self) -> Compiled:
         """The first token of one row."""

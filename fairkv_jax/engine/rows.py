@@ -1,5 +1,8 @@
 """Gives requests rows of the batch with the pages that they need, and takes both back."""
 
+import numpy as np
+
+from fairkv_jax.engine.decode_compression import DecodeCompression
 from fairkv_jax.engine.kv_cache_manager import KVCacheManager
 from fairkv_jax.engine.prefix_cache import Prefix, PrefixCache
 from fairkv_jax.engine.scheduled_request import ScheduledRequest
@@ -13,8 +16,14 @@ class Rows:
     is room for one whole row in any case.
     """
 
-    def __init__(self, kv_cache: KVCacheManager, prefixes: PrefixCache):
+    def __init__(
+        self,
+        kv_cache: KVCacheManager,
+        prefixes: PrefixCache,
+        compression: DecodeCompression | None = None,
+    ):
         self._kv_cache, self._prefixes = kv_cache, prefixes
+        self._compression = compression
         self._free = list(range(kv_cache.spec.num_rows))
 
     @property
@@ -33,11 +42,13 @@ class Rows:
         segment, kept, known = request.segment, request.head_lengths, request.output_token_ids
         assert segment is not None
         assert kept is not None
+        prompt_lengths = kept + request.prefix_lengths
+        num_known = self._num_known(request, prompt_lengths)
         row, reserve = request.shared_row, self._kv_cache.reserve_suffix
         if row is None:
             row, reserve = min(self._free), self._kv_cache.reserve_prompt  # the batch stays short
         lengths = self._prefixes.evict_until(
-            lambda: reserve(row, kept, len(known)), any_prefix=is_alone
+            lambda: reserve(row, kept, num_known), any_prefix=is_alone
         )
         if lengths is None:
             return None
@@ -46,7 +57,7 @@ class Rows:
         is_last = segment.prefix is None
         if segment.prefix is None:
             request.shared_row = None
-            self._kv_cache.activate(row)
+            self._activate(request, row, prompt_lengths)
         else:
             request.shared_row = row  # until what is written there can be shared
             head_lengths = kept + request.prefix_lengths
@@ -105,6 +116,21 @@ class Rows:
         self._kv_cache.free(row)
         self._free.append(row)
         self._leave_prefix(request)
+
+    def _num_known(self, request: ScheduledRequest, prompt_lengths: np.ndarray) -> int:
+        """Returns how many known tokens a row appends to its prompt before it is compressed."""
+        num_known = len(request.output_token_ids)
+        if self._compression is None:
+            return num_known
+        return min(num_known, self._compression.first_at(prompt_lengths))
+
+    def _activate(self, request: ScheduledRequest, row: int, prompt_lengths: np.ndarray) -> None:
+        """Lets a row decode whose heads hold so many tokens of a request's prompt, [L, K]."""
+        self._kv_cache.activate(row)
+        if self._compression is not None:
+            request.next_compression = self._compression.first_at(prompt_lengths)
+            request.is_being_compressed = False
+            request.fixed_lengths = np.zeros_like(prompt_lengths) + request.prefix_lengths
 
     def _leave_row(self, request: ScheduledRequest) -> None:
         if request.shared_row is not None:

@@ -33,6 +33,7 @@ from fairkv_jax.engine.scheduler_output import (
     Insertion,
     NewRequest,
     PrefillChunks,
+    RowCompression,
     RowPrefix,
     SchedulerOutput,
 )
@@ -51,6 +52,7 @@ _CLASSES = {
         PageCopies,
         PageTableUpdate,
         PrefillChunks,
+        RowCompression,
         RowPrefix,
         SamplingParams,
         SchedulerOutput,

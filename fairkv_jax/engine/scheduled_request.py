@@ -58,6 +58,12 @@ class ScheduledRequest:
     """What that row begins with, until the runner is told with the segment's first chunk."""
     num_cached_tokens: int | None = None
     """Prompt tokens whose compressed cache was there when its prefill began first."""
+    next_compression: int | None = None
+    """Generated tokens in the cache when its row is compressed next; None: it never is."""
+    is_being_compressed: bool = False
+    """Whether its row is compressed by an execution whose result is not known yet."""
+    fixed_lengths: np.ndarray | None = None
+    """[L, K] first tokens of its row that stay, since other rows may share their pages."""
     attempt: int = 0
     """How often its prefill has been given up."""
 
@@ -82,6 +88,11 @@ class ScheduledRequest:
     def num_remaining_steps(self) -> int:
         """Decode steps until it has all the tokens that it may generate."""
         return self.max_tokens - self.num_cached - 1
+
+    @property
+    def is_to_be_compressed(self) -> bool:
+        """Whether its row is compressed before its next decode step."""
+        return self.next_compression == self.num_cached
 
     @property
     def prefix_lengths(self) -> np.ndarray | int:

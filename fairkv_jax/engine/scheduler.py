@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from fairkv_jax.engine.decode_compression import DecodeCompression
 from fairkv_jax.engine.kv_cache_manager import KVCacheManager
 from fairkv_jax.engine.prefix_cache import PrefixCache
 from fairkv_jax.engine.rows import Rows
@@ -25,6 +26,7 @@ from fairkv_jax.engine.scheduler_output import (
     NewTokens,
     PrefillChunks,
     PrefillResult,
+    RowCompression,
     SchedulerOutput,
 )
 from fairkv_jax.engine.timings import Timings
@@ -60,6 +62,10 @@ class Scheduler:
     A prompt of several segments is prefilled one after the other, from the longest prefix on that
     is cached. A segment that follows another is prefilled in a row that begins with what is kept
     before it, as are the tokens that it keeps itself.
+
+    With a `DecodeCompression`, rows are compressed again while they decode, at token counts that
+    follow from the request. How much their heads keep is known with the execution's result; until
+    then, a row counts as if nothing had been dropped.
     """
 
     def __init__(
@@ -67,6 +73,7 @@ class Scheduler:
         kv_cache: KVCacheManager,
         grammar_bitmask: Callable[[str], np.ndarray],
         prefix_cache_fraction: float = 1.0,
+        decode_compression: DecodeCompression | None = None,
     ):
         """`grammar_bitmask` gives the tokens that may come next in a request's output."""
         self.kv_cache = kv_cache
@@ -77,7 +84,8 @@ class Scheduler:
         """By row."""
         self.num_preemptions = 0
         self._grammar_bitmask = grammar_bitmask
-        self._rows = Rows(kv_cache, self.prefixes)
+        self._compression = decode_compression
+        self._rows = Rows(kv_cache, self.prefixes, decode_compression)
         self._in_flight: deque[_InFlight] = deque()
         self._index = 0
         self._resets_cache = False
@@ -137,6 +145,7 @@ class Scheduler:
         attempt = 0 if request is None else request.attempt
         is_awaited = inserts_prefix or request is not None or self._prefill_is_in_flight
         decode, preempted = self._decode(timings, one_step=is_awaited)
+        compressions = () if decode is None else self._compress(decode)
         prefill = None
         if request is not None and (self.waiting[0], request.attempt) == (request, attempt):
             prefill = self._prefill(timings, request)  # decoding has not taken its pages
@@ -152,6 +161,7 @@ class Scheduler:
             insertion=insertion,
             prefill=prefill,
             decode=decode,
+            compressions=compressions,
         )
         self._index += 1
         self._finished, self._released, self._resets_cache = [], [], False
@@ -173,6 +183,7 @@ class Scheduler:
             request, attempt = scheduled.prefill
             if request.attempt == attempt and request in self.waiting:
                 new += self._prefilled(request, result)
+        self._record_compressions(scheduled, result)
         if output.decode is not None and result.sampled is not None:
             tokens = result.sampled.tokens
             for at in output.decode.rows:
@@ -234,8 +245,9 @@ class Scheduler:
     def _must_wait(self) -> bool:
         """Whether the next decision needs results that have not arrived.
 
-        This is so if a request may have all its tokens, if a grammar needs the last token, or if
-        finished requests may free pages. While no request decodes, only one execution is in flight.
+        This is so if a request may have all its tokens, if a grammar needs the last token, if a row
+        is to be compressed while an earlier compression is in flight, or if finished requests may
+        free pages. While no request decodes, only one execution is in flight.
         """
         if not self._in_flight:
             return False
@@ -243,6 +255,8 @@ class Scheduler:
         if not running:
             return True
         if any(request.num_remaining_steps == 0 or request.follows_grammar for request in running):
+            return True
+        if any(request.is_being_compressed and request.is_to_be_compressed for request in running):
             return True
         return not self.kv_cache.can_reserve(1) and not self.prefixes.has_unused
 
@@ -289,7 +303,7 @@ class Scheduler:
         preempted = []
         num_steps = 1
         if not one_step and not any(each.follows_grammar for each in self.running.values()):
-            left = min(request.num_remaining_steps for request in self.running.values())
+            left = min(map(self._num_uninterrupted_steps, self.running.values()))
             num_steps = max(1, min(left, _steps_at_once(timings)))
         if not self.kv_cache.can_reserve(num_steps):
             num_steps = 1
@@ -304,6 +318,46 @@ class Scheduler:
             if request.follows_grammar:
                 bitmasks[row] = self._grammar_bitmask(request.request_id)
         return Decode(tuple(rows), num_steps, bitmasks), tuple(preempted)
+
+    def _num_uninterrupted_steps(self, request: ScheduledRequest) -> int:
+        """Returns the decode steps before a request ends or its row is compressed again."""
+        left = request.num_remaining_steps
+        if self._compression is None or request.next_compression is None:
+            return left
+        steps = request.next_compression - request.num_cached
+        return min(left, steps or self._compression.interval)
+
+    def _compress(self, decode: Decode) -> tuple[RowCompression, ...]:
+        """Schedules the compression of rows that are due, before the steps of `decode`."""
+        due, compression = [], self._compression
+        for at in decode.rows:
+            request, num_cached = self.running[at.row], at.output_index - 1
+            if compression is None or request.next_compression != num_cached:
+                continue
+            fixed, lengths = request.fixed_lengths, self.kv_cache.lengths[:, at.row]
+            assert fixed is not None
+            due.append(
+                RowCompression(
+                    at.row,
+                    request.request_id,
+                    at.position - 1,
+                    int(lengths.max()) - decode.num_steps,
+                    compression.budgets(fixed),
+                    fixed,
+                )
+            )
+            request.next_compression = num_cached + compression.interval
+            request.is_being_compressed = True
+        return tuple(due)
+
+    def _record_compressions(self, scheduled: _InFlight, result: ExecutionResult) -> None:
+        """Frees the pages that rows do not need since they have been compressed."""
+        done = zip(scheduled.output.compressions, result.compressed_lengths, strict=True)
+        for compression, head_lengths in done:
+            request = scheduled.rows[compression.row]
+            if self.running.get(compression.row) is request:
+                self.kv_cache.shrink(compression.row, head_lengths)
+                request.is_being_compressed = False
 
     def _make_room(self) -> list[str]:
         """Takes pages from prefixes, else from the newest request that has any.

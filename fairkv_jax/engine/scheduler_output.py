@@ -2,8 +2,8 @@
 
 A `SchedulerOutput` says all that one execution does. The same sequence of outputs gives the same
 tokens on every process, so it can be logged, replayed and broadcast. An execution does its parts in
-the order of the fields: it releases rows, writes page tables, inserts a compressed prompt, or a
-segment of one, into a row, runs chunks of another prefill, and decodes.
+this order: it releases rows, writes page tables, inserts a compressed prompt, or a segment of one,
+into a row, runs chunks of another prefill, compresses rows again, and decodes.
 """
 
 from dataclasses import dataclass
@@ -106,6 +106,22 @@ class Decode:
 
 
 @dataclass(frozen=True)
+class RowCompression:
+    """A row that is compressed again, before its next token is appended."""
+
+    row: int
+    request_id: str
+    position: int
+    """Position of the row's last token."""
+    num_tokens: int
+    """Tokens of the head that holds the most."""
+    budgets: np.ndarray
+    """[L, K] tokens."""
+    fixed_lengths: np.ndarray
+    """[L, K] first tokens of each head that stay, because they belong to a cached prefix."""
+
+
+@dataclass(frozen=True)
 class SchedulerOutput:
     """One execution; parts that are None or empty are left out."""
 
@@ -122,6 +138,8 @@ class SchedulerOutput:
     insertion: Insertion | None
     prefill: PrefillChunks | None
     decode: Decode | None
+    compressions: tuple[RowCompression, ...] = ()
+    """Of rows that decode."""
 
 
 @dataclass(frozen=True)
@@ -167,6 +185,8 @@ class ExecutionResult:
     """With the last chunk of a prompt."""
     sampled: SampledTokens | None
     """[steps, batch], of which the first `num_steps` count, where the execution decoded."""
+    compressed_lengths: tuple[np.ndarray, ...] = ()
+    """For each of the output's compressions, [L, K] tokens that the heads have kept."""
 
 
 @dataclass(frozen=True)

@@ -30,10 +30,11 @@ class StepTimer:
         """Records an execution that was dispatched at `start` and read at `end`.
 
         Times are in seconds. `start` is None for an execution that included compiling, which is
-        left out. The devices are busy with one execution after the other.
+        left out, as are executions that compress rows again. The devices are busy with one
+        execution after the other.
         """
         previous, self._last_end = self._last_end, end
-        if start is None:
+        if start is None or output.compressions:
             return
         seconds = end - max(start, previous)
         num_steps = output.decode.num_steps if output.decode is not None else 0

@@ -10,6 +10,7 @@ from fairkv_jax.engine.scheduler_output import (
     KeptTokens,
     PrefillChunks,
     PrefillResult,
+    RowCompression,
     SampledTokens,
     SchedulerOutput,
 )
@@ -37,6 +38,10 @@ class FakeDevice:
         self.lengths = np.zeros_like(self.starts)
         self.pages = np.zeros((spec.num_devices, spec.pages_per_device, spec.page_size), int)
         self.rows: dict[int, str] = {}
+        self.contents: dict[tuple[int, int, int], list[int]] = {}
+        """What a decoding row holds, by (layer, row, slot)."""
+        self.compressions: dict[str, dict[int, np.ndarray]] = {}
+        """By request and position, what its heads kept when its row was compressed again."""
         self.prompts: dict[str, list[int]] = {}
         """The tokens of every prompt up to the end of the segment that was prefilled last."""
         self.segments: dict[str, list[int]] = {}
@@ -63,12 +68,47 @@ class FakeDevice:
         if output.insertion is not None:
             self._insert(output)
         prefill = self._prefill(output.prefill) if output.prefill is not None else None
-        return ExecutionResult(prefill, self._decode(output))
+        compressed = tuple(map(self._compress, output.compressions))
+        return ExecutionResult(prefill, self._decode(output), compressed)
 
     def check_rows(self) -> None:
-        """Every row finds in its pages what was kept of its prompt, and its output."""
-        for row, name in self.rows.items():
-            self._check(row, self.lengths[:, row], name)
+        """Every row finds in its pages what was kept of its prompt and of its output."""
+        for row in self.rows:
+            for layer, slot in np.argwhere(self.lengths[:, row] > 0).tolist():
+                self._check_slot(layer, row, slot, self.contents[layer, row, slot])
+
+    def _check_slot(self, layer: int, row: int, slot: int, expected: list[int]) -> None:
+        device, pages, places = self._at(row, layer, slot, len(expected))
+        assert ((pages >= 0) & (pages < self.spec.pages_per_device)).all()
+        np.testing.assert_array_equal(self.pages[device, pages, places], expected)
+        assert self.lengths[layer, row, slot] in (0, len(expected))
+
+    def _compress(self, compression: RowCompression) -> np.ndarray:
+        """Lets every head keep its prefix, its last token, and some of the others.
+
+        A request that is compressed again at the same position keeps the same.
+        """
+        name, row = compression.request_id, compression.row
+        assert self.rows[row] == name
+        assert self.lengths[:, row].max() == compression.num_tokens
+        kept = np.zeros((len(self.layout.head_of_slot), self.layout.num_heads), np.int32)
+        for layer, slot in np.argwhere(self.lengths[:, row] > 0).tolist():
+            head = self.layout.head_of_slot[layer, slot]
+            before = self.contents[layer, row, slot]
+            output_length = compression.position + 1 - len(self.prompts[name])
+            assert before[-1] == -1 - token(name, output_length - 1), "it is up to date"
+            fixed = int(compression.fixed_lengths[layer, head])
+            origin = zlib.crc32(repr((name, compression.position, layer, head)).encode())
+            keeps = np.random.default_rng(origin).random(len(before)) < 0.6
+            keeps[:fixed] = keeps[-1] = True
+            after = [value for value, keep in zip(before, keeps, strict=True) if keep]
+            device, pages, places = self._at(row, layer, slot, len(after))
+            self.pages[device, pages[fixed:], places[fixed:]] = after[fixed:]
+            self.contents[layer, row, slot] = after
+            self.lengths[layer, row, slot] = kept[layer, head] = len(after)
+        history = self.compressions.setdefault(name, {})
+        np.testing.assert_array_equal(history.setdefault(compression.position, kept), kept)
+        return kept
 
     def _kept(self, prompt: Sequence[int], start: int) -> np.ndarray:
         """[L, K] kept tokens of a segment: all, or some, another number for each head."""
@@ -95,14 +135,13 @@ class FakeDevice:
         return device, self.entries[device, entry], token % self.spec.page_size
 
     def _check(self, row: int, lengths: np.ndarray, name: str) -> None:
-        """Compares pages with what stands for a prompt and the output that was appended to it."""
+        """Compares pages with what stands for a prompt."""
         for layer, slot in np.argwhere(lengths > 0).tolist():
             device, pages, places = self._at(row, layer, slot, int(lengths[layer, slot]))
             assert ((pages >= 0) & (pages < self.spec.pages_per_device)).all()
             found = self.pages[device, pages, places]
             prompt = self._contents(name, layer, int(self.layout.head_of_slot[layer, slot]))
-            output = [-1 - token(name, i) for i in range(len(found) - len(prompt))]
-            np.testing.assert_array_equal(found, [*prompt, *output])
+            np.testing.assert_array_equal(found, prompt)
 
     def _insert(self, output: SchedulerOutput) -> None:
         insertion = output.insertion
@@ -127,6 +166,9 @@ class FakeDevice:
             assert expected
             self.rows[row] = name
             self.lengths[:, row] = insertion.slot_lengths
+            for layer, slot in np.argwhere(insertion.slot_lengths > 0).tolist():
+                head = int(self.layout.head_of_slot[layer, slot])
+                self.contents[layer, row, slot] = self._contents(name, layer, head).tolist()
         self.prefilled = self._shared_row = None
 
     def _last_segment(self, name: str) -> tuple[list[int], int]:
@@ -194,6 +236,7 @@ class FakeDevice:
         for layer, slot in np.argwhere(self.lengths[:, row] > 0):
             device, pages, places = self._at(row, layer, slot, self.lengths[layer, row, slot])
             self.pages[device, pages[-1], places[-1]] = value
+            self.contents[layer, row, slot].append(value)
 
 
 def sampled(tokens: object) -> SampledTokens:

@@ -258,6 +258,40 @@ def test_tokens_count_when_they_are_committed():
     assert not manager.used_pages.any()
 
 
+def test_a_row_that_shrinks_gives_its_last_pages_back():
+    """Those of tokens that are not committed yet remain, and the row goes on where they end."""
+    manager, layout = make_manager(), make_layout()
+    for row in range(2):
+        occupy(manager, row, np.array([[40, PAGE, 11], [10, 10, 40]]))
+    manager.reserve(5)
+    manager.reserve(3)
+    before = {
+        tuple(pair): manager.pages_of(*pair).tolist() for pair in np.argwhere(manager.lengths)
+    }
+    manager.commit(0, 5)
+    manager.commit(1, 5)
+    kept = np.array([[13, 2 * PAGE - 3, 12], [1, PAGE, 45]])
+    manager.shrink(1, kept)
+    after = manager.lengths
+    used = 0
+    for (layer, row, slot), old in before.items():
+        pages = manager.pages_of(layer, row, slot).tolist()
+        assert pages == old[: len(pages)]
+        assert len(pages) == -(-after[layer, row, slot] // PAGE)
+        if row == 1:
+            assert after[layer, row, slot] == kept[layer, layout.head_of_slot[layer, slot]] + 3
+        used += len(pages)
+    assert manager.used_pages.sum() == used < sum(map(len, before.values()))
+    np.testing.assert_array_equal(manager._num_listed, manager.used_pages)
+    lengths = manager.lengths
+    assert manager.reserve(PAGE)
+    np.testing.assert_array_equal(manager.lengths, lengths + PAGE * (lengths > 0))
+    for row in range(2):
+        manager.free(row)
+    assert not manager.used_pages.any()
+    assert not manager._num_listed.any()
+
+
 @pytest.mark.parametrize("sharing", [1, 3])
 def test_rows_share_a_prefix_as_often_as_the_tables_can_list_it(sharing: int):
     """Then the pages lack, as far as the scheduler is told; nothing has been taken."""

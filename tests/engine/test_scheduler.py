@@ -11,6 +11,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
+from fairkv_jax.engine.decode_compression import DecodeCompression
 from fairkv_jax.engine.kv_cache_manager import KVCacheManager
 from fairkv_jax.engine.prefix_cache import Prefix
 from fairkv_jax.engine.scheduled_request import ScheduledRequest, Segment
@@ -38,7 +39,11 @@ def make_layout(num_devices: int) -> SlotLayout:
 
 
 def make_scheduler(
-    num_devices: int, num_rows: int, spare_pages: int, sharing: int = 1
+    num_devices: int,
+    num_rows: int,
+    spare_pages: int,
+    sharing: int = 1,
+    compression: DecodeCompression | None = None,
 ) -> Scheduler:
     """With pages for one row of full length and as many more on each device."""
     layout = make_layout(num_devices)
@@ -54,7 +59,11 @@ def make_scheduler(
         max_tokens=MAX_TOKENS,
         sharing=sharing,
     )
-    return Scheduler(KVCacheManager(spec, layout), lambda request_id: np.zeros(1, np.uint32))
+    return Scheduler(
+        KVCacheManager(spec, layout),
+        lambda request_id: np.zeros(1, np.uint32),
+        decode_compression=compression,
+    )
 
 
 def make_request(
@@ -169,9 +178,21 @@ class SchedulerMachine(RuleBasedStateMachine):
         num_rows=st.integers(1, 4),
         spare_pages=st.integers(0, 40),
         sharing=st.sampled_from([1, 4]),
+        compression=st.none()
+        | st.builds(
+            DecodeCompression, st.integers(10, 40), st.integers(1, 12), num_protected=st.just(8)
+        ),
     )
-    def start(self, num_devices: int, num_rows: int, spare_pages: int, sharing: int) -> None:
-        self.driver = Driver(make_scheduler(num_devices, num_rows, spare_pages, sharing))
+    def start(
+        self,
+        num_devices: int,
+        num_rows: int,
+        spare_pages: int,
+        sharing: int,
+        compression: DecodeCompression | None,
+    ) -> None:
+        scheduler = make_scheduler(num_devices, num_rows, spare_pages, sharing, compression)
+        self.driver = Driver(scheduler)
         self.arrivals = 0
         self.prefixes = {key: Prefix(key, num_tokens) for key, num_tokens in PREFIXES.items()}
 
@@ -291,6 +312,50 @@ def test_nobody_overtakes_and_all_finish_under_pressure():
     assert driver.scheduler.num_preemptions > 0
     assert first_inserted == [str(i) for i in range(12)]
     assert len(driver.finished) == 12
+
+
+def test_rows_are_compressed_at_the_same_tokens_after_a_preemption():
+    """At every multiple of the interval behind the budget; the device checks what they keep."""
+    compression = DecodeCompression(budget=24, interval=8, num_protected=8)
+    driver = Driver(make_scheduler(2, num_rows=3, spare_pages=40, compression=compression))
+    scheduler = driver.scheduler
+    for i in range(4):
+        driver.add(make_request(str(i), i, 6, 57))
+    for name, num_cached in (("1", 34), ("2", 50)):
+        row = None
+        while row is None or scheduler.running[row].num_cached < num_cached:
+            driver.step()
+            row = scheduler.row_of(name)
+        scheduler._wait(scheduler._release(row))
+    driver.run()
+    times = [at for output in driver.outputs for at in output.compressions]
+    assert len(times) > sum(map(len, driver.device.compressions.values())), "none was repeated"
+    for name, history in driver.device.compressions.items():
+        kept = driver.device._kept(range(6), 0)
+        first = compression.first_at(kept)
+        assert kept.mean() + first - 8 <= 24 < kept.mean() + first
+        assert list(history) == list(range(6 + first - 1, 6 + 56 - 1, 8)), name
+        for lengths in history.values():
+            assert lengths.max() < 6 + 57
+
+
+@pytest.mark.parametrize(
+    ("kept", "first"),
+    [(1, 48), (16, 48), (17, 32), (32, 32), (33, 16), (47, 16), (48, 16), (500, 16)],
+)
+def test_a_row_is_compressed_as_soon_as_it_exceeds_the_budget(kept: int, first: int):
+    compression = DecodeCompression(budget=48, interval=16, num_protected=20)
+    assert compression.first_at(np.full((2, 3), kept)) == first
+
+
+def test_a_cached_prefix_counts_towards_the_budget_of_its_layer():
+    compression = DecodeCompression(budget=48, interval=16, num_protected=20)
+    prefix = np.array([[0, 0, 0], [10, 3, 1], [60, 30, 60]], np.int32)
+    budgets = compression.budgets(prefix)
+    assert budgets[0].tolist() == [48] * 3
+    assert budgets[1].sum() == 3 * 48
+    assert (budgets[1] - prefix[1]).tolist() == [44, 43, 43]
+    assert (budgets[2] - prefix[2]).tolist() == [20] * 3  # what is protected does not give way
 
 
 def test_a_request_that_waits_for_pages_slows_nobody():

@@ -17,7 +17,11 @@ CRITICAL_EPSILON = 1e-4
 
 
 def expected_attention(
-    layer: Layer, epsilon: float = 1e-2, num_future: int = 512, use_norms: bool = True
+    layer: Layer,
+    epsilon: float = 1e-2,
+    num_future: int = 512,
+    use_norms: bool = True,
+    num_tokens: int | None = None,
 ) -> np.ndarray:
     """Returns the attention that the next `num_future` queries are expected to pay to each key.
 
@@ -27,11 +31,14 @@ def expected_attention(
     normal with mean mu and covariance S, then E[exp(x.k / sqrt(H))] = exp(mu.k / sqrt(H) +
     k'Sk / (2H)). Those values are divided by their sum over the keys after the sinks, averaged over
     the group, and multiplied, `epsilon` added, by the length of the token's value.
+
+    Where some tokens have been dropped, `num_tokens` is what T would be with them.
     """
     K, T, H = layer.k.shape
     G = len(layer.q) // K
     k, v = layer.k[:, NUM_SINKS:], layer.v[:, NUM_SINKS:]
-    turn = mean_rotation(layer.frequencies, np.arange(T, T + num_future)).astype(k.dtype)
+    future = (num_tokens or T) + np.arange(num_future)
+    turn = mean_rotation(layer.frequencies, future).astype(k.dtype)
     scores = np.full((K, T), np.inf, k.dtype)
     for head in range(K):
         total = np.zeros(T - NUM_SINKS, k.dtype)
