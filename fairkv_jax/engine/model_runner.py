@@ -348,7 +348,7 @@ class ModelRunner:
             np.int32(row.row),
             np.int32(row.position),
             row.budgets,
-            row.prefix_lengths,
+            row.fixed_lengths,
             self.layout.head_of_slot,
         )
         return lengths
