@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-from fairkv_jax.config import EngineConfig, KVConfig, ModelConfig
+from fairkv_jax.config import EngineConfig, ModelConfig
 from fairkv_jax.kv_cache_spec import KVCacheSpec, QueryStore
 from fairkv_jax.sharding.slots import SlotLayout
 
@@ -11,16 +11,18 @@ _SHARING = 8
 
 
 def size_cache(
-    config: EngineConfig, kv_config: KVConfig, model: ModelConfig, layout: SlotLayout
+    config: EngineConfig, model: ModelConfig, layout: SlotLayout, num_stored_queries: int = 0
 ) -> KVCacheSpec:
     """Returns the largest KV cache that fits, but no larger than all rows together can fill.
+
+    `num_stored_queries` are the last queries of each row that it stores.
 
     Raises:
         ValueError: the cache could not hold one request of full length.
     """
     queries = None
-    if kv_config.num_stored_queries:
-        queries = QueryStore(kv_config.num_stored_queries, model.group_size, config.dtype)
+    if num_stored_queries:
+        queries = QueryStore(num_stored_queries, model.group_size, config.dtype)
     owned_slots = int(layout.replicas.sum((0, 1)).max())
     one_row = owned_slots * -(-config.max_model_len // config.page_size)
     spec = KVCacheSpec.fit(

@@ -74,7 +74,9 @@ class ModelRunner:
         self.plan, self.config, self.kv_config = plan, config, kv_config
         self.layout = SlotLayout.from_plan(plan)
         self.mesh = make_mesh(config.tensor_parallel_size)
-        self.cache_spec = size_cache(config, kv_config, self.model_config, self.layout)
+        self.cache_spec = size_cache(
+            config, self.model_config, self.layout, kv_config.num_stored_queries
+        )
         self.methods = offered_methods(kv_config)
         self.decode_method = make_decode_method(kv_config)
         """How rows are compressed while they decode; None: they never are."""

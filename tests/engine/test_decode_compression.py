@@ -283,7 +283,7 @@ def preempt_in_the_middle(engine: LLMEngine) -> list[list[int]]:
 
 
 def test_a_budget_beyond_the_length_changes_nothing(tiny_checkpoint: Path):
-    options = OPTIONS | {"kv_decode_budget": MAX_TOKENS}
+    options: dict[str, Any] = OPTIONS | {"kv_decode_budget": MAX_TOKENS}
     several = requests()[:2]
     llm = LLM(model=tiny_checkpoint, **options)
     tokens = tokens_of(llm.engine, several)
