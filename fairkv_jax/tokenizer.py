@@ -9,12 +9,14 @@ import threading
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 from tokenizers import Encoding
 from tokenizers import Tokenizer as Backend
 from tokenizers.decoders import DecodeStream
 
 from fairkv_jax.chat_template import ChatTemplate
+from fairkv_jax.token_bytes import TokenBytes
 
 Message = Mapping[str, Any]
 """One message of a conversation: {"role": "user", "content": "..."}. Templates may read more keys.
@@ -45,7 +47,7 @@ class Tokenizer:
         self._chat_template = chat_template
         self._template_tokens = dict(template_tokens or {})
         self._template: ChatTemplate | None = None
-        self._token_texts: dict[int, str] = {}
+        self._token_bytes = TokenBytes(backend)
         self.eos_token_ids = frozenset(eos_token_ids)
         """The ids that end an output."""
         self.vocab_size = backend.get_vocab_size(with_added_tokens=True)
@@ -103,9 +105,18 @@ class Tokenizer:
 
     def token_text(self, token_id: int) -> str:
         """Returns the text of a single token; special tokens are not skipped."""
-        if token_id not in self._token_texts:
-            self._token_texts[token_id] = self.decode([token_id], skip_special_tokens=False)
-        return self._token_texts[token_id]
+        return self.token_bytes(token_id).decode(errors="replace")
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """Returns what a single token adds to a text, in UTF-8; special tokens are not skipped.
+
+        A token may begin or end within a character. An id without a token has no bytes.
+        """
+        return self._token_bytes[token_id]
+
+    def is_special(self, token_id: int) -> bool:
+        """Returns whether a token is one of those that `skip_special_tokens` skips."""
+        return token_id in self._token_bytes.special_ids
 
     def to_json(self) -> str:
         """Returns the contents of tokenizer.json, which do not include the chat template."""
@@ -131,21 +142,54 @@ class Tokenizer:
         messages: Sequence[Message],
         add_generation_prompt: bool = True,
         cancelled: threading.Event | None = None,
+        *,
+        continue_final_message: bool = False,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
         **kwargs: Any,
     ) -> str:
         """Renders a conversation with the model's chat template.
 
         The template writes the special tokens, so encode the result without adding any. `kwargs`
-        are passed to the template and must be values that JSON can represent. `cancelled`, when it
-        is set, ends it early with `CallCancelled`.
+        and `chat_template_kwargs` are variables of the template, which JSON can represent.
+        `cancelled`, when it is set, ends it early with `CallCancelled`.
+
+        With `continue_final_message`, the text ends where the content of the last message ends, so
+        that the model continues that message.
 
         Raises:
             ValueError: the model has no template, a message is malformed, or the template rejects
                 the conversation or takes too much time or memory.
         """
         _check_messages(messages)
+        variables = {**kwargs, **(chat_template_kwargs or {})}
+        if continue_final_message:
+            if add_generation_prompt:
+                raise ValueError(
+                    "continue_final_message and add_generation_prompt exclude each other: set one "
+                    "of them to false"
+                )
+            # Templates may repeat or strip contents, so a mark shows where the last one ends.
+            mark = uuid4().hex
+            last = {**messages[-1], "content": messages[-1]["content"] + mark}
+            whole = self._render([*messages[:-1], last], False, variables, cancelled)
+            text, found, _ = whole.rpartition(mark)
+            if not found:
+                raise ValueError(
+                    "the model's chat template does not write the content of the last message, so "
+                    "it cannot be continued"
+                )
+            return text
+        return self._render(messages, add_generation_prompt, variables, cancelled)
+
+    def _render(
+        self,
+        messages: Sequence[Message],
+        add_generation_prompt: bool,
+        further: Mapping[str, Any],
+        cancelled: threading.Event | None,
+    ) -> str:
         template = self._compiled_template()
-        variables = self._template_tokens | {"tools": None, "documents": None} | kwargs
+        variables = self._template_tokens | {"tools": None, "documents": None, **further}
         variables |= {"messages": messages, "add_generation_prompt": add_generation_prompt}
         return template.render(variables, cancelled)
 
@@ -183,6 +227,11 @@ class Detokenizer:
         broken = self._decode(list(context)).endswith("\ufffd")
         self._emitted = [] if broken else list(context)  # The ids of the last returned text.
         self._stream = DecodeStream(self._emitted, skip_special_tokens=self._skip_special_tokens)
+
+    @property
+    def holds_back(self) -> bool:
+        """Whether the text of some tokens has not been returned yet."""
+        return bool(self._held)
 
     def push(self, token_id: int) -> str:
         """Adds a token and returns the text that it completes, or "" if it completes none."""

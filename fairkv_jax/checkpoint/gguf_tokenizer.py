@@ -23,11 +23,10 @@ from tokenizers.pre_tokenizers import PreTokenizer
 
 from fairkv_jax.checkpoint.base import CheckpointError
 from fairkv_jax.checkpoint.gguf_file import GGUFFile
+from fairkv_jax.token_bytes import SENTENCEPIECE_SPACE as SPACE
 from fairkv_jax.tokenizer import Tokenizer
 
 UNKNOWN, CONTROL, USER_DEFINED = 2, 3, 4  # the format's token types
-SPACE = "\u2581"
-"""SentencePiece's visible character for a space."""
 
 # Tokens that end a turn or a text, which files do not always name under a key.
 _END_TEXTS = ("<|im_end|>", "<|eot_id|>", "<|endoftext|>", "<|end_of_text|>", "<end_of_turn>")

@@ -1,7 +1,8 @@
 """The prefixes that users have named, by id."""
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 from weakref import WeakValueDictionary
 
 from fairkv_jax.compress.budgets import budgets_per_head, request_kv_config, request_policies
@@ -111,22 +112,31 @@ def chat_text(
     record: PrefixRecord | None = None,
     *,
     add_generation_prompt: bool = True,
+    continue_final_message: bool = False,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
     cancelled: threading.Event | None = None,
 ) -> str:
     """Renders a conversation; with `record`, only what follows the prefix's messages.
 
-    `cancelled`, when it is set, ends it early with `CallCancelled`.
+    The other arguments are those of `Tokenizer.apply_chat_template`.
 
     Raises:
         ValueError: the template rejects the conversation, or renders the prefix's messages
             differently when others follow.
     """
-    if record is None or record.request.messages is None:
-        return tokenizer.apply_chat_template(messages, add_generation_prompt, cancelled)
-    before = record.request.prompt
+    before = None
+    if record is not None and record.request.messages is not None:
+        before = record.request.prompt
+        messages = [*record.request.messages, *messages]
     whole = tokenizer.apply_chat_template(
-        [*record.request.messages, *messages], add_generation_prompt, cancelled
+        messages,
+        add_generation_prompt,
+        cancelled,
+        continue_final_message=continue_final_message,
+        chat_template_kwargs=chat_template_kwargs,
     )
+    if record is None or record.request.messages is None:
+        return whole
     assert before is not None
     if not whole.startswith(before):
         raise ValueError(

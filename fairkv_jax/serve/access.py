@@ -27,7 +27,8 @@ REQUEST_ID = "X-Request-Id"
 QUIET_PATHS = ("/health", "/ready", "/metrics", "/stats")
 """Paths that monitors poll. Successful requests to them are logged at level `debug` only."""
 
-_WELL_FORMED_ID = re.compile(r"[\w.:/+=-]{1,128}", re.ASCII)
+WELL_FORMED_ID = r"[A-Za-z0-9_.:/+=-]{1,128}"
+"""Ids of clients that are used, in this header or in a body's request_id."""
 
 
 @dataclass(frozen=True)
@@ -73,8 +74,9 @@ def _reason(output: RequestOutput | None) -> str:
 class AccessLog:
     """Middleware that gives every request an id and logs the request when it has ended.
 
-    The id is the one that the client sent, if it is well formed. Handlers store their `Work` in
-    the request's state under "work".
+    The id is the header's, if it is well formed; else the one that a handler takes from the body
+    and stores in the request's state under "request_id"; else a new one. Handlers store their
+    `Work` under "work".
     """
 
     def __init__(self, app: ASGIApp, log_prompts: bool):
@@ -86,7 +88,8 @@ class AccessLog:
             await self.app(scope, receive, send)
             return
         given = Headers(scope=scope).get(REQUEST_ID, "")
-        request_id = given if _WELL_FORMED_ID.fullmatch(given) else uuid4().hex
+        state = scope.setdefault("state", {})
+        state["request_id"] = given if re.fullmatch(WELL_FORMED_ID, given) else None
         began = time.monotonic()
         status = 500  # Logged if the handler fails before it starts a response.
 
@@ -94,16 +97,17 @@ class AccessLog:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                MutableHeaders(scope=message)[REQUEST_ID] = request_id
+                state["request_id"] = state["request_id"] or uuid4().hex
+                MutableHeaders(scope=message)[REQUEST_ID] = state["request_id"]
             await send(message)
 
         try:
             await self.app(scope, receive, send_with_id)
         finally:
-            self._log(scope, request_id, status, time.monotonic() - began)
+            self._log(scope, state["request_id"], status, time.monotonic() - began)
 
     def _log(
-        self, scope: MutableMapping[str, Any], request_id: str, status: int, seconds: float
+        self, scope: MutableMapping[str, Any], request_id: str | None, status: int, seconds: float
     ) -> None:
         client = scope.get("client")
         record = {

@@ -3,7 +3,6 @@
 import time
 from collections.abc import AsyncGenerator
 from typing import Any
-from uuid import uuid4
 
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
@@ -11,16 +10,11 @@ from fastapi.responses import JSONResponse
 from fairkv_jax.engine.request import RequestOutput
 from fairkv_jax.serve.async_engine import OutputStream
 from fairkv_jax.serve.inputs import compile_grammar, fan_out, render_chat
-from fairkv_jax.serve.protocol import ChatBody
-from fairkv_jax.serve.responses import (
-    EventStream,
-    chat_logprobs,
-    chunk_usage,
-    collect,
-    prompt_logprobs,
-    usage,
-)
-from fairkv_jax.serve.service import StrictRoute, owner_of, service_of
+from fairkv_jax.serve.logprobs import ShownTokens, chat_logprobs, prompt_logprobs
+from fairkv_jax.serve.protocol import ChatBody, token_names
+from fairkv_jax.serve.responses import EventStream, chunk_usage, collect, usage
+from fairkv_jax.serve.service import StrictRoute, owner_of, response_id, service_of
+from fairkv_jax.tokenizer import Tokenizer
 
 router = APIRouter(route_class=StrictRoute)
 
@@ -32,74 +26,98 @@ async def create_chat_completion(body: ChatBody, request: Request) -> Response:
     service.check_model(body.model)
     engine, owner = service.engine.engine, owner_of(request)
     prefix = None if body.prefix_id is None else engine.prefixes.get(body.prefix_id, owner)
-    prompt = await render_chat(
-        request,
-        body.messages,
-        add_generation_prompt=body.add_generation_prompt is not False,
-        prefix=prefix,
-    )
+    prompt = await render_chat(request, body.messages, body, prefix)
     await compile_grammar(request, body)
-    answer_id = f"chatcmpl-{uuid4().hex}"
+    answer_id = response_id(request, "chatcmpl", body.request_id)
     requests = fan_out(answer_id, [prompt], body, owner)
     head = {"id": answer_id, "created": int(time.time()), "model": service.model_name}
     outputs = service.submit(request, requests, body.n or 1)
     if body.stream:
         head["object"] = "chat.completion.chunk"
-        return EventStream(_chunks(head, body, outputs), outputs)
+        return EventStream(_chunks(head, body, outputs, engine.tokenizer), outputs)
     finished = await collect(request, outputs)
-    choices = [_message(index, output, body) for index, output in enumerate(finished)]
-    answer = {**head, "object": "chat.completion", "choices": choices}
+    choices = [
+        _message(index, output, body, engine.tokenizer) for index, output in enumerate(finished)
+    ]
+    told = _prompt_fields(body, finished[0].prompt_token_ids)
+    answer = {**head, "object": "chat.completion", "choices": choices, **told}
     if body.prompt_logprobs is not None:
         answer["prompt_logprobs"] = prompt_logprobs(finished[0])
     return JSONResponse({**answer, "usage": usage(finished, body.n or 1)})
 
 
-def _message(index: int, output: RequestOutput, body: ChatBody) -> dict[str, Any]:
+def _message(
+    index: int, output: RequestOutput, body: ChatBody, tokenizer: Tokenizer
+) -> dict[str, Any]:
     done = output.outputs[0]
     return {
         "index": index,
         "message": {"role": "assistant", "content": done.text},
-        "logprobs": _logprobs(output, 0, body),
+        **SentTokens(body, tokenizer).advance(output),
         "finish_reason": done.finish_reason,
         "stop_reason": done.stop_reason,
     }
 
 
-def _logprobs(output: RequestOutput, start: int, body: ChatBody) -> dict[str, Any] | None:
-    num_top = body.num_logprobs
-    return None if num_top is None else chat_logprobs(output.outputs[0], start, num_top)
+class SentTokens:
+    """Follows what has been sent of a choice's tokens."""
+
+    def __init__(self, body: ChatBody, tokenizer: Tokenizer):
+        self._num_top = body.num_logprobs
+        self._returns_token_ids = bool(body.return_token_ids)
+        self._names = token_names(body, tokenizer)
+        self._shown = ShownTokens(self._names)
+        self._num_ids = self._num_logprobs = 0
+
+    def advance(self, output: RequestOutput) -> dict[str, Any]:
+        """Returns what a choice tells of its tokens that have not been sent yet."""
+        done = output.outputs[0]
+        fields: dict[str, Any] = {"logprobs": None}
+        if self._num_top is not None:
+            start, self._num_logprobs = self._num_logprobs, len(self._shown.offsets(output))
+            fresh = slice(start, self._num_logprobs)
+            fields["logprobs"] = chat_logprobs(
+                done.token_ids[fresh], (done.logprobs or [])[fresh], self._num_top, self._names
+            )
+        if self._returns_token_ids:
+            fields["token_ids"] = done.token_ids[self._num_ids :]
+            self._num_ids = len(done.token_ids)
+        return fields
 
 
 async def _chunks(
-    head: dict[str, Any], body: ChatBody, outputs: OutputStream
+    head: dict[str, Any], body: ChatBody, outputs: OutputStream, tokenizer: Tokenizer
 ) -> AsyncGenerator[dict[str, Any], None]:
+    told = _prompt_fields(body, outputs.requests[0].prompt_token_ids)
     for index in range(body.n or 1):
         opening = {"role": "assistant", "content": ""}
         no_usage = chunk_usage(body.stream_options, None)
-        yield {**head, "choices": [_delta(index, opening, None, None)], **no_usage}
-    sent: dict[int, tuple[int, int]] = {}
+        choice = _delta(index, opening, {"logprobs": None}, None)
+        yield {**head, **told, "choices": [choice], **no_usage}
+        told = {}
+    sent: dict[int, tuple[int, SentTokens]] = {}
     latest: dict[int, RequestOutput] = {}
     async for index, output in outputs:
         latest[index] = output
         done = output.outputs[0]
-        chars, tokens = sent.get(index, (0, 0))
-        text = done.text[chars:]
-        logprobs = _logprobs(output, tokens, body)
-        # The detokenizer may hold text back while tokens advance. Then there is nothing to send,
-        # unless the client asked for log-probabilities.
-        if text or output.finished or (logprobs and logprobs["content"]):
-            choice = _delta(index, {"content": text} if text else {}, logprobs, done.finish_reason)
+        num_characters, tokens = sent.get(index) or (0, SentTokens(body, tokenizer))
+        text = done.text[num_characters:]
+        # The detokenizer may hold text back while tokens advance. Then there is nothing to send.
+        if text or output.finished:
+            delta = {"content": text} if text else {}
+            choice = _delta(index, delta, tokens.advance(output), done.finish_reason)
             yield {**head, "choices": [choice], **chunk_usage(body.stream_options, output)}
-            sent[index] = len(done.text), len(done.token_ids)
+        sent[index] = len(done.text), tokens
     if body.include_usage:
         finished = [latest[index] for index in sorted(latest)]
         yield {**head, "choices": [], "usage": usage(finished, body.n or 1)}
 
 
 def _delta(
-    index: int,
-    delta: dict[str, str],
-    logprobs: dict[str, Any] | None,
-    finish_reason: str | None,
+    index: int, delta: dict[str, str], tokens: dict[str, Any], finish_reason: str | None
 ) -> dict[str, Any]:
-    return {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": finish_reason}
+    return {"index": index, "delta": delta, **tokens, "finish_reason": finish_reason}
+
+
+def _prompt_fields(body: ChatBody, token_ids: list[int]) -> dict[str, Any]:
+    return {"prompt_token_ids": token_ids} if body.return_token_ids else {}

@@ -3,24 +3,17 @@
 import time
 from collections.abc import AsyncGenerator
 from typing import Any
-from uuid import uuid4
 
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
 
 from fairkv_jax.engine.request import Logprob, RequestOutput
 from fairkv_jax.serve.async_engine import OutputStream
-from fairkv_jax.serve.inputs import compile_grammar, encode_prompts, fan_out
-from fairkv_jax.serve.protocol import CompletionBody
-from fairkv_jax.serve.responses import (
-    EventStream,
-    chunk_usage,
-    collect,
-    completion_logprobs,
-    prompt_logprobs,
-    usage,
-)
-from fairkv_jax.serve.service import StrictRoute, owner_of, service_of
+from fairkv_jax.serve.inputs import Prompt, compile_grammar, encode_prompts, fan_out
+from fairkv_jax.serve.logprobs import ShownTokens, completion_logprobs, prompt_logprobs
+from fairkv_jax.serve.protocol import CompletionBody, token_names
+from fairkv_jax.serve.responses import EventStream, chunk_usage, collect, usage
+from fairkv_jax.serve.service import StrictRoute, owner_of, response_id, service_of
 from fairkv_jax.tokenizer import Tokenizer
 
 router = APIRouter(route_class=StrictRoute)
@@ -36,10 +29,11 @@ async def create_completion(body: CompletionBody, request: Request) -> Response:
         engine,
         body.prompts,
         with_text=bool(body.echo),
-        add_special_tokens=body.prefix_id is None,
+        with_offsets=bool(body.echo) and body.logprobs is not None,
+        add_special_tokens=body.adds_special_tokens,
     )
     await compile_grammar(request, body)
-    answer_id = f"cmpl-{uuid4().hex}"
+    answer_id = response_id(request, "cmpl", body.request_id)
     requests = fan_out(answer_id, prompts, body, owner_of(request))
     head = {
         "id": answer_id,
@@ -48,24 +42,24 @@ async def create_completion(body: CompletionBody, request: Request) -> Response:
         "model": service.model_name,
     }
     outputs = service.submit(request, requests, body.n or 1)
-    if body.stream:
-        return EventStream(_chunks(head, body, outputs, engine.tokenizer), outputs)
-    finished = await collect(request, outputs)
     choices = [
-        _Choice(index, body, engine.tokenizer).advance(output)
-        for index, output in enumerate(finished)
+        _Choice(index, body, prompts[index // (body.n or 1)], engine.tokenizer)
+        for index in range(len(requests))
     ]
-    return JSONResponse({**head, "choices": choices, "usage": usage(finished, body.n or 1)})
+    if body.stream:
+        return EventStream(_chunks(head, body, outputs, choices), outputs)
+    finished = await collect(request, outputs)
+    answers = [choice.advance(output) for choice, output in zip(choices, finished, strict=True)]
+    return JSONResponse({**head, "choices": answers, "usage": usage(finished, body.n or 1)})
 
 
 async def _chunks(
-    head: dict[str, Any], body: CompletionBody, outputs: OutputStream, tokenizer: Tokenizer
+    head: dict[str, Any], body: CompletionBody, outputs: OutputStream, choices: list["_Choice"]
 ) -> AsyncGenerator[dict[str, Any], None]:
-    choices: dict[int, _Choice] = {}
     latest: dict[int, RequestOutput] = {}
     async for index, output in outputs:
         latest[index] = output
-        choice = choices.setdefault(index, _Choice(index, body, tokenizer))
+        choice = choices[index]
         if choice.has_news(output):
             usage_so_far = chunk_usage(body.stream_options, output)
             yield {**head, "choices": [choice.advance(output)], **usage_so_far}
@@ -77,47 +71,63 @@ async def _chunks(
 class _Choice:
     """Tracks how much of a choice has been sent. With `echo`, it begins with the prompt."""
 
-    def __init__(self, index: int, body: CompletionBody, tokenizer: Tokenizer):
+    def __init__(self, index: int, body: CompletionBody, prompt: Prompt, tokenizer: Tokenizer):
         self._index = index
         self._echo = bool(body.echo)
         self._num_top = body.num_logprobs
         self._tells_prompt = body.prompt_logprobs is not None
-        self._token_text = tokenizer.token_text
-        self._chars = self._tokens = self._text_offset = 0
+        self._returns_token_ids = bool(body.return_token_ids)
+        self._prompt_offsets = prompt.offsets or []
+        self._names = token_names(body, tokenizer)
+        self._shown = ShownTokens(self._names)
+        self._num_characters = self._num_logprobs = self._num_ids = 0
+        self._has_begun = False
 
     def has_news(self, output: RequestOutput) -> bool:
         """Returns whether there is something to send.
 
-        The detokenizer may hold text back while tokens advance; then only log-probabilities are.
+        The detokenizer may hold text back while tokens advance. Then there is nothing.
         """
-        more_tokens = self._num_top is not None and len(self._token_ids(output)) > self._tokens
-        return output.finished or len(self._text(output)) > self._chars or more_tokens
+        return output.finished or len(self._text(output)) > self._num_characters
 
     def advance(self, output: RequestOutput) -> dict[str, Any]:
         """Returns the part of the output that has not been sent, as a choice."""
-        done = output.outputs[0]
-        text, token_ids = self._text(output), self._token_ids(output)
-        logprobs = None
-        if self._num_top is not None:
-            logprobs = completion_logprobs(
-                token_ids[self._tokens :],
-                self._token_logprobs(output)[self._tokens :],
-                self._num_top,
-                self._text_offset,
-                self._token_text,
-            )
-            self._text_offset += sum(map(len, logprobs["tokens"]))
-        news = text[self._chars :]
-        self._chars, self._tokens = len(text), len(token_ids)
-        told = {"prompt_logprobs": prompt_logprobs(output)} if self._tells_prompt else {}
+        done, text = output.outputs[0], self._text(output)
+        news = text[self._num_characters :]
+        self._num_characters = len(text)
+        told: dict[str, Any] = {}
+        if self._tells_prompt:
+            told["prompt_logprobs"] = prompt_logprobs(output)
+        if self._returns_token_ids:
+            if not self._has_begun:
+                told["prompt_token_ids"] = output.prompt_token_ids
+            told["token_ids"] = done.token_ids[self._num_ids :]
+            self._num_ids = len(done.token_ids)
+        self._has_begun = True
         return {
             "index": self._index,
             "text": news,
-            "logprobs": logprobs,
+            "logprobs": None if self._num_top is None else self._logprobs(output, self._num_top),
             "finish_reason": done.finish_reason,
             "stop_reason": done.stop_reason,
             **told,
         }
+
+    def _logprobs(self, output: RequestOutput, num_top: int) -> dict[str, Any]:
+        """Returns the log-probabilities of the tokens that the text shows, after those sent."""
+        start = len(output.prompt or "") if self._echo else 0
+        offsets = [start + offset for offset in self._shown.offsets(output)]
+        if self._echo:
+            offsets = self._prompt_offsets + offsets
+        fresh = slice(self._num_logprobs, len(offsets))
+        self._num_logprobs = len(offsets)
+        return completion_logprobs(
+            self._token_ids(output)[fresh],
+            self._token_logprobs(output)[fresh],
+            offsets[fresh],
+            num_top,
+            self._names,
+        )
 
     def _text(self, output: RequestOutput) -> str:
         prompt = (output.prompt or "") if self._echo else ""

@@ -19,7 +19,7 @@ from fairkv_jax.serve.async_engine import (
     QueueFull,
     RequestRefused,
 )
-from fairkv_jax.serve.protocol import NotServed
+from fairkv_jax.serve.body import NotServed
 
 log = logging.getLogger(__name__)
 
@@ -160,10 +160,11 @@ def _describe(problems: Any) -> tuple[str, str | None]:
 
     The sentence does not contain the value, which may be a prompt.
     """
-    first = problems[0]
-    cause = first.get("ctx", {}).get("error")
-    if isinstance(cause, NotServed):
-        return str(cause), cause.field
+    causes = [problem.get("ctx", {}).get("error") for problem in problems]
+    for cause in causes:  # A part of a union may be refused while the others do not fit.
+        if isinstance(cause, NotServed):
+            return str(cause), cause.field
+    first, cause = problems[0], causes[0]
     path = [str(part) for part in first["loc"] if part != "body"]
     if not path:
         return f"{cause or first['msg']}", None

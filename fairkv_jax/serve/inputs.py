@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from uuid import uuid4
 
 from fastapi import Request as HttpRequest
 
@@ -11,7 +12,9 @@ from fairkv_jax.engine.request import PrefixRecord, Request
 from fairkv_jax.engine.structured_output import TooManyGrammars
 from fairkv_jax.serve.engine_protocol import Engine
 from fairkv_jax.serve.errors import ApiError
-from fairkv_jax.serve.protocol import GenerationBody, Message
+from fairkv_jax.serve.logprobs import prompt_offsets
+from fairkv_jax.serve.messages import Message, TemplateOptions
+from fairkv_jax.serve.protocol import GenerationBody
 from fairkv_jax.serve.service import client_of, service_of
 
 
@@ -19,23 +22,33 @@ from fairkv_jax.serve.service import client_of, service_of
 class Prompt:
     token_ids: list[int]
     text: str | None = None
+    offsets: list[int] | None = None
+    """Where each token begins in the text; None unless asked for."""
 
 
 async def encode_prompts(
     engine: Engine,
     prompts: Sequence[str | list[int]],
     *,
-    with_text: bool,
+    with_text: bool = False,
+    with_offsets: bool = False,
     add_special_tokens: bool = True,
 ) -> list[Prompt]:
     """Tokenizes the prompts of a completion; `with_text` also decodes prompts of token ids."""
     encoded = []
     for prompt in prompts:
+        is_text = isinstance(prompt, str)
         if isinstance(prompt, str):
-            encoded.append(await encode(engine, prompt, add_special_tokens=add_special_tokens))
+            one = await encode(engine, prompt, add_special_tokens=add_special_tokens)
         else:
-            text = await _decode(engine, prompt) if with_text else None
-            encoded.append(Prompt(prompt, text))
+            one = Prompt(prompt, await _decode(engine, prompt) if with_text else None)
+        if with_offsets:
+            known = one.text if is_text else None
+            offsets = await asyncio.to_thread(
+                prompt_offsets, engine.tokenizer, one.token_ids, known
+            )
+            one = replace(one, offsets=offsets)
+        encoded.append(one)
     return encoded
 
 
@@ -65,14 +78,13 @@ async def encode(engine: Engine, text: str, *, add_special_tokens: bool = True) 
 async def render_chat(
     request: HttpRequest,
     messages: Sequence[Message],
-    *,
-    add_generation_prompt: bool = True,
+    options: TemplateOptions,
     prefix: PrefixRecord | None = None,
 ) -> Prompt:
     """Renders a conversation with the model's chat template and tokenizes it.
 
-    The template writes the special tokens, so the tokenizer does not add any. With `prefix`, the
-    messages are those that follow the prefix's.
+    The template writes the special tokens, so the tokenizer adds some only if the request says so.
+    With `prefix`, the messages are those that follow the prefix's.
 
     Raises:
         ApiError: the model has no template, or the template rejects the conversation.
@@ -88,11 +100,13 @@ async def render_chat(
             engine.tokenizer,
             turns,
             prefix,
-            add_generation_prompt=add_generation_prompt,
+            add_generation_prompt=options.opens_answer,
+            continue_final_message=bool(options.continue_final_message),
+            chat_template_kwargs=options.template_variables,
         )
     except ValueError as error:
         raise ApiError(400, str(error), "messages") from error
-    return await encode(engine, text, add_special_tokens=False)
+    return await encode(engine, text, add_special_tokens=bool(options.add_special_tokens))
 
 
 async def compile_grammar(request: HttpRequest, body: GenerationBody) -> None:
@@ -121,11 +135,13 @@ def fan_out(
 ) -> list[Request]:
     """Makes one engine request per prompt and choice; the choices of a prompt are adjacent.
 
+    Their ids begin with that of the answer and are unique, also if two answers have the same id.
     If the request has a seed, the choices of a prompt have consecutive seeds, so that they differ
     and are reproducible.
     """
     params = body.sampling_params()
     requests = []
+    unique_id = f"{answer_id}-{uuid4().hex[:16]}"
     for prompt_index, prompt in enumerate(prompts):
         for choice in range(body.n or 1):
             seeded = params
@@ -133,7 +149,7 @@ def fan_out(
                 seeded = replace(params, seed=(params.seed + choice) % 2**64)
             requests.append(
                 Request(
-                    f"{answer_id}-{prompt_index}-{choice}",
+                    f"{unique_id}-{prompt_index}-{choice}",
                     prompt.token_ids,
                     seeded,
                     prompt.text,

@@ -11,8 +11,9 @@ from pydantic import Field, field_validator, model_validator
 from fairkv_jax.engine import request as engine_request
 from fairkv_jax.engine.prefix_registry import UnknownPrefix
 from fairkv_jax.sampling_params import SamplingParams
+from fairkv_jax.serve.body import Body, Integer, Integers
 from fairkv_jax.serve.inputs import encode_prompts, render_chat
-from fairkv_jax.serve.protocol import Body, Message
+from fairkv_jax.serve.messages import Message, TemplateOptions
 from fairkv_jax.serve.responses import collect
 from fairkv_jax.serve.service import StrictRoute, owner_of, service_of
 
@@ -24,10 +25,10 @@ class PrefixBody(Body):
     """POST /v1/prefixes: either a prompt or a conversation."""
 
     model: str | None = None
-    prompt: str | list[int] | None = None
+    prompt: str | Integers | None = None
     messages: list[Message] | None = Field(None, min_length=1)
     kv_policy: str | None = None
-    kv_budget: int | None = Field(None, ge=1)
+    kv_budget: Integer | None = Field(None, ge=1)
     kv_ratio: float | None = Field(None, ge=0, lt=1)
     cache_salt: str | None = None
 
@@ -54,9 +55,11 @@ async def create_prefix(body: PrefixBody, request: Request) -> Response:
     messages = None
     if body.messages is not None:
         messages = tuple(message.as_dict() for message in body.messages)
-        prompt = await render_chat(request, body.messages, add_generation_prompt=False)
+        prompt = await render_chat(
+            request, body.messages, TemplateOptions(add_generation_prompt=False)
+        )
     else:
-        (prompt,) = await encode_prompts(engine, [body.prompt or ""], with_text=False)
+        (prompt,) = await encode_prompts(engine, [body.prompt or ""])
     wanted = engine_request.Request(
         f"prefix-{uuid4().hex}",
         prompt.token_ids,

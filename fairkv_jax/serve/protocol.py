@@ -1,12 +1,9 @@
-"""Request bodies, which are validated strictly; optional fields have OpenAI's defaults.
-
-Unknown fields are ignored. Known but unsupported fields that would change the output are rejected.
-"""
+"""Bodies of completions and chat completions; optional fields have OpenAI's defaults."""
 
 from abc import abstractmethod
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import Field, WithJsonSchema, field_validator, model_validator
 
 from fairkv_jax.sampling_params import (
     MAX_LOGIT_BIAS,
@@ -14,24 +11,47 @@ from fairkv_jax.sampling_params import (
     SamplingParams,
     StructuredOutputsParams,
 )
+from fairkv_jax.serve import unsupported
+from fairkv_jax.serve.access import WELL_FORMED_ID
+from fairkv_jax.serve.body import Body, Integer, Integers
+from fairkv_jax.serve.logprobs import TokenNames
+from fairkv_jax.serve.messages import Message, TemplateOptions
+from fairkv_jax.serve.output_format import ResponseFormat, StructuredOutputs
+from fairkv_jax.tokenizer import Tokenizer
 
 MAX_CHOICES = 128
 MAX_STOPS = 64
 MAX_STOP_CHARACTERS = 1000
 
+_SOME_TEXT = {"type": "string", "minLength": 1}
+_SOME_TOKENS = {"type": "array", "items": {"type": "integer", "minimum": 0}, "minItems": 1}
+_A_STOP = {"type": "string", "minLength": 1, "maxLength": MAX_STOP_CHARACTERS}
 
-class Body(BaseModel):
-    """Values are not converted: the string "1" and NaN are not accepted as numbers."""
-
-    model_config = ConfigDict(strict=True, extra="ignore", allow_inf_nan=False)
-
-
-class NotServed(ValueError):
-    """A request sets a known field that is not supported."""
-
-    def __init__(self, field: str, name: str | None = None):
-        self.field = field
-        super().__init__(f"{name or field} is not supported by this server: leave it out")
+Prompt = Annotated[
+    str | list[str] | Integers | list[Integers],
+    WithJsonSchema(
+        {
+            "anyOf": [
+                _SOME_TEXT,
+                {"type": "array", "items": _SOME_TEXT, "minItems": 1},
+                _SOME_TOKENS,
+                {"type": "array", "items": _SOME_TOKENS, "minItems": 1},
+            ]
+        }
+    ),
+]
+Stop = Annotated[
+    str | list[str] | None,
+    WithJsonSchema(
+        {
+            "anyOf": [
+                _A_STOP,
+                {"type": "array", "items": _A_STOP, "maxItems": MAX_STOPS},
+                {"type": "null"},
+            ]
+        }
+    ),
+]
 
 
 class StreamOptions(Body):
@@ -40,81 +60,25 @@ class StreamOptions(Body):
     """vLLM's extension: every chunk reports the usage of its choice so far."""
 
 
-class JsonSchema(Body):
-    """A named JSON schema; the name is ignored."""
-
-    name: str
-    description: str | None = None
-    schema_: dict[str, Any] | None = Field(None, alias="schema")
-    strict: bool | None = None
-
-
-class ResponseFormat(Body):
-    """OpenAI's field that asks for JSON output."""
-
-    type: Literal["text", "json_object", "json_schema"]
-    json_schema: JsonSchema | None = None
-
-    @model_validator(mode="after")
-    def _schema_where_it_is_announced(self) -> "ResponseFormat":
-        if self.type == "json_schema" and (
-            not self.json_schema or self.json_schema.schema_ is None
-        ):
-            raise ValueError("the type json_schema needs json_schema with a name and a schema")
-        return self
-
-    @property
-    def constraint(self) -> dict[str, Any]:
-        """Returns the arguments of `StructuredOutputsParams`; empty for text."""
-        if self.type == "json_object":
-            return {"json_object": True}
-        return {"json": self.json_schema.schema_} if self.json_schema else {}
-
-
-class StructuredOutputs(Body):
-    """vLLM's field that constrains the output; exactly one member is set."""
-
-    json_: str | dict[str, Any] | None = Field(None, alias="json")
-    regex: str | None = None
-    choice: list[str] | None = None
-    grammar: str | None = None
-    json_object: bool | None = None
-
-    structural_tag: str | None = None
-    disable_any_whitespace: bool | None = None
-    disable_additional_properties: bool | None = None
-    whitespace_pattern: str | None = None
-
-    @model_validator(mode="after")
-    def _refuse_what_is_not_served(self) -> "StructuredOutputs":
-        for name in ("structural_tag", "whitespace_pattern"):
-            if getattr(self, name) is not None:
-                raise NotServed("structured_outputs", f"structured_outputs.{name}")
-        for name in ("disable_any_whitespace", "disable_additional_properties"):
-            if getattr(self, name):
-                raise NotServed("structured_outputs", f"structured_outputs.{name}")
-        return self
-
-    @property
-    def constraint(self) -> dict[str, Any]:
-        """Returns the arguments of `StructuredOutputsParams`."""
-        names = ("regex", "choice", "grammar", "json_object")
-        return {"json": self.json_} | {name: getattr(self, name) for name in names}
-
-
 class GenerationBody(Body):
     """Fields that completions and chat completions share."""
 
+    REFUSED = unsupported.GENERATION
+
     model: str | None = None
-    n: int | None = Field(None, ge=1, le=MAX_CHOICES)
-    max_tokens: int | None = Field(None, ge=1, le=2**31 - 1)
+    request_id: str | None = Field(None, pattern=f"^{WELL_FORMED_ID}$")
+    """The id of the request, which `id` of the response ends with. The header X-Request-Id goes
+    first."""
+    n: Integer | None = Field(None, ge=1, le=MAX_CHOICES)
+    max_tokens: Integer | None = Field(None, ge=1, le=2**31 - 1)
     temperature: float | None = None
     top_p: float | None = None
-    top_k: int | None = None
+    top_k: Integer | None = None
     min_p: float | None = None
-    seed: int | None = None
-    stop: str | list[str] | None = None
-    stop_token_ids: list[int] | None = None
+    seed: Integer | None = None
+    stop: Stop = None
+    """Texts that end the output. Every step searches for all of them."""
+    stop_token_ids: Integers | None = None
     include_stop_str_in_output: bool | None = None
     ignore_eos: bool | None = None
     skip_special_tokens: bool | None = None
@@ -125,8 +89,12 @@ class GenerationBody(Body):
     presence_penalty: float | None = None
     repetition_penalty: float | None = None
     logit_bias: dict[str, float] | None = None
-    min_tokens: int | None = None
-    prompt_logprobs: int | None = None
+    min_tokens: Integer | None = None
+    prompt_logprobs: Integer | None = None
+    return_token_ids: bool | None = None
+    """Whether the response has `prompt_token_ids` and `token_ids`."""
+    return_tokens_as_token_ids: bool | None = None
+    """Whether log-probabilities name tokens "token_id:5" instead of by their texts."""
     response_format: ResponseFormat | None = None
     structured_outputs: StructuredOutputs | None = None
     guided_json: str | dict[str, Any] | None = None
@@ -134,38 +102,13 @@ class GenerationBody(Body):
     guided_choice: list[str] | None = None
     guided_grammar: str | None = None
 
-    kv_budget: int | None = Field(None, ge=1)
+    kv_budget: Integer | None = Field(None, ge=1)
     """Kept tokens per head on average, at most the server's budget."""
     kv_ratio: float | None = Field(None, ge=0, lt=1)
     """Removed fraction of the prompt, instead of a budget; not less than the server removes."""
     kv_policy: str | None = None
     prefix_id: str | None = None
     """A cached prefix, whose tokens come before those of this request; see /v1/prefixes."""
-
-    guided_whitespace_pattern: str | None = None
-    allowed_token_ids: list[int] | None = None
-    bad_words: list[str] | None = None
-    truncate_prompt_tokens: int | None = None
-    use_beam_search: bool | None = None
-    length_penalty: float | None = None
-
-    NEUTRAL: ClassVar[dict[str, tuple[Any, ...]]] = {
-        "guided_whitespace_pattern": (),
-        "allowed_token_ids": (),
-        "bad_words": ([],),
-        "truncate_prompt_tokens": (),
-        "use_beam_search": (False,),
-        "length_penalty": (1.0,),
-    }
-    """Unsupported fields, with the values that have no effect and are accepted."""
-
-    @model_validator(mode="after")
-    def _refuse_what_is_not_served(self) -> "GenerationBody":
-        for name, neutral in self.NEUTRAL.items():
-            value = getattr(self, name)
-            if value is not None and value not in neutral:
-                raise NotServed(name)
-        return self
 
     @field_validator("stop")
     @classmethod
@@ -263,6 +206,15 @@ class GenerationBody(Body):
         """Most likely tokens to report beside the sampled one; None: no log-probabilities."""
 
 
+def token_names(body: GenerationBody, tokenizer: Tokenizer) -> TokenNames:
+    """Returns how the response to a request names tokens."""
+    return TokenNames(
+        tokenizer,
+        as_ids=bool(body.return_tokens_as_token_ids),
+        skips_special_tokens=body.skip_special_tokens is not False,
+    )
+
+
 _SAMPLING_FIELDS = (
     "temperature",
     "top_p",
@@ -292,15 +244,17 @@ _GUIDED_FIELDS = {
 class CompletionBody(GenerationBody):
     """POST /v1/completions."""
 
-    prompt: str | list[str] | list[int] | list[list[int]]
-    max_tokens: int | None = Field(16, ge=0, le=2**31 - 1)
-    logprobs: int | None = None
+    REFUSED = unsupported.COMPLETION
+
+    prompt: Prompt
+    """A text, token ids, or a list of either. Every prompt has `n` choices; together they may be
+    as many as the server runs and queues, see --max-num-seqs and --max-num-queued-reqs."""
+    add_special_tokens: bool | None = None
+    """Whether the tokenizer adds special tokens, such as BOS, to texts. Default: yes, unless they
+    continue a prefix."""
+    max_tokens: Integer | None = Field(16, ge=0, le=2**31 - 1)
+    logprobs: Integer | None = None
     echo: bool | None = None
-
-    suffix: str | None = None
-    best_of: int | None = None
-
-    NEUTRAL = {**GenerationBody.NEUTRAL, "suffix": ("",), "best_of": (1,)}
 
     @model_validator(mode="after")
     def _something_to_answer(self) -> "CompletionBody":
@@ -314,6 +268,13 @@ class CompletionBody(GenerationBody):
         if not prompt:
             raise ValueError("the prompt is empty: give at least one token")
         return prompt
+
+    @property
+    def adds_special_tokens(self) -> bool:
+        """Whether the tokenizer adds special tokens to texts."""
+        return (
+            self.prefix_id is None if self.add_special_tokens is None else self.add_special_tokens
+        )
 
     @property
     def prompts(self) -> list[str | list[int]]:
@@ -333,47 +294,38 @@ class CompletionBody(GenerationBody):
         return max((count for count in wanted if count is not None), default=None)
 
 
-class TextPart(Body):
-    type: Literal["text"]
-    text: str
-
-
-class Message(Body):
-    """One turn of a conversation; only text content is supported."""
-
-    role: str = Field(min_length=1, max_length=64)
-    content: str | list[TextPart] | None = None
-    name: str | None = None
-
-    def as_dict(self) -> dict[str, str]:
-        """Returns the message as chat templates expect it, with parts joined by line breaks."""
-        content = self.content or ""
-        if not isinstance(content, str):
-            content = "\n".join(part.text for part in content)
-        named = {} if self.name is None else {"name": self.name}
-        return {"role": self.role, "content": content, **named}
-
-
-class ChatBody(GenerationBody):
+class ChatBody(GenerationBody, TemplateOptions):
     """POST /v1/chat/completions."""
 
+    REFUSED = unsupported.CHAT
+
     messages: list[Message] = Field(min_length=1)
-    max_completion_tokens: int | None = Field(None, ge=1, le=2**31 - 1)
+    max_completion_tokens: Integer | None = Field(None, ge=1, le=2**31 - 1)
     logprobs: bool | None = None
-    top_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
-    add_generation_prompt: bool | None = None
-
-    echo: bool | None = None
-    tools: list[dict[str, Any]] | None = None
-    functions: list[dict[str, Any]] | None = None
-
-    NEUTRAL = {**GenerationBody.NEUTRAL, "echo": (False,), "tools": ([],), "functions": ([],)}
+    top_logprobs: Integer | None = Field(None, ge=0, le=MAX_LOGPROBS)
+    documents: list[dict[str, str]] | None = None
+    """Documents for templates that support retrieval-augmented generation."""
+    reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None = (
+        None
+    )
+    """For templates of reasoning models: sets the variable of that name, and `enable_thinking`
+    unless chat_template_kwargs do."""
 
     @model_validator(mode="after")
     def _top_needs_logprobs(self) -> "ChatBody":
         if self.top_logprobs and not self.logprobs:
             raise ValueError("top_logprobs needs logprobs: set logprobs to true")
         return self
+
+    @property
+    def template_variables(self) -> dict[str, Any]:
+        variables: dict[str, Any] = {}
+        if self.documents is not None:
+            variables["documents"] = self.documents
+        if self.reasoning_effort is not None:
+            thinks = self.reasoning_effort != "none"
+            variables |= {"reasoning_effort": self.reasoning_effort, "enable_thinking": thinks}
+        return variables | super().template_variables
 
     @property
     def output_limit(self) -> int | None:

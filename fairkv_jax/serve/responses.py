@@ -1,24 +1,21 @@
-"""Parts that completions and chat completions share: usage, log-probabilities, event streams."""
+"""Parts that completions and chat completions share: usage and event streams."""
 
 import json
 import logging
-from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
+from collections.abc import AsyncGenerator, Iterable
 from typing import Any
 
 from fastapi import Request
 from fastapi.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
-from fairkv_jax.engine.request import CompletionOutput, Logprob, RequestOutput
+from fairkv_jax.engine.request import RequestOutput
 from fairkv_jax.serve.async_engine import OutputStream
 from fairkv_jax.serve.client_work import unless_gone
 from fairkv_jax.serve.errors import error_body, message_of, status_of
 from fairkv_jax.serve.protocol import StreamOptions
 
 log = logging.getLogger(__name__)
-
-LOWEST = -9999.0
-"""Replaces minus infinity, which JSON cannot represent."""
 
 
 def usage(outputs: Iterable[RequestOutput], choices: int) -> dict[str, Any]:
@@ -53,79 +50,6 @@ def chunk_usage(options: StreamOptions | None, output: RequestOutput | None) -> 
     if not options.continuous_usage_stats or output is None:
         return {"usage": None}
     return {"usage": usage([output], 1)}
-
-
-def completion_logprobs(
-    tokens: Sequence[int],
-    positions: Sequence[dict[int, Logprob] | None],
-    num_top: int,
-    text_offset: int,
-    token_text: Callable[[int], str],
-) -> dict[str, list[Any]]:
-    """Returns the four parallel lists over tokens that /v1/completions uses.
-
-    `positions` holds each token's log-probabilities, or None for a token that nothing precedes.
-    `text_offset` is the character at which the first token begins.
-    """
-    lists: dict[str, list[Any]] = {
-        "text_offset": [],
-        "token_logprobs": [],
-        "tokens": [],
-        "top_logprobs": [],
-    }
-    for token_id, entries in zip(tokens, positions, strict=True):
-        chosen = None if entries is None else entries[token_id]
-        text = token_text(token_id) if chosen is None else chosen.decoded_token
-        lists["text_offset"].append(text_offset)
-        lists["tokens"].append(text)
-        lists["token_logprobs"].append(None if chosen is None else _finite(chosen))
-        lists["top_logprobs"].append(
-            {entry.decoded_token: _finite(entry) for entry in _top(entries, num_top, chosen)}
-            if entries and chosen
-            else None
-        )
-        text_offset += len(text)
-    return lists
-
-
-def chat_logprobs(output: CompletionOutput, start: int, num_top: int) -> dict[str, list[Any]]:
-    """Returns the entries of /v1/chat/completions, one per token from `start` on."""
-    content = []
-    chosen = zip(output.token_ids, output.logprobs or [], strict=True)
-    for token_id, entries in list(chosen)[start:]:
-        top = [_entry(entry) for entry in _top(entries, num_top)]
-        content.append({**_entry(entries[token_id]), "top_logprobs": top})
-    return {"content": content}
-
-
-def prompt_logprobs(output: RequestOutput) -> list[dict[str, dict[str, Any]] | None]:
-    """Returns vLLM's extension: log-probabilities by token id for each token of the prompt."""
-    return [
-        None
-        if entries is None
-        else {str(token_id): _prompt_entry(entry) for token_id, entry in entries.items()}
-        for entries in output.prompt_logprobs or []
-    ]
-
-
-def _prompt_entry(entry: Logprob) -> dict[str, Any]:
-    return {"logprob": _finite(entry), "rank": entry.rank, "decoded_token": entry.decoded_token}
-
-
-def _top(entries: dict[int, Logprob], num_top: int, *also: Logprob) -> list[Logprob]:
-    """Returns the most likely entries, and those of `also` that are not among them."""
-    ranked = sorted(entries.values(), key=lambda entry: entry.rank)
-    likeliest = [entry for entry in ranked if entry.rank <= num_top]
-    return likeliest + [entry for entry in also if entry not in likeliest]
-
-
-def _entry(entry: Logprob) -> dict[str, Any]:
-    token = entry.decoded_token
-    return {"token": token, "logprob": _finite(entry), "bytes": list(token.encode())}
-
-
-def _finite(entry: Logprob) -> float:
-    return max(entry.logprob, LOWEST)
 
 
 class EventStream(StreamingResponse):

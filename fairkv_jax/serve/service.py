@@ -4,6 +4,7 @@ import json
 from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
+from uuid import uuid4
 
 from fastapi import Request, Response
 from fastapi.routing import APIRoute
@@ -72,6 +73,15 @@ def service_of(request: Request) -> Service:
     return request.app.state.service
 
 
+def response_id(request: Request, kind: str, wanted: str | None) -> str:
+    """Returns the `id` of a response: its kind, and the id of the request as it is logged.
+
+    That is the header's X-Request-Id, else `wanted`, else a new one.
+    """
+    request.state.request_id = request.state.request_id or wanted or uuid4().hex
+    return f"{kind}-{request.state.request_id}"
+
+
 def owner_of(request: Request) -> str:
     """Returns whose prefixes a request may use: those of its API key, if there are keys."""
     digest = key_digest(request.headers) if service_of(request).options.api_keys else None
@@ -94,7 +104,11 @@ class _StrictRequest(Request):
 
 def _parse(body: bytes) -> Any:
     try:
-        return json.loads(body, parse_constant=_refuse_constant)
+        text = body.decode("utf-8-sig")
+        parsed = json.loads(text, parse_constant=_refuse_constant)
+        if "\\ud" in text or "\\uD" in text:
+            _refuse_surrogates(parsed, [])
+        return parsed
     except RecursionError:
         raise ApiError(400, "the body is nested too deeply") from None
     except UnicodeDecodeError:
@@ -103,12 +117,37 @@ def _parse(body: bytes) -> Any:
         raise ApiError(400, f"the body is not JSON: {error}") from None
 
 
+def _refuse_surrogates(value: Any, path: list[str]) -> None:
+    """Checks that every text, and every key of an object, is valid Unicode.
+
+    JSON can escape half of a surrogate pair, which neither UTF-8 nor the tokenizer can represent.
+    """
+    if isinstance(value, str):
+        try:
+            value.encode()
+        except UnicodeEncodeError as error:
+            where = ".".join(path) or "the body"
+            raise ApiError(
+                400,
+                f"{where} is not valid Unicode: it has an unpaired surrogate "
+                f"({value[error.start]!r}) at position {error.start}: send the whole character",
+                path[0] if path else None,
+            ) from None
+    elif isinstance(value, list):
+        for each in value:
+            _refuse_surrogates(each, path)
+    elif isinstance(value, dict):
+        for key, each in value.items():
+            _refuse_surrogates(key, path)
+            _refuse_surrogates(each, [*path, key])
+
+
 def _refuse_constant(name: str) -> NoReturn:
     raise ValueError(f"{name} is not a JSON number")
 
 
 class StrictRoute(APIRoute):
-    """A route that requires the content type application/json and parses the body strictly."""
+    """A route that requires uncompressed JSON as application/json and parses it strictly."""
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
         handle = super().get_route_handler()
@@ -119,6 +158,13 @@ class StrictRoute(APIRoute):
                 raise ApiError(
                     415,
                     f"the content type is {content_type}: send 'Content-Type: application/json'",
+                )
+            encoding = request.headers.get("content-encoding", "identity").strip().lower()
+            if encoding != "identity":
+                raise ApiError(
+                    415,
+                    f"the body is compressed ({encoding[:64]}), which is not supported: send it "
+                    "without Content-Encoding",
                 )
             request = _StrictRequest(request.scope, request.receive)
             await request.json()  # FastAPI would replace an error in parsing with a generic one.

@@ -6,21 +6,24 @@ from typing import Any
 from fastapi import APIRouter, Request
 from pydantic import Field, model_validator
 
+from fairkv_jax.serve import unsupported
+from fairkv_jax.serve.body import Body, Integers
 from fairkv_jax.serve.errors import ApiError
 from fairkv_jax.serve.inputs import encode, render_chat
-from fairkv_jax.serve.protocol import Body, Message
+from fairkv_jax.serve.messages import Message, TemplateOptions
 from fairkv_jax.serve.service import StrictRoute, service_of
 
 router = APIRouter(route_class=StrictRoute)
 
 
-class TokenizeBody(Body):
+class TokenizeBody(TemplateOptions):
     """The body of POST /tokenize: either a text or a conversation."""
+
+    REFUSED = unsupported.TOKENIZE
 
     model: str | None = None
     prompt: str | None = None
     messages: list[Message] | None = Field(None, min_length=1)
-    add_generation_prompt: bool | None = None
     return_token_strs: bool | None = None
 
     @model_validator(mode="after")
@@ -34,7 +37,7 @@ class DetokenizeBody(Body):
     """The body of POST /detokenize."""
 
     model: str | None = None
-    tokens: list[int]
+    tokens: Integers
 
 
 @router.post("/tokenize")
@@ -44,13 +47,10 @@ async def tokenize(body: TokenizeBody, request: Request) -> dict[str, Any]:
     service.check_model(body.model)
     engine = service.engine.engine
     if body.messages is not None:
-        prompt = await render_chat(
-            request,
-            body.messages,
-            add_generation_prompt=body.add_generation_prompt is not False,
-        )
+        prompt = await render_chat(request, body.messages, body)
     else:
-        prompt = await encode(engine, body.prompt or "")
+        adds = body.add_special_tokens is not False
+        prompt = await encode(engine, body.prompt or "", add_special_tokens=adds)
     token_ids = prompt.token_ids
     answer = {
         "count": len(token_ids),

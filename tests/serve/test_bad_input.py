@@ -167,6 +167,53 @@ def test_what_is_not_json(client: httpx.Client, body: bytes):
     refused(client.post(COMPLETIONS, content=body, headers=JSON))
 
 
+@pytest.mark.parametrize(
+    ("path", "body", "param"),
+    [
+        (COMPLETIONS, '{"model": "\\ud800", "prompt": "x"}', "model"),
+        (COMPLETIONS, '{"prompt": ["fine", "\\uDC00!"]}', "prompt"),
+        (COMPLETIONS, '{"prompt": "x", "stop": "\\ud83d"}', "stop"),
+        (COMPLETIONS, '{"prompt": "x", "kv_policy": "\\ud83d\\ud83d"}', "kv_policy"),
+        (COMPLETIONS, '{"prompt": "x", "guided_json": {"enum": ["\\ud800"]}}', "guided_json"),
+        (COMPLETIONS, '{"prompt": "x", "\\ud800": 1}', None),
+        (CHAT, '{"messages": [{"role": "user", "content": "\\ud83d"}]}', "messages"),
+        (CHAT, '{"messages": [{"role": "\\ud83d", "content": "x"}]}', "messages"),
+        ("/tokenize", '{"prompt": "a\\ud83db"}', "prompt"),
+        ("/tokenize", '{"model": "\\ud83d", "prompt": "x"}', "model"),
+        ("/detokenize", '{"model": "\\ud83d", "tokens": [5]}', "model"),
+        ("/v1/prefixes", '{"cache_salt": "\\ud83d", "prompt": "x"}', "cache_salt"),
+    ],
+)
+def test_half_a_character_is_refused_in_every_field(
+    client: httpx.Client, path: str, body: str, param: str | None
+):
+    error = refused(client.post(path, content=body, headers=JSON))
+    assert error["param"] == param
+    assert "unpaired surrogate" in error["message"]
+
+
+def test_whole_characters_and_backslashes_are_taken(client: httpx.Client):
+    body = '{"prompt": "\\ud83d\\ude00 \\\\ud83d", "max_tokens": 1, "user": "\\uD83D\\uDE00"}'
+    response = client.post(COMPLETIONS, content="\ufeff" + body, headers=JSON)
+    assert response.status_code == 200, response.text
+    for encoded in (body.encode("utf-16"), b'{"prompt": "\xed\xa0\xbd"}'):
+        message = refused(client.post(COMPLETIONS, content=encoded, headers=JSON))["message"]
+        assert message == "the body is not UTF-8"
+
+
+@pytest.mark.parametrize("encoding", ["gzip", "br", "gzip, identity"])
+def test_compressed_bodies_are_refused(client: httpx.Client, encoding: str):
+    import gzip
+
+    content = gzip.compress(b'{"prompt": "x", "max_tokens": 1}')
+    headers = {**JSON, "Content-Encoding": encoding}
+    error = refused(client.post(COMPLETIONS, content=content, headers=headers), 415)
+    assert "Content-Encoding" in error["message"]
+    plain = {**JSON, "Content-Encoding": "identity"}
+    body = {"prompt": "x", "max_tokens": 1}
+    assert client.post(COMPLETIONS, json=body, headers=plain).status_code == 200
+
+
 def test_the_type_of_the_body_is_said(client: httpx.Client):
     error = refused(client.post(COMPLETIONS, content=b'{"prompt": "x"}'), 415)
     assert "application/json" in error["message"]
