@@ -17,7 +17,7 @@ INSTALLED_DOCS := $(VENV)/.installed-docs
 INSTALLED_NOTEBOOKS := $(VENV)/.installed-notebooks
 CHECKPOINT := checkpoints/SmolLM2-135M-Instruct/SmolLM2-135M-Instruct.Q4_1.gguf
 
-.PHONY: serve notebooks test test-long check lint format types layers spelling option-table docs \
+.PHONY: serve notebooks test test-long check lint format types layers spelling option-table server-reference docs \
 	package clean
 
 serve: $(CHECKPOINT)
@@ -60,6 +60,10 @@ option-table: $(INSTALLED)
 docs: $(INSTALLED_DOCS)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
 	@echo "the documentation is in site/index.html"
+
+# Writes the tables of docs/server.md. A test fails if they are out of date.
+server-reference: $(INSTALLED)
+	$(BIN)/python -m fairkv_jax.serve.reference docs/server.md
 
 # Builds a wheel and a source distribution into dist/.
 package: $(INSTALLED_DEV)

@@ -6,20 +6,20 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
 
-from fastapi import FastAPI, Response
+from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse, PlainTextResponse
-from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.middleware.cors import CORSMiddleware
 
 from fairkv_jax import __version__
 from fairkv_jax.serve import chat, completions, prefixes, tokenization
 from fairkv_jax.serve.access import REQUEST_ID, AccessLog
 from fairkv_jax.serve.async_engine import State
-from fairkv_jax.serve.errors import DOCUMENTED, add_error_handlers, error_response
+from fairkv_jax.serve.errors import DOCUMENTED, ApiError, add_error_handlers, error_response
 from fairkv_jax.serve.history import History
 from fairkv_jax.serve.middleware import ApiKeys, BodyLimit, Room
 from fairkv_jax.serve.page import page_routes
 from fairkv_jax.serve.service import Service
+from fairkv_jax.serve.unsupported import PATHS
 
 
 def create_app(service: Service) -> FastAPI:
@@ -40,6 +40,8 @@ def create_app(service: Service) -> FastAPI:
         description="An OpenAI-compatible server with fair per-head KV-cache compression.",
         lifespan=lifespan,
         responses=DOCUMENTED,
+        docs_url=None,  # FastAPI's own pages load scripts from elsewhere.
+        redoc_url=None,
     )
     app.state.service = service
     add_error_handlers(app)
@@ -53,6 +55,7 @@ def create_app(service: Service) -> FastAPI:
         app.include_router(router)
     app.include_router(page_routes(service, history))
     _add_status_routes(app, service)
+    _refuse_other_apis(app)
     _add_middleware(app, service)
     return app
 
@@ -85,6 +88,7 @@ def _add_status_routes(app: FastAPI, service: Service) -> None:
             return JSONResponse({"status": state})
         return error_response(503, f"the engine is not ready: its state is {state!r}")
 
+    @app.head("/health", include_in_schema=False)
     @app.get("/health")
     async def health() -> JSONResponse:
         """Liveness: returns 503 after a failure, or if requests make no progress."""
@@ -97,14 +101,17 @@ def _add_status_routes(app: FastAPI, service: Service) -> None:
             )
         return status(service.engine.is_alive)
 
+    @app.head("/ready", include_in_schema=False)
     @app.get("/ready")
     async def ready() -> JSONResponse:
         """Readiness: returns 200 while the server accepts requests, and 503 otherwise."""
         return status(service.engine.state is State.READY)
 
     @app.get("/metrics", response_class=PlainTextResponse)
-    async def metrics() -> Response:
-        return Response(service.metrics.exposition(), media_type=CONTENT_TYPE_LATEST)
+    async def metrics(request: Request) -> Response:
+        """Metrics in Prometheus' text format, or in OpenMetrics if Accept asks for it."""
+        content, media_type = service.metrics.exposition(request.headers.get("accept", ""))
+        return Response(content, headers={"Content-Type": media_type})
 
     @app.get("/version")
     async def version() -> dict[str, str]:
@@ -116,6 +123,7 @@ def _add_status_routes(app: FastAPI, service: Service) -> None:
         engine = service.engine.engine
         return {**engine.tokenizer.info(), "model_max_length": engine.engine_config.max_model_len}
 
+    @app.head("/v1/models", include_in_schema=False)
     @app.get("/v1/models")
     async def models() -> dict[str, Any]:
         """Lists the served model under each of its names."""
@@ -134,3 +142,27 @@ def _add_status_routes(app: FastAPI, service: Service) -> None:
             "owned_by": "fairkv_jax",
             "max_model_len": service.engine.engine.engine_config.max_model_len,
         }
+
+
+def _refuse_other_apis(app: FastAPI) -> None:
+    """Answers 400 at the paths of OpenAI's and vLLM's other APIs.
+
+    Proxies such as LiteLLM's take a deployment out of use after a 404.
+    """
+
+    def refuse(path: str, what: str) -> None:
+        async def refused() -> None:
+            raise ApiError(
+                400,
+                f"{path} is not supported by this server ({what}): use /v1/chat/completions or "
+                "/v1/completions",
+            )
+
+        for route in (path, path + "/{rest:path}"):
+            app.add_api_route(route, refused, methods=_METHODS, include_in_schema=False)
+
+    for path, what in PATHS.items():
+        refuse(path, what)
+
+
+_METHODS = ["GET", "POST", "PUT", "PATCH", "DELETE"]

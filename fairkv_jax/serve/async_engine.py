@@ -77,8 +77,9 @@ _Message = _Add | _Abort | _DeletePrefix | _Stop
 class OutputStream:
     """Streams the outputs of a group of requests, each with its index in the group.
 
-    Outputs are cumulative, so only the latest one of each request is stored: a slow client uses no
-    extra memory and receives fewer, longer pieces. `close` aborts the requests that still run.
+    Outputs are cumulative, so only the first and the latest one of each request are stored: a slow
+    client uses no extra memory and receives fewer, longer pieces, but the first token for itself.
+    `close` aborts the requests that still run.
     """
 
     def __init__(self, engine: "AsyncEngine", requests: Sequence[Request]):
@@ -89,11 +90,15 @@ class OutputStream:
         self._indices = {request.request_id: index for index, request in enumerate(requests)}
         self._unfinished = set(self._indices)
         self._fresh: set[int] = set()
+        self._first: dict[int, RequestOutput] = {}
+        """First outputs that have not been read; the others are replaced by later ones."""
         self._error: Exception | None = None
         self._news = asyncio.Event()
 
     def put(self, output: RequestOutput) -> None:
         index = self._indices[output.request_id]
+        if index not in self.latest:
+            self._first[index] = output
         self.latest[index] = output
         self._fresh.add(index)
         if output.finished:
@@ -120,9 +125,14 @@ class OutputStream:
         while True:
             await self._news.wait()
             self._news.clear()
-            fresh, self._fresh = self._fresh, set()
-            for index in sorted(fresh):
-                yield index, self.latest[index]
+            for index in sorted(self._fresh):
+                first = self._first.pop(index, None)
+                if first is not None:
+                    yield index, first
+                # More may have come while the reader was busy; it is read now, and only once.
+                self._fresh.discard(index)
+                if first is not self.latest[index]:
+                    yield index, self.latest[index]
             if self._error is not None:
                 raise self._error
             if not self._unfinished and not self._fresh:
@@ -238,11 +248,13 @@ class AsyncEngine:
         except ValueError as error:
             raise RequestRefused(str(error)) from error
         requests = [each.request for each in valid]
+        for request in requests:
+            self._check_context(request)
         limit = self._limit
         if len(requests) > limit:
             raise RequestRefused(
                 f"the request has {len(requests)} choices, but at most {limit} can be running or "
-                "waiting: send fewer prompts, or lower n"
+                "waiting: send fewer prompts, lower n, or raise --max-num-queued-reqs"
             )
         self.check_room(len(requests))
         stream = OutputStream(self, requests)
@@ -253,6 +265,17 @@ class AsyncEngine:
             self._mailbox.put(_Add(request))
         self._observer.submitted(requests)
         return stream
+
+    def _check_context(self, request: Request) -> None:
+        """Checks that the context holds the tokens that the client asked for, as in vLLM."""
+        limit = self.engine.engine_config.max_model_len
+        prompt, wanted = len(request.prompt_token_ids), request.sampling_params.max_tokens or 0
+        if prompt + wanted > limit:
+            raise RequestRefused(
+                f"the context of {limit} tokens does not hold {prompt + wanted}: {prompt} of the "
+                f"prompt and {wanted} of the output: send a shorter prompt, or set max_tokens to "
+                f"at most {limit - prompt}"
+            )
 
     def abort(self, request_ids: Iterable[str]) -> None:
         self._observer.dropped(request_ids)

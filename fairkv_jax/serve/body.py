@@ -32,8 +32,8 @@ def _as_integers(values: Any) -> Any:
     return [_as_integer(value) for value in values]
 
 
-Integer = Annotated[int, BeforeValidator(_as_integer, json_schema_input_type=int)]
-Integers = Annotated[list[int], BeforeValidator(_as_integers, json_schema_input_type=list[int])]
+OptionalInteger = Annotated[int | None, BeforeValidator(_as_integer)]
+Integers = Annotated[list[int], BeforeValidator(_as_integers)]
 
 
 class Body(BaseModel):

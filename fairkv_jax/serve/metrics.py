@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector
-from prometheus_client.exposition import generate_latest
+from prometheus_client.exposition import choose_encoder
 
 from fairkv_jax.engine.request import Request, RequestOutput
 from fairkv_jax.engine.stats import EngineStats
@@ -185,9 +185,13 @@ class Metrics:
                 self._success.labels(**self._labels, finished_reason="abort").inc()
         self._set_queue_gauges()
 
-    def exposition(self) -> bytes:
-        """Returns all metrics in Prometheus' text format."""
-        return generate_latest(self.registry)
+    def exposition(self, accept: str = "") -> tuple[bytes, str]:
+        """Returns all metrics, and the media type of their format.
+
+        That is Prometheus' text format, or OpenMetrics if the header Accept asks for it.
+        """
+        encode, media_type = choose_encoder(accept)
+        return encode(self.registry), media_type
 
     def _take(self, stats: EngineStats) -> None:
         if self.stats is None:

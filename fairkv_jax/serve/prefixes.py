@@ -11,7 +11,7 @@ from pydantic import Field, field_validator, model_validator
 from fairkv_jax.engine import request as engine_request
 from fairkv_jax.engine.prefix_registry import UnknownPrefix
 from fairkv_jax.sampling_params import SamplingParams
-from fairkv_jax.serve.body import Body, Integer, Integers
+from fairkv_jax.serve.body import Body, Integers, OptionalInteger
 from fairkv_jax.serve.inputs import encode_prompts, render_chat
 from fairkv_jax.serve.messages import Message, TemplateOptions
 from fairkv_jax.serve.responses import collect
@@ -28,7 +28,7 @@ class PrefixBody(Body):
     prompt: str | Integers | None = None
     messages: list[Message] | None = Field(None, min_length=1)
     kv_policy: str | None = None
-    kv_budget: Integer | None = Field(None, ge=1)
+    kv_budget: OptionalInteger = Field(None, ge=1)
     kv_ratio: float | None = Field(None, ge=0, lt=1)
     cache_salt: str | None = None
 

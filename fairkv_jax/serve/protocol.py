@@ -13,7 +13,7 @@ from fairkv_jax.sampling_params import (
 )
 from fairkv_jax.serve import unsupported
 from fairkv_jax.serve.access import WELL_FORMED_ID
-from fairkv_jax.serve.body import Body, Integer, Integers
+from fairkv_jax.serve.body import Body, Integers, OptionalInteger
 from fairkv_jax.serve.logprobs import TokenNames
 from fairkv_jax.serve.messages import Message, TemplateOptions
 from fairkv_jax.serve.output_format import ResponseFormat, StructuredOutputs
@@ -69,13 +69,13 @@ class GenerationBody(Body):
     request_id: str | None = Field(None, pattern=f"^{WELL_FORMED_ID}$")
     """The id of the request, which `id` of the response ends with. The header X-Request-Id goes
     first."""
-    n: Integer | None = Field(None, ge=1, le=MAX_CHOICES)
-    max_tokens: Integer | None = Field(None, ge=1, le=2**31 - 1)
+    n: OptionalInteger = Field(None, ge=1, le=MAX_CHOICES)
+    max_tokens: OptionalInteger = Field(None, ge=1, le=2**31 - 1)
     temperature: float | None = None
     top_p: float | None = None
-    top_k: Integer | None = None
+    top_k: OptionalInteger = None
     min_p: float | None = None
-    seed: Integer | None = None
+    seed: OptionalInteger = None
     stop: Stop = None
     """Texts that end the output. Every step searches for all of them."""
     stop_token_ids: Integers | None = None
@@ -89,8 +89,8 @@ class GenerationBody(Body):
     presence_penalty: float | None = None
     repetition_penalty: float | None = None
     logit_bias: dict[str, float] | None = None
-    min_tokens: Integer | None = None
-    prompt_logprobs: Integer | None = None
+    min_tokens: OptionalInteger = None
+    prompt_logprobs: OptionalInteger = None
     return_token_ids: bool | None = None
     """Whether the response has `prompt_token_ids` and `token_ids`."""
     return_tokens_as_token_ids: bool | None = None
@@ -102,7 +102,7 @@ class GenerationBody(Body):
     guided_choice: list[str] | None = None
     guided_grammar: str | None = None
 
-    kv_budget: Integer | None = Field(None, ge=1)
+    kv_budget: OptionalInteger = Field(None, ge=1)
     """Kept tokens per head on average, at most the server's budget."""
     kv_ratio: float | None = Field(None, ge=0, lt=1)
     """Removed fraction of the prompt, instead of a budget; not less than the server removes."""
@@ -252,8 +252,8 @@ class CompletionBody(GenerationBody):
     add_special_tokens: bool | None = None
     """Whether the tokenizer adds special tokens, such as BOS, to texts. Default: yes, unless they
     continue a prefix."""
-    max_tokens: Integer | None = Field(16, ge=0, le=2**31 - 1)
-    logprobs: Integer | None = None
+    max_tokens: OptionalInteger = Field(16, ge=0, le=2**31 - 1)
+    logprobs: OptionalInteger = None
     echo: bool | None = None
 
     @model_validator(mode="after")
@@ -300,9 +300,9 @@ class ChatBody(GenerationBody, TemplateOptions):
     REFUSED = unsupported.CHAT
 
     messages: list[Message] = Field(min_length=1)
-    max_completion_tokens: Integer | None = Field(None, ge=1, le=2**31 - 1)
+    max_completion_tokens: OptionalInteger = Field(None, ge=1, le=2**31 - 1)
     logprobs: bool | None = None
-    top_logprobs: Integer | None = Field(None, ge=0, le=MAX_LOGPROBS)
+    top_logprobs: OptionalInteger = Field(None, ge=0, le=MAX_LOGPROBS)
     documents: list[dict[str, str]] | None = None
     """Documents for templates that support retrieval-augmented generation."""
     reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None = (

@@ -22,7 +22,8 @@ def usage(outputs: Iterable[RequestOutput], choices: int) -> dict[str, Any]:
     """Counts the tokens of all prompts, once each, and of all outputs.
 
     `kept_prompt_tokens` is an extension: prompt tokens kept per head, averaged over layers and
-    heads.
+    heads. Of the details, those are given that are known: there are only text tokens, and no
+    predicted ones.
     """
     outputs = list(outputs)
     once = outputs[::choices]
@@ -34,7 +35,18 @@ def usage(outputs: Iterable[RequestOutput], choices: int) -> dict[str, Any]:
         "prompt_tokens": prompt,
         "completion_tokens": completion,
         "total_tokens": prompt + completion,
-        "prompt_tokens_details": {"cached_tokens": cached},
+        "prompt_tokens_details": {
+            "cached_tokens": cached,
+            "text_tokens": prompt,
+            "audio_tokens": 0,
+            "image_tokens": 0,
+        },
+        "completion_tokens_details": {
+            "text_tokens": completion,
+            "audio_tokens": 0,
+            "accepted_prediction_tokens": 0,
+            "rejected_prediction_tokens": 0,
+        },
         "kept_prompt_tokens": round(kept, 2),
     }
 

@@ -38,6 +38,8 @@ class DetokenizeBody(Body):
 
     model: str | None = None
     tokens: Integers
+    skip_special_tokens: bool | None = None
+    """Whether special tokens, such as "<|im_end|>", add nothing to the text. Default: no."""
 
 
 @router.post("/tokenize")
@@ -71,4 +73,8 @@ async def detokenize(body: DetokenizeBody, request: Request) -> dict[str, str]:
     vocab_size = engine.model_config.vocab_size
     if any(not 0 <= token_id < vocab_size for token_id in body.tokens):
         raise ApiError(400, f"token ids must be between 0 and {vocab_size - 1}", "tokens")
-    return {"prompt": await asyncio.to_thread(engine.tokenizer.decode, body.tokens)}
+    return {
+        "prompt": await asyncio.to_thread(
+            engine.tokenizer.decode, body.tokens, bool(body.skip_special_tokens)
+        )
+    }

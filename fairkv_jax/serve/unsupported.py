@@ -117,6 +117,34 @@ STRUCTURED_OUTPUTS: Mapping[str, Refused] = {
     "whitespace_pattern": Refused("use regex or grammar"),
 }
 
+PATHS: Mapping[str, str] = {
+    "/classify": "it generates text, and has no classifier",
+    "/inference/v1/generate": "prompts and outputs are text or token ids of completions",
+    "/pooling": "it generates text, and has no embeddings",
+    "/rerank": "it generates text, and has no scores",
+    "/score": "it generates text, and has no scores",
+    "/v1/assistants": "conversations are not stored",
+    "/v1/audio": _TEXT_ONLY,
+    "/v1/batches": "requests are answered at once",
+    "/v1/conversations": "conversations are not stored",
+    "/v1/embeddings": "it generates text, and has no embeddings",
+    "/v1/files": "files are not stored",
+    "/v1/fine_tuning": "models are not trained",
+    "/v1/images": _TEXT_ONLY,
+    "/v1/messages": "Anthropic's API is not served",
+    "/v1/moderations": "it generates text, and moderates none",
+    "/v1/realtime": _TEXT_ONLY,
+    "/v1/rerank": "it generates text, and has no scores",
+    "/v1/responses": "conversations are not stored",
+    "/v1/score": "it generates text, and has no scores",
+    "/v1/threads": "conversations are not stored",
+    "/v1/uploads": "files are not stored",
+    "/v1/vector_stores": "files are not stored",
+    "/v1/videos": _TEXT_ONLY,
+    "/v2/rerank": "it generates text, and has no scores",
+}
+"""Paths of OpenAI's and vLLM's other APIs. They are refused with a 400 that says why."""
+
 WITHOUT_EFFECT: Mapping[str, str] = {
     "cache_salt": "prompts are shared only as prefixes, and /v1/prefixes takes it",
     "include_obfuscation": "pads chunks against observers, which does not change the answer",

@@ -1,11 +1,13 @@
 """Answers: streaming tells the same as not streaming, and counts are right."""
 
 import json
+from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 
+from tests.serve.live import running
 from tests.serve.scripted import ScriptedEngine
 
 COMPLETIONS = "/v1/completions"
@@ -107,7 +109,18 @@ def test_usage_counts_each_prompt_once(client: httpx.Client):
         "prompt_tokens": 103,
         "completion_tokens": 20,
         "total_tokens": 123,
-        "prompt_tokens_details": {"cached_tokens": 0},
+        "prompt_tokens_details": {
+            "cached_tokens": 0,
+            "text_tokens": 103,
+            "audio_tokens": 0,
+            "image_tokens": 0,
+        },
+        "completion_tokens_details": {
+            "text_tokens": 20,
+            "audio_tokens": 0,
+            "accepted_prediction_tokens": 0,
+            "rejected_prediction_tokens": 0,
+        },
         "kept_prompt_tokens": 3 + 64,
     }
 
@@ -276,6 +289,11 @@ def test_tokenize_and_detokenize_are_inverse(client: httpx.Client):
     assert tokens["max_model_len"] == 512
     back = client.post("/detokenize", json={"tokens": tokens["tokens"]})
     assert back.json() == {"prompt": "the wall"}
+    special = {"tokens": [1, *tokens["tokens"], 2]}
+    with_names = client.post("/detokenize", json=special).json()["prompt"]
+    assert with_names == "<|im_start|>the wall<|im_end|>"
+    back = client.post("/detokenize", json={**special, "skip_special_tokens": True})
+    assert back.json() == {"prompt": "the wall"}
     assert client.post("/detokenize", json={"tokens": [384]}).status_code == 400
     assert client.post("/detokenize", json={"tokens": [-1]}).status_code == 400
     assert client.post("/tokenize", json={}).status_code == 400
@@ -286,3 +304,38 @@ def test_models_and_version(client: httpx.Client):
     assert (card["id"], card["object"], card["max_model_len"]) == ("scripted", "model", 512)
     assert client.get("/version").json()["version"]
     assert "/v1/completions" in client.get("/openapi.json").json()["paths"]
+
+
+@pytest.mark.parametrize("path", ["/", "/docs", "/health", "/ready", "/v1/models"])
+def test_head_is_get_without_a_body(client: httpx.Client, path: str):
+    response = client.head(path)
+    assert response.status_code == 200
+    assert response.content == b""
+    assert response.headers["content-type"] == client.get(path).headers["content-type"]
+
+
+@pytest.mark.parametrize("path", [COMPLETIONS, CHAT])
+def test_the_first_token_comes_by_itself(checkpoint: Path, path: str):
+    """Also where the second one is there before the first is sent."""
+    quick = ScriptedEngine(checkpoint, step_seconds=0.0)
+    body = {"prompt": "x", "messages": TURN, "max_tokens": 300, "n": 3, "return_token_ids": True}
+    with running(lambda: quick) as server:
+        counts: dict[int, list[int]] = {}
+        for chunk in events(server.client, path, body):
+            for choice in chunk["choices"]:
+                if "token_ids" in choice:
+                    counts.setdefault(choice["index"], []).append(len(choice["token_ids"]))
+    assert [each[0] for each in counts.values()] == [1, 1, 1]
+    assert [sum(each) for each in counts.values()] == [300, 300, 300]
+
+
+def test_more_than_the_context_holds_is_refused(client: httpx.Client):
+    """As in vLLM; without a number, the output may fill the context."""
+    prompt = [5] * 500
+    for number in (12, None):
+        body = {"prompt": prompt, "max_tokens": number}
+        assert client.post(COMPLETIONS, json=body).json()["usage"]["completion_tokens"] == 12
+    response = client.post(COMPLETIONS, json={"prompt": prompt, "max_tokens": 13})
+    assert response.status_code == 400
+    assert "set max_tokens to at most 12" in response.json()["error"]["message"]
+    assert client.post(COMPLETIONS, json={"prompt": prompt}).status_code == 400, "16 by default"

@@ -7,6 +7,7 @@ from typing import Any
 import httpx
 import pytest
 
+from fairkv_jax.serve.unsupported import PATHS
 from tests.serve.live import Server, running
 from tests.serve.scripted import ScriptedEngine
 
@@ -277,6 +278,13 @@ def test_another_model_and_other_paths_are_not_found(client: httpx.Client):
     refused(client.post(CHAT, json={"model": "gpt", "messages": TURN}), 404)
     refused(client.get("/v2/nothing"), 404)
     refused(client.get(COMPLETIONS), 405)
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_other_apis_are_refused_by_name(client: httpx.Client, path: str):
+    """With a 400: proxies take a 404 for a deployment that is gone."""
+    for response in (client.post(path, json={"input": "x"}), client.get(f"{path}/some/thing")):
+        assert f"{path} is not supported by this server" in refused(response)["message"]
 
 
 def test_bad_requests_reach_no_engine(client: httpx.Client, scripted: ScriptedEngine):

@@ -5,6 +5,7 @@ from pathlib import Path
 import httpx
 import numpy as np
 import pytest
+from prometheus_client.openmetrics import parser as openmetrics
 from prometheus_client.parser import text_string_to_metric_families
 
 from fairkv_jax.engine.request import CompletionOutput, Request, RequestOutput
@@ -64,7 +65,7 @@ def metrics(clock: Clock, scripted: ScriptedEngine) -> Metrics:
 
 def test_the_life_of_a_request(metrics: Metrics, clock: Clock):
     def now() -> dict[str, float]:
-        return read(metrics.exposition().decode())
+        return read(metrics.exposition()[0].decode())
 
     metrics.submitted([Request("a", [1] * 10), Request("b", [1] * 10)])
     assert (now()["vllm:num_requests_waiting"], now()["vllm:num_requests_running"]) == (2, 0)
@@ -101,7 +102,7 @@ def test_the_life_of_a_request(metrics: Metrics, clock: Clock):
 
 def test_the_state_of_the_engine(metrics: Metrics):
     def now() -> dict[str, float]:
-        return read(metrics.exposition().decode())
+        return read(metrics.exposition()[0].decode())
 
     assert now()["fairkv:kv_load_max_over_mean"] == 1.0
     full = stats(0, used_pages=(2, 6), kv_tokens=(30, 90), num_preemptions=3, compilations=42)
@@ -120,7 +121,7 @@ def test_every_sample_has_the_labels_that_dashboards_select_by(metrics: Metrics)
     """vLLM's are `model_name` and `engine`."""
     metrics.submitted([Request("a", [1] * 10)])
     metrics.stepped([output("a", 1), output("a", 2, "stop")], stats(1))
-    families = text_string_to_metric_families(metrics.exposition().decode())
+    families = text_string_to_metric_families(metrics.exposition()[0].decode())
     samples = [s for f in families for s in f.samples if s.name.startswith(("vllm:", "fairkv:"))]
     assert samples
     for sample in samples:
@@ -150,6 +151,21 @@ def test_a_server_counts_what_it_serves(checkpoint: Path):
 
 
 def test_metrics_are_there_before_the_model_is(client: httpx.Client):
-    assert "process_resident_memory_bytes" in read(Metrics().exposition().decode())
+    assert "process_resident_memory_bytes" in read(Metrics().exposition()[0].decode())
     response = client.get("/metrics")
     assert response.headers["content-type"].startswith("text/plain")
+
+
+def test_openmetrics_where_it_is_asked_for(server: Server):
+    server.client.post("/v1/completions", json={"prompt": "x", "max_tokens": 3})
+    accept = "application/openmetrics-text;version=1.0.0,text/plain;version=0.0.4;q=0.5"
+    response = server.client.get("/metrics", headers={"Accept": accept})
+    assert response.headers["content-type"].startswith("application/openmetrics-text")
+    assert response.text.endswith("# EOF\n")
+    families = {
+        family.name: family for family in openmetrics.text_string_to_metric_families(response.text)
+    }
+    assert families["vllm:generation_tokens"].type == "counter"
+    plain = server.client.get("/metrics")
+    assert plain.headers["content-type"].startswith("text/plain")
+    assert "# EOF" not in plain.text

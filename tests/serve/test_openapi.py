@@ -1,13 +1,18 @@
 """The OpenAPI description: it is complete, and whatever is made from it is answered well."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import httpx
+import pytest
 
-from tests.serve.live import ROOT, eventually, running
+from fairkv_jax.serve.protocol import MAX_CHOICES, MAX_STOPS, ChatBody, CompletionBody
+from fairkv_jax.serve.unsupported import WITHOUT_EFFECT
+from tests.serve.chromium import browsing, find_chromium
+from tests.serve.live import ROOT, Server, eventually, running
 from tests.serve.scripted import ScriptedEngine
 
 CASES = 4
@@ -34,6 +39,45 @@ def test_every_operation_describes_what_it_takes_and_its_errors(client: httpx.Cl
         assert "422" not in operation["responses"]  # FastAPI's own, in another shape
         if method == "post":
             assert "$ref" in operation["requestBody"]["content"]["application/json"]["schema"]
+
+
+def test_fields_that_are_refused_are_not_described(client: httpx.Client):
+    schemas = client.get("/openapi.json").json()["components"]["schemas"]
+    for name, body in (("ChatBody", ChatBody), ("CompletionBody", CompletionBody)):
+        assert not set(schemas[name]["properties"]) & {*body.REFUSED, *WITHOUT_EFFECT}
+    prompt = schemas["CompletionBody"]["properties"]["prompt"]["anyOf"]
+    assert [each.get("minLength", each.get("minItems")) for each in prompt] == [1, 1, 1, 1]
+    stop = schemas["CompletionBody"]["properties"]["stop"]["anyOf"]
+    assert stop[1]["maxItems"] == MAX_STOPS
+    choices = schemas["ChatBody"]["properties"]["n"]["anyOf"][0]
+    assert (choices["minimum"], choices["maximum"]) == (1, MAX_CHOICES)
+    described = schemas["CompletionBody"]["properties"]["prompt"]["description"]
+    assert "--max-num-queued-reqs" in described
+
+
+def test_the_page_of_the_description_loads_nothing_from_elsewhere(client: httpx.Client):
+    page = client.get("/docs")
+    assert page.headers["content-security-policy"] == "default-src 'self'"
+    loaded = re.findall(r'(?:src|href)="([^"]+)"', page.text)
+    assert {"docs.js", "docs.css", "openapi.json"} <= set(loaded)
+    for name in loaded:
+        assert "//" not in name
+        assert client.get(f"/{name}").status_code == 200
+
+
+@pytest.mark.skipif(find_chromium() is None, reason="there is no Chromium to show the page")
+def test_the_page_shows_every_operation(server: Server, tmp_path: Path):
+    with browsing(tmp_path) as browser:
+        browser.open(f"{server.url}/docs")
+        count = "document.querySelectorAll('#operations h2').length"
+        eventually(lambda: browser.evaluate(count))
+        paths = server.client.get("/openapi.json").json()["paths"]
+        assert browser.evaluate(count) == sum(map(len, paths.values()))
+        text = browser.evaluate("document.body.innerText")
+        assert "POST /v1/chat/completions" in text
+        assert "max_completion_tokens" in text
+        assert not browser.complaints
+        assert all(address.startswith(server.url) for address in browser.addresses)
 
 
 def test_what_is_drawn_from_the_description_breaks_nothing(checkpoint: Path, tmp_path: Path):

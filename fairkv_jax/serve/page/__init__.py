@@ -1,4 +1,7 @@
-"""The live page at / and its data: the page polls /stats every second and /plan less often."""
+"""The live page at / with its data, and the page at /docs, which shows the OpenAPI description.
+
+The live page polls /stats every second and /plan less often.
+"""
 
 from pathlib import Path
 from typing import Any
@@ -15,6 +18,8 @@ from fairkv_jax.serve.startup import compression
 FOLDER = Path(__file__).parent
 FILES = {
     "page.css": "text/css",
+    "docs.css": "text/css",
+    "docs.js": "text/javascript",
     "charts.js": "text/javascript",
     "page.js": "text/javascript",
     "favicon.svg": "image/svg+xml",
@@ -27,9 +32,13 @@ def page_routes(service: Service, history: History) -> APIRouter:
     """Returns the routes of the page, of its static files and of its two JSON endpoints."""
     router = APIRouter()
 
-    @router.get("/", include_in_schema=False)
+    @router.api_route("/", methods=["GET", "HEAD"], include_in_schema=False)
     async def page() -> Response:
         return FileResponse(FOLDER / "index.html", headers=HEADERS)
+
+    @router.api_route("/docs", methods=["GET", "HEAD"], include_in_schema=False)
+    async def docs() -> Response:
+        return FileResponse(FOLDER / "docs.html", headers=HEADERS)
 
     for name, media_type in FILES.items():
         _add_file(router, name, media_type)
