@@ -96,7 +96,7 @@ def bodies() -> str:
                 f"`{field}`",
                 _type(facts),
                 "required" if field in needed else _json(facts.get("default")),
-                facts.get("description", ""),
+                " ".join(facts.get("description", "").split()),
             )
             for field, facts in schema["properties"].items()
         ]

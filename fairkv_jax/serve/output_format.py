@@ -1,11 +1,43 @@
-"""Fields of requests that say what the output must match."""
+"""Fields of requests that say what the output must match.
 
+As in vLLM, objects have only the members that their schema names, unless it allows others: JSON
+Schema itself allows any, and small models go on and on with them. JSON is written without white
+space, for the same reason.
+"""
+
+import json
 from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
 from fairkv_jax.serve.body import Body
+from fairkv_jax.serve.json_schema import check_schema, closed
 from fairkv_jax.serve.unsupported import STRUCTURED_OUTPUTS
+
+
+def schema_for_output(
+    schema: str | dict[str, Any], *, is_closed: bool = True, is_compact: bool = True
+) -> str | dict[str, Any]:
+    """Returns the schema that the output follows.
+
+    Args:
+        is_closed: whether objects have only the members that are named, if nothing else is said.
+        is_compact: whether white space is left out, if the schema's "x-guidance" does not say.
+
+    What is not a schema stays as it is: the error in compiling it says why.
+    """
+    try:
+        parsed = json.loads(schema) if isinstance(schema, str) else schema
+        check_schema(parsed)
+    except (ValueError, RecursionError):
+        return schema
+    if not isinstance(parsed, dict):
+        return schema
+    compact = {"x-guidance": {"whitespace_flexible": False}} if is_compact else {}
+    return compact | (closed(parsed) if is_closed else parsed)
+
+
+ANY_OBJECT = schema_for_output({"type": "object"})
 
 
 class JsonSchema(Body):
@@ -15,6 +47,7 @@ class JsonSchema(Body):
     description: str | None = None
     schema_: dict[str, Any] | None = Field(None, alias="schema")
     strict: bool | None = None
+    """False lets objects have members that the schema does not name, as JSON Schema has it."""
 
 
 class ResponseFormat(Body):
@@ -35,8 +68,11 @@ class ResponseFormat(Body):
     def constraint(self) -> dict[str, Any]:
         """Returns the arguments of `StructuredOutputsParams`; empty for text."""
         if self.type == "json_object":
-            return {"json_object": True}
-        return {"json": self.json_schema.schema_} if self.json_schema else {}
+            return {"json": ANY_OBJECT}
+        if self.json_schema is None or self.json_schema.schema_ is None:
+            return {}
+        is_closed = self.json_schema.strict is not False
+        return {"json": schema_for_output(self.json_schema.schema_, is_closed=is_closed)}
 
 
 class StructuredOutputs(Body):
@@ -50,9 +86,24 @@ class StructuredOutputs(Body):
     choice: list[str] | None = None
     grammar: str | None = None
     json_object: bool | None = None
+    disable_any_whitespace: bool | None = None
+    """Whether JSON is written without white space. Default: yes."""
+    disable_additional_properties: bool | None = None
+    """Whether objects have only the members that the schema names. Default: yes, unless it allows
+    others."""
 
     @property
     def constraint(self) -> dict[str, Any]:
         """Returns the arguments of `StructuredOutputsParams`."""
         names = ("regex", "choice", "grammar", "json_object")
-        return {"json": self.json_} | {name: getattr(self, name) for name in names}
+        given: dict[str, Any] = {name: getattr(self, name) for name in names}
+        schema = self.json_
+        if schema is None and self.json_object:
+            schema, given["json_object"] = {"type": "object"}, None
+        if schema is not None:
+            given["json"] = schema_for_output(
+                schema,
+                is_closed=self.disable_additional_properties is not False,
+                is_compact=self.disable_any_whitespace is not False,
+            )
+        return given

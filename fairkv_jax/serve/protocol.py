@@ -16,7 +16,7 @@ from fairkv_jax.serve.access import WELL_FORMED_ID
 from fairkv_jax.serve.body import Body, Integers, OptionalInteger
 from fairkv_jax.serve.logprobs import TokenNames
 from fairkv_jax.serve.messages import Message, TemplateOptions
-from fairkv_jax.serve.output_format import ResponseFormat, StructuredOutputs
+from fairkv_jax.serve.output_format import ResponseFormat, StructuredOutputs, schema_for_output
 from fairkv_jax.tokenizer import Tokenizer
 
 MAX_CHOICES = 128
@@ -186,6 +186,8 @@ class GenerationBody(Body):
                 "the others"
             )
         value = getattr(self, fields[0])
+        if fields[0] == "guided_json":
+            return StructuredOutputsParams(json=schema_for_output(value))
         if fields[0] in _GUIDED_FIELDS:
             return StructuredOutputsParams(**{_GUIDED_FIELDS[fields[0]]: value})
         return StructuredOutputsParams(**value.constraint)

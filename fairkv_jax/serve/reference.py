@@ -13,9 +13,7 @@ from fairkv_jax.serve.prefixes import PrefixBody
 from fairkv_jax.serve.protocol import ChatBody, CompletionBody, GenerationBody, StreamOptions
 from fairkv_jax.serve.tokenization import DetokenizeBody, TokenizeBody
 
-BEGIN = (
-    "<!-- reference: written by `make server-reference` from the lists in fairkv_jax/ -->"
-)
+BEGIN = "<!-- reference: written by `make server-reference` from the lists in fairkv_jax/ -->"
 END = "<!-- end of the reference -->"
 
 BODIES: Mapping[str, type[Body]] = {

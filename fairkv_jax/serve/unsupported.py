@@ -41,7 +41,7 @@ GENERATION: Mapping[str, Refused] = {
     "early_stopping": Refused("there is no beam search", (False,)),
     "ec_transfer_params": Refused(_ONE_ENGINE),
     "guided_decoding_backend": Refused("it always uses llguidance", ("auto", "guidance")),
-    "guided_whitespace_pattern": Refused("use guided_regex or guided_grammar"),
+    "guided_whitespace_pattern": Refused("use structured_outputs.disable_any_whitespace"),
     "kv_transfer_params": Refused(_ONE_ENGINE),
     "length_penalty": Refused("there is no beam search", (1,)),
     "logits_processors": Refused("requests cannot bring code", ([],)),
@@ -111,10 +111,8 @@ MESSAGE: Mapping[str, Refused] = {
 }
 
 STRUCTURED_OUTPUTS: Mapping[str, Refused] = {
-    "disable_additional_properties": Refused("use additionalProperties", (False,)),
-    "disable_any_whitespace": Refused("use regex or grammar", (False,)),
     "structural_tag": Refused("use grammar"),
-    "whitespace_pattern": Refused("use regex or grammar"),
+    "whitespace_pattern": Refused("use disable_any_whitespace"),
 }
 
 PATHS: Mapping[str, str] = {

@@ -190,7 +190,7 @@ def test_stop_strings_end_the_text_before_them(llm: LLM, engine: LLMEngine, free
 
 def test_a_stop_string_split_over_tokens(llm: LLM, engine: LLMEngine, free_run):
     """It is found where the second token completes it, and its first half is never shown."""
-    texts = [llm.get_tokenizer().decode(free_run.token_ids[:n]) for n in range(1, 41)]
+    texts = [llm.get_tokenizer().decode(free_run.token_ids[:n], True) for n in range(1, 41)]
     before, after = next(
         (before, after)
         for before, after in pairwise(texts[3:])
@@ -251,7 +251,7 @@ def test_end_of_text(llm: LLM, engine: LLMEngine):
     output = llm.generate(PROMPT, SamplingParams(seed=seed, **hot))[0].outputs[0]
     assert output.token_ids == ids[: end + 1]
     assert (output.finish_reason, output.stop_reason) == ("stop", None)
-    assert output.text == llm.get_tokenizer().decode(ids[:end])
+    assert output.text == llm.get_tokenizer().decode(ids[:end], True)
 
 
 @pytest.mark.parametrize(("prompt_tokens", "max_tokens"), [(100, None), (127, None), (120, 99)])

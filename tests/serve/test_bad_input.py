@@ -92,7 +92,7 @@ def refused(response: httpx.Response, status: int = 400) -> dict[str, Any]:
         ("structured_outputs", {}),
         ("structured_outputs", {"regex": "a", "choice": ["a"]}),
         ("structured_outputs", {"structural_tag": "x"}),
-        ("structured_outputs", {"regex": "a", "disable_any_whitespace": True}),
+        ("structured_outputs", {"regex": "a", "disable_any_whitespace": 1}),
         ("guided_choice", []),
         ("guided_choice", "yes"),
         ("guided_json", 5),

@@ -4,6 +4,7 @@ import os
 import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import httpx
@@ -17,6 +18,8 @@ from tests.serve.scripted import ScriptedEngine
 
 CASES = 4
 """Drawn for each of the operations, beside those at the limits of every field."""
+EXCEPTIONS = Path(__file__).with_name("schemathesis.toml")
+"""The checks that are not made, with the reasons."""
 
 
 def test_every_operation_describes_what_it_takes_and_its_errors(client: httpx.Client):
@@ -80,25 +83,34 @@ def test_the_page_shows_every_operation(server: Server, tmp_path: Path):
         assert all(address.startswith(server.url) for address in browser.addresses)
 
 
-def test_what_is_drawn_from_the_description_breaks_nothing(checkpoint: Path, tmp_path: Path):
-    """Valid and invalid data, other methods, missing fields.
-
-    That valid data is taken is not asked for, as a schema does not say which tokens there are.
-    """
+@pytest.mark.parametrize(
+    "cases", [CASES, pytest.param(1000, marks=pytest.mark.long)], ids=["short", "long"]
+)
+def test_what_is_drawn_from_the_description_breaks_nothing(
+    checkpoint: Path, tmp_path: Path, cases: int
+):
+    """Valid and invalid data, other methods, missing fields; all checks but those in the file."""
     quick = ScriptedEngine(checkpoint, step_seconds=0.0)
     with running(lambda: quick) as server:
-        fuzz(server.url, tmp_path)
+        fuzz(server.url, tmp_path, cases)
         assert server.client.get("/health").status_code == 200
         eventually(lambda: not quick.requests)
 
 
-def fuzz(url: str, folder: Path) -> None:
+def fuzz(url: str, folder: Path, cases: int) -> None:
+    checks = tomllib.loads(EXCEPTIONS.read_text(encoding="utf-8"))["checks"]
+    without = ",".join(name for name, check in checks.items() if not check["enabled"])
     command = [sys.executable, "-m", "schemathesis.cli", "run", f"{url}/openapi.json"]
-    command += ["--phases=coverage,fuzzing", f"--max-examples={CASES}", "--seed=1", "--no-color"]
-    command += ["--exclude-checks=positive_data_acceptance", "--generation-database=none"]
+    command += ["--checks=all", f"--exclude-checks={without}", "--generation-database=none"]
+    command += ["--phases=coverage,fuzzing", f"--max-examples={cases}", "--seed=1", "--no-color"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run(
-        command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300
+        command,
+        cwd=folder,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300 + 5 * cases,
     )
     assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
     assert "Fuzzing" in done.stdout

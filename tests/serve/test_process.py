@@ -78,7 +78,7 @@ def test_a_signal_lets_running_requests_finish(process: Process, number: signal.
 
 def test_what_takes_longer_than_the_time_out_is_cut(process: Process):
     url = process.wait_ready(PATIENCE_S)
-    asking = Asking(url, {**LONG, "max_tokens": 500, "n": 32})
+    asking = Asking(url, {**LONG, "max_tokens": 490, "n": 32})
     eventually(lambda: "num_requests_running" in busy(url))
     began = time.monotonic()
     process.send(signal.SIGTERM)

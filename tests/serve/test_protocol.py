@@ -1,5 +1,6 @@
 """What a body means to the engine."""
 
+import json
 from typing import Any
 
 import pytest
@@ -8,6 +9,14 @@ from fairkv_jax.sampling_params import SamplingParams, StructuredOutputsParams
 from fairkv_jax.serve.protocol import ChatBody, CompletionBody
 
 SCHEMA = {"type": "object", "properties": {"a": {"type": "integer"}}}
+COMPACT = {"x-guidance": {"whitespace_flexible": False}}
+CLOSED = {**COMPACT, **SCHEMA, "additionalProperties": False}
+ANY_OBJECT = {**COMPACT, "type": "object"}
+OPEN = {**SCHEMA, "additionalProperties": True}
+
+
+def json_format(**fields: Any) -> dict[str, Any]:
+    return {"response_format": {"type": "json_schema", "json_schema": {"name": "a", **fields}}}
 
 
 def completion(**fields: Any) -> SamplingParams:
@@ -44,23 +53,33 @@ def test_every_option_reaches_the_engine_under_its_name():
     ("fields", "wanted"),
     [
         ({"response_format": {"type": "text"}}, None),
-        ({"response_format": {"type": "json_object"}}, {"json_object": True}),
-        (
-            {
-                "response_format": {
-                    "type": "json_schema",
-                    "json_schema": {"name": "a", "schema": SCHEMA, "strict": True},
-                }
-            },
-            {"json": SCHEMA},
-        ),
-        ({"guided_json": SCHEMA}, {"json": SCHEMA}),
+        ({"response_format": {"type": "json_object"}}, {"json": ANY_OBJECT}),
+        (json_format(schema=SCHEMA), {"json": CLOSED}),
+        (json_format(schema=SCHEMA, strict=True), {"json": CLOSED}),
+        (json_format(schema=SCHEMA, strict=False), {"json": {**COMPACT, **SCHEMA}}),
+        (json_format(schema=OPEN), {"json": {**COMPACT, **OPEN}}),
+        (json_format(schema={"properties": 5}), {"json": {"properties": 5}}),
+        ({"guided_json": SCHEMA}, {"json": CLOSED}),
+        ({"guided_json": json.dumps(SCHEMA)}, {"json": CLOSED}),
         ({"guided_json": "true"}, {"json": "true"}),
+        ({"guided_json": "{"}, {"json": "{"}),
         ({"guided_regex": "a+"}, {"regex": "a+"}),
         ({"guided_choice": ["a", "b"]}, {"choice": ["a", "b"]}),
         ({"guided_grammar": 'start: "a"'}, {"grammar": 'start: "a"'}),
-        ({"structured_outputs": {"json": SCHEMA}}, {"json": SCHEMA}),
-        ({"structured_outputs": {"json_object": True}}, {"json_object": True}),
+        ({"structured_outputs": {"json": SCHEMA}}, {"json": CLOSED}),
+        ({"structured_outputs": {"json_object": True}}, {"json": ANY_OBJECT}),
+        (
+            {"structured_outputs": {"json": SCHEMA, "disable_additional_properties": False}},
+            {"json": {**COMPACT, **SCHEMA}},
+        ),
+        (
+            {"structured_outputs": {"json": SCHEMA, "disable_any_whitespace": False}},
+            {"json": {**SCHEMA, "additionalProperties": False}},
+        ),
+        (
+            {"structured_outputs": {"json_object": True, "disable_any_whitespace": False}},
+            {"json": {"type": "object"}},
+        ),
         (
             {"structured_outputs": {"choice": ["a"]}, "response_format": {"type": "text"}},
             {"choice": ["a"]},

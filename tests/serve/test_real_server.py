@@ -242,7 +242,8 @@ def test_nothing_is_compiled_once_it_is_ready(process: Process, client: httpx.Cl
     """Over all requests above, and over more shapes; the log says what JAX compiles."""
     assert client.get("/health").status_code == 200
     for length in (1, 31, 33, 64, 100, 127):
-        body = {"prompt": [7] * length, "max_tokens": 3, "logprobs": 5, "top_k": 4, "top_p": 0.7}
+        body = {"prompt": [7] * length, "max_tokens": min(3, 128 - length), "logprobs": 5}
+        body |= {"top_k": 4, "top_p": 0.7}
         assert client.post("/v1/completions", json=body).status_code == 200
     bodies = [
         {"prompt": [7] * length, "max_tokens": 5, **more} for more in OPTIONS for length in (3, 90)
@@ -254,6 +255,19 @@ def test_nothing_is_compiled_once_it_is_ready(process: Process, client: httpx.Cl
     before, _, after = process.log.partition("ready: serving on")
     assert compiled in before
     assert compiled not in after
+
+
+def test_an_object_has_the_members_that_its_schema_names(client: httpx.Client):
+    """As llm and pydantic write schemas, without additionalProperties."""
+    color = {"enum": ["red", "green"]}
+    schema = {"type": "object", "properties": {"a": color, "b": color}, "required": ["a"]}
+    form = {"type": "json_schema", "json_schema": {"name": "output", "schema": schema}}
+    for seed in range(8):
+        body = {"prompt": "the", "max_tokens": 80, "seed": seed, "response_format": form}
+        (choice,) = client.post("/v1/completions", json=body).json()["choices"]
+        assert choice["finish_reason"] == "stop"
+        assert {"a"} <= set(json.loads(choice["text"])) <= {"a", "b"}
+        assert " " not in choice["text"]
 
 
 def test_it_shuts_down_cleanly(process: Process, client: httpx.Client):
