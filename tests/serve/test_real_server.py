@@ -230,7 +230,7 @@ def test_a_prefix_is_asked_twice(client: httpx.Client):
         body = {"prompt": question, "prefix_id": prefix["id"], **params}
         answer = client.post("/v1/completions", json=body).json()
         assert answer["usage"]["prompt_tokens"] == len(document) + len(question)
-        assert answer["usage"]["prompt_tokens_details"] == {"cached_tokens": len(document)}
+        assert answer["usage"]["prompt_tokens_details"]["cached_tokens"] == len(document)
         if len(question) == 2:  # nothing is dropped: the whole prompt is within the budget
             body = {"prompt": [*document, *question], **params}
             whole = client.post("/v1/completions", json=body).json()
