@@ -1,0 +1,63 @@
+"""Reasoning and answer, whole and divided at every character."""
+
+import pytest
+
+from fairkv_jax.serve.message import MessageBuilder, PlainText
+from fairkv_jax.serve.reasoning import REASONING_FORMATS
+from fairkv_jax.serve.tool_calls import TOOL_PARSERS
+from tests.serve.tool_calls.reading import divisions, said, streamed, whole
+
+OPEN = "<|im_start|>assistant\n<think>\n"
+SHUT = "<|im_start|>assistant\n<think>\n\n</think>\n\n"
+PLAIN = "<|im_start|>assistant\n"
+
+
+@pytest.mark.parametrize(
+    ("name", "prompt", "output", "reasoning", "content"),
+    [
+        # DeepSeek R1's template opens the reasoning; earlier ones leave that to the model.
+        ("deepseek_r1", OPEN, "Two and\ntwo.\n</think>\n\n4", "Two and\ntwo.\n", "\n\n4"),
+        ("deepseek_r1", PLAIN, "Two.</think>4", "Two.", "4"),
+        ("deepseek_r1", PLAIN, "<think>\nTwo.</think>4</think>", "\nTwo.", "4</think>"),
+        ("deepseek_r1", OPEN, "cut </thin", "cut </thin", None),
+        ("deepseek_r1", PLAIN, "<thi", "<thi", None),
+        ("deepseek_r1", OPEN, "<think>Two.</think>4", "<think>Two.", "4"),
+        ("deepseek_r1", SHUT, "It is <think>4", "", "It is <think>4"),
+        # Qwen 3 opens it itself, with two templates also the prompt does.
+        ("qwen3", PLAIN, "<think>\nTwo.\n</think>\n\n4", "\nTwo.\n", "\n\n4"),
+        ("qwen3", PLAIN, "\n <think></think>\n\n4", "", "\n\n4"),
+        ("qwen3", OPEN, "Two.</think>4", "Two.", "4"),
+        ("qwen3", SHUT, "4 < 5", "", "4 < 5"),
+        ("qwen3", PLAIN, "<thin ice>", "", "<thin ice>"),
+        ("qwen3", PLAIN, "<think", "", "<think"),
+        ("qwen3", PLAIN, "", "", ""),
+    ],
+)
+def test_reasoning(name: str, prompt: str, output: str, reasoning: str, content: str | None):
+    parser = REASONING_FORMATS[name].parser
+
+    def build() -> MessageBuilder:
+        return MessageBuilder(PlainText(), parser(prompt), str)
+
+    expected = said(content, reasoning=reasoning)
+    assert whole(build, output) == expected
+    for pieces in divisions(output):
+        assert streamed(build, pieces) == expected, pieces
+
+
+def test_calls_are_looked_for_in_the_answer_only():
+    call = '<tool_call>\n{"name": "a", "arguments": {"n": 1}}\n</tool_call>'
+    output = f"<think>\nI could write {call}.\n</think>\n\n{call}"
+
+    def build(*, shows_reasoning: bool = True) -> MessageBuilder:
+        reasoning = REASONING_FORMATS["qwen3"].parser(PLAIN)
+        return MessageBuilder(
+            TOOL_PARSERS["hermes"](), reasoning, lambda: "id", shows_reasoning=shows_reasoning
+        )
+
+    thought = f"\nI could write {call}.\n"
+    expected = said(None, ("a", '{"n": 1}'), reasoning=thought)
+    assert whole(build, output) == expected
+    for pieces in divisions(output):
+        assert streamed(build, pieces) == expected
+    assert whole(lambda: build(shows_reasoning=False), output) == said(None, ("a", '{"n": 1}'))
