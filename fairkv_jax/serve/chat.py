@@ -1,7 +1,8 @@
 """POST /v1/chat/completions."""
 
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
+from functools import partial
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
@@ -11,6 +12,7 @@ from fairkv_jax.engine.request import RequestOutput
 from fairkv_jax.serve.async_engine import OutputStream
 from fairkv_jax.serve.inputs import compile_grammar, fan_out, render_chat
 from fairkv_jax.serve.logprobs import ShownTokens, chat_logprobs, prompt_logprobs
+from fairkv_jax.serve.message import MessageBuilder, MessageFormat
 from fairkv_jax.serve.protocol import ChatBody, token_names
 from fairkv_jax.serve.responses import EventStream, chunk_usage, collect, usage
 from fairkv_jax.serve.service import StrictRoute, owner_of, response_id, service_of
@@ -24,6 +26,9 @@ async def create_chat_completion(body: ChatBody, request: Request) -> Response:
     """Generates the assistant's next message of a conversation."""
     service = service_of(request)
     service.check_model(body.model)
+    form = MessageFormat.of(body, service.options)
+    if form.shows_special_tokens:
+        body = body.model_copy(update={"skip_special_tokens": False})
     engine, owner = service.engine.engine, owner_of(request)
     prefix = None if body.prefix_id is None else engine.prefixes.get(body.prefix_id, owner)
     prompt = await render_chat(request, body.messages, body, prefix)
@@ -32,12 +37,14 @@ async def create_chat_completion(body: ChatBody, request: Request) -> Response:
     requests = fan_out(answer_id, [prompt], body, owner)
     head = {"id": answer_id, "created": int(time.time()), "model": service.model_name}
     outputs = service.submit(request, requests, body.n or 1)
+    builder = partial(form.builder, prompt.text or "")
     if body.stream:
         head["object"] = "chat.completion.chunk"
-        return EventStream(_chunks(head, body, outputs, engine.tokenizer), outputs)
+        return EventStream(_chunks(head, body, outputs, engine.tokenizer, builder), outputs)
     finished = await collect(request, outputs)
     choices = [
-        _message(index, output, body, engine.tokenizer) for index, output in enumerate(finished)
+        _message(index, output, SentTokens(body, engine.tokenizer), builder())
+        for index, output in enumerate(finished)
     ]
     told = _prompt_fields(body, finished[0].prompt_token_ids)
     answer = {**head, "object": "chat.completion", "choices": choices, **told}
@@ -47,14 +54,14 @@ async def create_chat_completion(body: ChatBody, request: Request) -> Response:
 
 
 def _message(
-    index: int, output: RequestOutput, body: ChatBody, tokenizer: Tokenizer
+    index: int, output: RequestOutput, tokens: "SentTokens", builder: MessageBuilder
 ) -> dict[str, Any]:
     done = output.outputs[0]
     return {
         "index": index,
-        "message": {"role": "assistant", "content": done.text},
-        **SentTokens(body, tokenizer).advance(output),
-        "finish_reason": done.finish_reason,
+        "message": builder.message(done.text),
+        **tokens.advance(output),
+        "finish_reason": builder.finish_reason(done.finish_reason),
         "stop_reason": done.stop_reason,
     }
 
@@ -86,7 +93,11 @@ class SentTokens:
 
 
 async def _chunks(
-    head: dict[str, Any], body: ChatBody, outputs: OutputStream, tokenizer: Tokenizer
+    head: dict[str, Any],
+    body: ChatBody,
+    outputs: OutputStream,
+    tokenizer: Tokenizer,
+    new_builder: Callable[[], MessageBuilder],
 ) -> AsyncGenerator[dict[str, Any], None]:
     told = _prompt_fields(body, outputs.requests[0].prompt_token_ids)
     for index in range(body.n or 1):
@@ -95,26 +106,47 @@ async def _chunks(
         choice = _delta(index, opening, {"logprobs": None}, None)
         yield {**head, **told, "choices": [choice], **no_usage}
         told = {}
-    sent: dict[int, tuple[int, SentTokens]] = {}
+    choices: dict[int, _StreamedChoice] = {}
     latest: dict[int, RequestOutput] = {}
     async for index, output in outputs:
         latest[index] = output
-        done = output.outputs[0]
-        num_characters, tokens = sent.get(index) or (0, SentTokens(body, tokenizer))
-        text = done.text[num_characters:]
-        # The detokenizer may hold text back while tokens advance. Then there is nothing to send.
-        if text or output.finished:
-            delta = {"content": text} if text else {}
-            choice = _delta(index, delta, tokens.advance(output), done.finish_reason)
+        if index not in choices:
+            choices[index] = _StreamedChoice(index, SentTokens(body, tokenizer), new_builder())
+        choice = choices[index].advance(output)
+        if choice is not None:
             yield {**head, "choices": [choice], **chunk_usage(body.stream_options, output)}
-        sent[index] = len(done.text), tokens
     if body.include_usage:
         finished = [latest[index] for index in sorted(latest)]
         yield {**head, "choices": [], "usage": usage(finished, body.n or 1)}
 
 
+class _StreamedChoice:
+    """Follows what has been sent of a choice."""
+
+    def __init__(self, index: int, tokens: SentTokens, builder: MessageBuilder):
+        self._index = index
+        self._tokens = tokens
+        self._builder = builder
+        self._num_characters = 0
+
+    def advance(self, output: RequestOutput) -> dict[str, Any] | None:
+        """Returns what is new of the choice; None if there is nothing to send yet.
+
+        Tokens advance without anything to send while their text is held back: by the detokenizer,
+        or because it may be a marker of a tool call or of reasoning.
+        """
+        done = output.outputs[0]
+        text = done.text[self._num_characters :]
+        self._num_characters = len(done.text)
+        delta = self._builder.delta(text, is_last=output.finished)
+        if not delta and not output.finished:
+            return None
+        reason = self._builder.finish_reason(done.finish_reason)
+        return _delta(self._index, delta, self._tokens.advance(output), reason)
+
+
 def _delta(
-    index: int, delta: dict[str, str], tokens: dict[str, Any], finish_reason: str | None
+    index: int, delta: dict[str, Any], tokens: dict[str, Any], finish_reason: str | None
 ) -> dict[str, Any]:
     return {"index": index, "delta": delta, **tokens, "finish_reason": finish_reason}
 

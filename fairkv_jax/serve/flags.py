@@ -9,6 +9,7 @@ from fairkv_jax.command_line import as_flag, help_page, read_flags, string_list
 from fairkv_jax.config import ENGINE_OPTIONS, POLICIES, takes_budget
 from fairkv_jax.options import Option
 from fairkv_jax.serve.options import API_KEY_VARIABLE, SERVER_OPTIONS, ServerOptions
+from fairkv_jax.serve.tool_calls import TOOL_PARSERS
 
 PROGRAM = "python -m fairkv_jax.serve"
 DEFAULT_BUDGET = 1024
@@ -90,6 +91,11 @@ def _server_options(given: dict[str, Any], environ: Mapping[str, str]) -> Server
     options = ServerOptions(**values)
     if (options.ssl_keyfile is None) != (options.ssl_certfile is None):
         raise ValueError("--ssl-keyfile and --ssl-certfile must be given together")
+    if options.enable_auto_tool_choice and options.tool_call_parser is None:
+        raise ValueError(
+            "--enable-auto-tool-choice needs --tool-call-parser, which is one of "
+            f"{', '.join(TOOL_PARSERS)}"
+        )
     if not 0 <= options.port <= 65535:
         raise ValueError(f"--port must be between 0 and 65535, got {options.port}")
     for name, low in (

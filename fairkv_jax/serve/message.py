@@ -1,13 +1,18 @@
 """Builds the assistant's message, or its deltas, from the text that the model generates.
 
-    text -> ReasoningParser -> reasoning
-                            -> content -> tool parser -> content, tool calls
+text -> ReasoningParser -> reasoning
+                        -> content -> tool parser -> content, tool calls
 """
 
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from typing import Any, Protocol
 
-from fairkv_jax.serve.reasoning import ReasoningParser
+from fairkv_jax.serve.errors import ApiError
+from fairkv_jax.serve.options import ServerOptions
+from fairkv_jax.serve.protocol import ChatBody
+from fairkv_jax.serve.reasoning import REASONING_FORMATS, ReasoningFormat, ReasoningParser
+from fairkv_jax.serve.tool_calls import TOOL_PARSERS
 from fairkv_jax.serve.tool_calls.events import (
     Arguments,
     CallBroken,
@@ -16,6 +21,8 @@ from fairkv_jax.serve.tool_calls.events import (
     Event,
     Text,
 )
+from fairkv_jax.serve.tool_calls.forced import NamedParser, RequiredParser
+from fairkv_jax.serve.tool_calls.parser import ToolParser
 
 
 class CallFinder(Protocol):
@@ -23,6 +30,61 @@ class CallFinder(Protocol):
 
     def push(self, text: str) -> list[Event]: ...
     def finish(self) -> list[Event]: ...
+
+
+@dataclass(frozen=True)
+class MessageFormat:
+    """How the outputs of one request become messages."""
+
+    body: ChatBody
+    tool_parser: type[ToolParser] | None
+    reasoning: ReasoningFormat | None
+
+    @classmethod
+    def of(cls, body: ChatBody, options: ServerOptions) -> "MessageFormat":
+        """Returns the format that a request asks for, of those that the server is started with.
+
+        Raises:
+            ApiError: the model is to decide whether to call tools, and the server does not know
+                how it writes calls.
+        """
+        parser = TOOL_PARSERS.get(options.tool_call_parser or "")
+        if body.finds_calls and (parser is None or not options.enable_auto_tool_choice):
+            raise ApiError(
+                400,
+                '"auto" tool choice requires --enable-auto-tool-choice and --tool-call-parser to '
+                'be set: start the server with them, or send tool_choice "required", "none" or a '
+                "named function",
+                "tool_choice",
+            )
+        return cls(body, parser, REASONING_FORMATS.get(options.reasoning_parser or ""))
+
+    @property
+    def shows_special_tokens(self) -> bool:
+        """Whether special tokens must not be skipped, because they may mark calls or reasoning."""
+        marks_calls = self.tool_parser is not None and self.tool_parser.special_tokens
+        return self.reasoning is not None or (self.body.finds_calls and marks_calls)
+
+    def builder(self, prompt: str) -> "MessageBuilder":
+        """Returns a builder for an output that follows this prompt."""
+        body, parser = self.body, self.tool_parser
+        return MessageBuilder(
+            self._call_finder(),
+            self.reasoning.parser(prompt) if self.reasoning else None,
+            parser.new_call_id if parser else ToolParser.new_call_id,
+            is_parallel=body.parallel_tool_calls is not False,
+            is_named=body.named_function is not None,
+            shows_reasoning=body.include_reasoning is not False,
+        )
+
+    def _call_finder(self) -> "CallFinder":
+        if self.body.named_function is not None:
+            return NamedParser(self.body.named_function)
+        if self.body.calls_schema is not None:
+            return RequiredParser()
+        if self.body.finds_calls and self.tool_parser is not None:
+            return self.tool_parser()
+        return PlainText()
 
 
 class PlainText:
@@ -107,11 +169,13 @@ class MessageBuilder:
                 case CallBroken(text):
                     calls.pop()
                     content += text
-        message = {"role": "assistant", "content": content}
-        if not content and (calls or reasoning):
-            message["content"] = None
-        message |= self._reasoning_fields(reasoning)
-        return {**message, "tool_calls": calls} if calls else message
+        has_content = bool(content) or not (calls or reasoning)
+        return {
+            "role": "assistant",
+            "content": content if has_content else None,
+            **self._reasoning_fields(reasoning),
+            **({"tool_calls": calls} if calls else {}),
+        }
 
     def finish_reason(self, reason: str | None) -> str | None:
         """Returns OpenAI's finish reason: a call that the request named ends with "stop"."""

@@ -6,6 +6,7 @@ from typing import Any, ClassVar, Literal
 from pydantic import Field, model_validator
 
 from fairkv_jax.serve.body import Body, NotServed
+from fairkv_jax.serve.tool_calls.tools import ToolList
 from fairkv_jax.serve.unsupported import MESSAGE, TEMPLATE, Refused
 
 _OF_THE_SERVER = (
@@ -122,7 +123,7 @@ class Message(Body):
         return message | {name: value for name, value in optional.items() if value is not None}
 
 
-class TemplateOptions(Body):
+class TemplateOptions(ToolList):
     """Fields that say how the chat template renders a conversation."""
 
     REFUSED = TEMPLATE
@@ -163,4 +164,4 @@ class TemplateOptions(Body):
     @property
     def template_variables(self) -> dict[str, Any]:
         """Further variables of the template."""
-        return dict(self.chat_template_kwargs or {})
+        return {"tools": self.template_tools, **(self.chat_template_kwargs or {})}

@@ -3,18 +3,21 @@
 from dataclasses import dataclass
 
 from fairkv_jax.options import option, options_of
+from fairkv_jax.serve.reasoning import REASONING_FORMATS
+from fairkv_jax.serve.tool_calls import TOOL_PARSERS
 
 API_KEY_VARIABLE = "FAIRKV_API_KEY"
 LOG_LEVELS = ("debug", "info", "warning", "error")
 
 _COMPILING = "Compilation"
 _SERVER = "Server"
+_MESSAGES = "Tool calls and reasoning"
 _CORS = "Cross-origin requests (CORS)"
 
 
 @dataclass(frozen=True)
 class ServerOptions:
-    """Options for the address, admission of requests, logging and CORS."""
+    """Options for the address, admission of requests, logging, the form of answers, and CORS."""
 
     compilation_cache_dir: str = option(
         "~/.cache/fairkv_jax/compiled",
@@ -63,6 +66,25 @@ class ServerOptions:
         "info", "Minimum level of logged messages.", group=_SERVER, choices=LOG_LEVELS
     )
     enable_log_requests: bool = option(False, "Write prompts to the access log.", group=_SERVER)
+    enable_auto_tool_choice: bool = option(
+        False,
+        "Let the model decide whether to call the tools of a request. It needs tool_call_parser.",
+        group=_MESSAGES,
+    )
+    tool_call_parser: str | None = option(
+        None,
+        "Format in which the model writes tool calls: hermes (also Qwen 2.5 and Qwen 3), "
+        "llama3_json, mistral or pythonic (Llama 3.2).",
+        group=_MESSAGES,
+        choices=tuple(TOOL_PARSERS),
+    )
+    reasoning_parser: str | None = option(
+        None,
+        "Format in which the model writes its reasoning: deepseek_r1 (also QwQ) or qwen3. Without "
+        "it, reasoning is part of the content.",
+        group=_MESSAGES,
+        choices=tuple(REASONING_FORMATS),
+    )
     allowed_origins: tuple[str, ...] = option(
         (),
         "Allowed origins: a comma-separated or JSON list, or * for any.",

@@ -11,17 +11,18 @@ from pydantic import Field, field_validator, model_validator
 from fairkv_jax.engine import request as engine_request
 from fairkv_jax.engine.prefix_registry import UnknownPrefix
 from fairkv_jax.sampling_params import SamplingParams
-from fairkv_jax.serve.body import Body, Integers, OptionalInteger
+from fairkv_jax.serve.body import Integers, OptionalInteger
 from fairkv_jax.serve.inputs import encode_prompts, render_chat
 from fairkv_jax.serve.messages import Message, TemplateOptions
 from fairkv_jax.serve.responses import collect
 from fairkv_jax.serve.service import StrictRoute, owner_of, service_of
+from fairkv_jax.serve.tool_calls.tools import ToolList
 
 creation = APIRouter(route_class=StrictRoute)
 router = APIRouter()
 
 
-class PrefixBody(Body):
+class PrefixBody(ToolList):
     """POST /v1/prefixes: either a prompt or a conversation."""
 
     model: str | None = None
@@ -56,7 +57,9 @@ async def create_prefix(body: PrefixBody, request: Request) -> Response:
     if body.messages is not None:
         messages = tuple(message.as_dict() for message in body.messages)
         prompt = await render_chat(
-            request, body.messages, TemplateOptions(add_generation_prompt=False)
+            request,
+            body.messages,
+            TemplateOptions(add_generation_prompt=False, tools=body.tools),
         )
     else:
         (prompt,) = await encode_prompts(engine, [body.prompt or ""])

@@ -17,6 +17,7 @@ from fairkv_jax.serve.body import Body, Integers, OptionalInteger
 from fairkv_jax.serve.logprobs import TokenNames
 from fairkv_jax.serve.messages import Message, TemplateOptions
 from fairkv_jax.serve.output_format import ResponseFormat, StructuredOutputs, schema_for_output
+from fairkv_jax.serve.tool_calls.tools import ToolOptions
 from fairkv_jax.tokenizer import Tokenizer
 
 MAX_CHOICES = 128
@@ -296,7 +297,7 @@ class CompletionBody(GenerationBody):
         return max((count for count in wanted if count is not None), default=None)
 
 
-class ChatBody(GenerationBody, TemplateOptions):
+class ChatBody(GenerationBody, TemplateOptions, ToolOptions):
     """POST /v1/chat/completions."""
 
     REFUSED = unsupported.CHAT
@@ -312,6 +313,8 @@ class ChatBody(GenerationBody, TemplateOptions):
     )
     """For templates of reasoning models: sets the variable of that name, and `enable_thinking`
     unless chat_template_kwargs do."""
+    include_reasoning: bool | None = None
+    """Whether the message has the reasoning that --reasoning-parser finds. Default: yes."""
 
     @model_validator(mode="after")
     def _top_needs_logprobs(self) -> "ChatBody":
@@ -328,6 +331,22 @@ class ChatBody(GenerationBody, TemplateOptions):
             thinks = self.reasoning_effort != "none"
             variables |= {"reasoning_effort": self.reasoning_effort, "enable_thinking": thinks}
         return variables | super().template_variables
+
+    @property
+    def constraining_fields(self) -> list[str]:
+        """The names of the fields that constrain the output.
+
+        Where a tool must be called, `response_format` is for the answer that follows later.
+        """
+        fields = super().constraining_fields
+        if self.calls_schema is None:
+            return fields
+        return ["tool_choice", *(name for name in fields if name != "response_format")]
+
+    def structured_outputs_params(self) -> StructuredOutputsParams | None:
+        if self.calls_schema is not None and self.constraining_fields == ["tool_choice"]:
+            return StructuredOutputsParams(json=self.calls_schema)
+        return super().structured_outputs_params()
 
     @property
     def output_limit(self) -> int | None:

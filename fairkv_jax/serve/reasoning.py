@@ -22,9 +22,7 @@ class ReasoningFormat:
         ending = prompt.rstrip()
         if ending.endswith(END):
             return ReasoningParser("content")
-        if ending.endswith(START):
-            return ReasoningParser("reasoning")
-        return ReasoningParser("unknown", is_assumed=self.is_assumed)
+        return ReasoningParser("unknown", is_assumed=self.is_assumed or ending.endswith(START))
 
 
 REASONING_FORMATS = {

@@ -86,21 +86,15 @@ CHAT: Mapping[str, Refused] = (
         "echo": Refused("use continue_final_message, and prepend the message", (False,)),
         "function_call": Refused("use tool_choice", ("none",)),
         "functions": Refused("use tools", ([],)),
-        "include_reasoning": Refused("reasoning is part of the text", (True,)),
         "modalities": Refused(_TEXT_ONLY, (["text"],)),
         "moderation": Refused("answers are not moderated"),
-        "parallel_tool_calls": Refused("tools are not supported", (True, False)),
-        "tool_choice": Refused("tools are not supported", ("none",)),
-        "tools": Refused("tools are not supported", ([],)),
         "return_prompt_text": Refused("use /tokenize and /detokenize", (False,)),
         "verbosity": Refused("ask for it in the prompt", ("medium",)),
         "web_search_options": Refused("it has no web search"),
     }
 )
 
-TOKENIZE: Mapping[str, Refused] = TEMPLATE | {
-    "tools": Refused("tools are not supported", ([],)),
-}
+TOKENIZE: Mapping[str, Refused] = TEMPLATE
 
 MESSAGE: Mapping[str, Refused] = {
     "audio": Refused(_NO_MEDIA),

@@ -38,7 +38,10 @@ CRASH = "crash"
 
 
 class ScriptedEngine:
-    """Answers with letters; a prompt whose text is "crash" makes the step that reads it fail."""
+    """Answers with letters; a prompt whose text is "crash" makes the step that reads it fail.
+
+    With `says`, every answer is that text instead, as long as there is room for it.
+    """
 
     model_name = "scripted"
 
@@ -65,6 +68,7 @@ class ScriptedEngine:
         self.grammars = GrammarCompiler(
             self.tokenizer, self.model_config.vocab_size, grammar_limits
         )
+        self.says: str | None = None
         self.aborted: list[str] = []
         self.num_validated = 0
         self.is_closed = False
@@ -161,7 +165,7 @@ class ScriptedEngine:
     def _advance(self, request: Request) -> RequestOutput:
         token_ids = self.generated[request.request_id]
         if request.sampling_params.max_tokens != 0:
-            token_ids.append(_next_token(request, len(token_ids)))
+            token_ids.append(self._next_token(request, len(token_ids)))
         times = self.times[request.request_id]
         times.last_token_time = time.monotonic()
         times.prefill_finished_time = times.prefill_finished_time or times.last_token_time
@@ -186,6 +190,11 @@ class ScriptedEngine:
             metrics=replace(times),
         )
 
+    def _next_token(self, request: Request, place: int) -> int:
+        if self.says is not None:
+            return self.tokenizer.encode(self.says)[place]
+        return _next_token(request, place)
+
     def _kept(self, request: Request) -> int:
         given = request.kv_policy, request.kv_budget, request.kv_ratio
         wanted = request_kv_config(self.kv_config, *given)
@@ -194,7 +203,9 @@ class ScriptedEngine:
     def _text(self, request: Request, token_ids: list[int]) -> tuple[str, str | None, str | None]:
         """Text, finish reason and stop reason; what may become a stop string is held back."""
         params = request.sampling_params
-        text = self.tokenizer.decode(token_ids, skip_special_tokens=True)
+        text = self.tokenizer.decode(
+            token_ids, skip_special_tokens=params.skip_special_tokens
+        )
         for stop in params.stop or ():
             if stop in text:
                 return text[: text.index(stop)], "stop", stop
@@ -202,6 +213,8 @@ class ScriptedEngine:
         wanted = room if params.max_tokens is None else params.max_tokens
         if len(token_ids) >= min(wanted, room):
             return text, "length", None
+        if self.says is not None and text == self.says:
+            return text, "stop", None
         held_back = max((len(stop) - 1 for stop in params.stop or ()), default=0)
         return text[: len(text) - held_back], None, None
 

@@ -78,6 +78,8 @@ def test_prompts_are_logged_only_on_request():
         ("--tensor-parallel-size=0", "at least 1, got 0"),
         ("--max-num-queued-reqs=-1", "at least 0, got -1"),
         ("--ssl-keyfile=key.pem", "--ssl-certfile must be given together"),
+        ("--enable-auto-tool-choice", "needs --tool-call-parser, which is one of hermes, llama3"),
+        ("--tool-call-parser=gpt", "hermes|llama3_json|mistral|pythonic"),
         ("--allowed-origins=[1]", "a list of strings, got [1]"),
         ("model.gguf", "unexpected argument 'model.gguf'"),
     ],
@@ -127,6 +129,8 @@ def test_every_declared_option_has_a_flag_that_reaches_its_destination():
             arguments = [f"--{option.name}={text}"]
         if option.name.startswith("ssl_"):
             arguments = ["--ssl-keyfile=x", "--ssl-certfile=x"]
+        if option.name == "enable_auto_tool_choice":
+            arguments.append("--tool-call-parser=hermes")
         options = parsed(*arguments)
         if option in ENGINE_OPTIONS:
             assert options.engine[option.name] == value

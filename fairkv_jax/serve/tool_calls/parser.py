@@ -166,11 +166,12 @@ class ToolParser(ABC):
         events, self._events = self._events, []
         joined: list[Event] = []
         for kind, group in groupby(events, type):
-            if kind in (Text, Arguments):
-                text = "".join(each.text for each in group)
-                joined += [kind(text)] if text else []
-            else:
-                joined += group
+            same = list(group)
+            text = "".join(each.text for each in same if isinstance(each, Text | Arguments))
+            if kind not in (Text, Arguments):
+                joined += same
+            elif text:
+                joined.append(Text(text) if kind is Text else Arguments(text))
         return joined
 
     def _read_call_object(self, char: str) -> Reader:

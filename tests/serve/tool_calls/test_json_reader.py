@@ -42,8 +42,11 @@ def test_values_are_passed_on_unchanged(text: str):
 
 @pytest.mark.parametrize(
     "text",
-    ["01", "1.", ".5", "1e", "-", "+1", "nul", "NaN", "'a'", '"\\x"', '"\\u12g4"', '"\t"', "{,}"]
-    + ["[1,]", "[,1]", '{"a"}', '{"a":}', '{"a":1,}', "{1:2}", "[1}", "[1 2]", "[", '"', "{", ""],
+    [
+        *("01", "1.", ".5", "1e", "-", "+1", "nul", "NaN", "'a'", '"\\x"', '"\\u12g4"', '"\t"'),
+        *("{,}", "[1,]", "[,1]", '{"a"}', '{"a":}', '{"a":1,}', "{1:2}", "[1}", "[1 2]", "[", '"'),
+        *("{", ""),
+    ],
 )
 def test_what_is_not_json_is_malformed(text: str):
     assert read(text) is None

@@ -10,7 +10,9 @@ from fairkv_jax.serve.tool_calls import TOOL_PARSERS
 from tests.serve.tool_calls.reading import Build, divisions, said, streamed, whole
 
 PARIS = '{"city": "Paris"}'
-HARD = r'{"text": "a \"}</tool_call>{[TOOL_CALLS] \u00e9 \\", "n": [1, -2.5e3, true, null], "o": {}}'
+HARD = (
+    r'{"text": "a \"}</tool_call>{[TOOL_CALLS] \u00e9 \\", "n": [1, -2.5e3, true, null], "o": {}}'
+)
 CODE = '{"code": "if a < b:\\n    print(\'<tool_call>\')"}'
 
 
@@ -76,7 +78,8 @@ CALLS = [
     # https://docs.mistral.ai, of tokenizers before and from version 11
     (
         "mistral",
-        f'[TOOL_CALLS] [{{"name": "a", "arguments": {PARIS}}}, {{"name": "b", "arguments": {HARD}}}]',
+        f'[TOOL_CALLS] [{{"name": "a", "arguments": {PARIS}}},\n'
+        f'{{"name": "b", "arguments": {HARD}}}]',
         said(None, ("a", PARIS), ("b", HARD)),
     ),
     (
