@@ -36,17 +36,20 @@ class Tokenizer:
         *,
         eos_token_ids: Iterable[int],
         chat_template: str | None = None,
+        tool_use_template: str | None = None,
         template_tokens: Mapping[str, str] | None = None,
     ) -> None:
         """Creates a tokenizer.
 
         Args:
+            tool_use_template: the chat template of conversations with tools, if it is another one.
             template_tokens: special tokens by their names in chat templates, such as "bos_token".
         """
         self._backend = backend
         self._chat_template = chat_template
+        self._tool_use_template = tool_use_template
         self._template_tokens = dict(template_tokens or {})
-        self._template: ChatTemplate | None = None
+        self._templates: dict[str, ChatTemplate] = {}
         self._token_bytes = TokenBytes(backend)
         self.eos_token_ids = frozenset(eos_token_ids)
         """The ids that end an output."""
@@ -54,7 +57,11 @@ class Tokenizer:
 
     def save(self, folder: Path) -> None:
         """Writes tokenizer.json, tokenizer_config.json and generation_config.json to a folder."""
-        options = self._template_tokens | {"chat_template": self._chat_template}
+        templates: Any = self._chat_template
+        if self._tool_use_template is not None:
+            by_name = {"default": self._chat_template, "tool_use": self._tool_use_template}
+            templates = [{"name": name, "template": text} for name, text in by_name.items() if text]
+        options = self._template_tokens | {"chat_template": templates}
         ends = {"eos_token_id": sorted(self.eos_token_ids)}
         (folder / "tokenizer.json").write_text(self.to_json(), encoding="utf-8")
         (folder / "tokenizer_config.json").write_text(json.dumps(options), encoding="utf-8")
@@ -188,20 +195,23 @@ class Tokenizer:
         further: Mapping[str, Any],
         cancelled: threading.Event | None,
     ) -> str:
-        template = self._compiled_template()
+        template = self._compiled_template(with_tools=bool(further.get("tools")))
         variables = self._template_tokens | {"tools": None, "documents": None, **further}
         variables |= {"messages": messages, "add_generation_prompt": add_generation_prompt}
         return template.render(variables, cancelled)
 
-    def _compiled_template(self) -> ChatTemplate:
-        if self._chat_template is None:
+    def _compiled_template(self, *, with_tools: bool = False) -> ChatTemplate:
+        source = self._chat_template
+        if with_tools and self._tool_use_template is not None:
+            source = self._tool_use_template
+        if source is None:
             raise ValueError(
                 "the model has no chat template: use completions, or an instruction-tuned "
                 "checkpoint"
             )
-        if self._template is None:
-            self._template = ChatTemplate(self._chat_template)
-        return self._template
+        if source not in self._templates:
+            self._templates[source] = ChatTemplate(source)
+        return self._templates[source]
 
 
 class Detokenizer:

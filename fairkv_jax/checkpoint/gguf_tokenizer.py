@@ -142,6 +142,7 @@ def build_tokenizer(file: GGUFFile) -> Tokenizer:
         backend,
         eos_token_ids=_end_ids(file, texts, kinds),
         chat_template=file.metadata.get("tokenizer.chat_template"),
+        tool_use_template=file.metadata.get("tokenizer.chat_template.tool_use"),
         template_tokens=tokens,
     )
 

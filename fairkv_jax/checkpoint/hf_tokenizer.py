@@ -39,6 +39,7 @@ def build_tokenizer(folder: Path) -> Tokenizer:
         backend,
         eos_token_ids=_end_ids(folder, backend, tokens.get("eos_token")),
         chat_template=_chat_template(folder, options),
+        tool_use_template=_tool_use_template(folder, options),
         template_tokens=tokens,
     )
 
@@ -60,10 +61,20 @@ def _chat_template(folder: Path, options: dict[str, Any]) -> str | None:
     if path.exists():
         return path.read_text(encoding="utf-8")
     template = options.get("chat_template")
-    if isinstance(template, list):
-        by_name = {entry["name"]: entry["template"] for entry in template}
-        return by_name.get("default")
-    return template
+    return _by_name(template).get("default") if isinstance(template, list) else template
+
+
+def _tool_use_template(folder: Path, options: dict[str, Any]) -> str | None:
+    """The template of conversations with tools, if it has a file or a name of its own."""
+    path = folder / "additional_chat_templates" / "tool_use.jinja"
+    if path.exists():
+        return path.read_text(encoding="utf-8")
+    template = options.get("chat_template")
+    return _by_name(template).get("tool_use") if isinstance(template, list) else None
+
+
+def _by_name(templates: list[dict[str, str]]) -> dict[str, str]:
+    return {entry["name"]: entry["template"] for entry in templates}
 
 
 def _text(token: str | dict[str, Any]) -> str:

@@ -86,6 +86,26 @@ def test_chat_templates_of_the_configuration(folder, template, expected):
     assert open_checkpoint(folder).tokenizer().apply_chat_template(chat) == expected
 
 
+def test_conversations_with_tools_have_a_template_of_their_own(folder):
+    """By its name in the configuration, which saved tokenizers keep, or by its file."""
+    path = folder / "tokenizer_config.json"
+    templates = [{"name": "default", "template": "d"}, {"name": "tool_use", "template": "t"}]
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"chat_template": templates}))
+    chat = [{"role": "user", "content": "hi"}]
+    tool = {"type": "function", "function": {"name": "f"}}
+
+    def rendered(folder):
+        tokenizer = open_checkpoint(folder).tokenizer()
+        return [tokenizer.apply_chat_template(chat, tools=tools) for tools in (None, [tool])]
+
+    assert rendered(folder) == ["d", "t"]
+    open_checkpoint(folder).tokenizer().save(folder)
+    assert rendered(folder) == ["d", "t"]
+    (folder / "additional_chat_templates").mkdir()
+    (folder / "additional_chat_templates" / "tool_use.jinja").write_text("of its own")
+    assert rendered(folder) == ["d", "of its own"]
+
+
 def test_a_chat_template_file_goes_first(folder):
     (folder / "chat_template.jinja").write_text("of its own")
     chat = [{"role": "user", "content": "hi"}]
