@@ -17,10 +17,15 @@ NO_TOKEN = -1
 MAX_GRAMMAR_CHARACTERS = 1 << 17
 """Maximum length of a schema, regular expression or grammar; longer ones compile for seconds."""
 
+REASONING = ("optional", "required")
+"""Values of `StructuredOutputsParams.reasoning`."""
+
 
 @dataclass(frozen=True)
 class StructuredOutputsParams:
-    """A constraint on the output. Exactly one field must be given; the names are vLLM's.
+    """A constraint on the output. Exactly one field must be given besides `reasoning`.
+
+    The names of the other fields are vLLM's.
 
     Schemas and grammars are checked when they are compiled, not here.
 
@@ -42,6 +47,10 @@ class StructuredOutputsParams:
     """A context-free grammar in Lark or GBNF notation."""
     json_object: bool | None = None
     """The output must be a JSON object."""
+    reasoning: str | None = None
+    """Whether reasoning, which is free and ends with `</think>`, comes before what the other field
+    constrains: "required", or "optional" if the output shows by `<think>` that it begins with it.
+    None: no."""
 
     def __post_init__(self) -> None:
         given = [name for name in _CONSTRAINTS if getattr(self, name) is not None]
@@ -64,6 +73,10 @@ class StructuredOutputsParams:
                 raise ValueError(f"{name} must be a string, got {getattr(self, name)!r}")
         if not isinstance(self.json_object, bool | None):
             raise ValueError(f"json_object must be True or False, got {self.json_object!r}")
+        if self.reasoning not in (None, *REASONING):
+            raise ValueError(
+                f"reasoning must be {' or '.join(REASONING)}, or None, got {self.reasoning!r}"
+            )
         texts = (self.json, self.regex, self.grammar, *(self.choice or ()))
         size = sum(len(text) for text in texts if text is not None)
         if size > MAX_GRAMMAR_CHARACTERS:

@@ -217,6 +217,8 @@ def _compile(params: StructuredOutputsParams, vocabulary: LLTokenizer, num_words
     limits = LLParserLimits(verbose_errors=False, max_lexer_states=_MAX_LEXER_STATES)
     try:
         grammar = _grammar(params)
+        if params.reasoning is not None:
+            grammar = _after_reasoning(grammar, params.reasoning, vocabulary)
         matcher = LLMatcher(vocabulary, grammar, limits=limits, log_level=0)
     except ValueError as error:
         raise ValueError(_fault(str(error))) from error
@@ -290,6 +292,31 @@ def _grammar(params: StructuredOutputsParams) -> str:
     if params.grammar is not None:
         return grammar_from("grammar", params.grammar)
     return grammar_from("json_schema", '{"type": "object"}')
+
+
+def _after_reasoning(answer: str, reasoning: str, vocabulary: LLTokenizer) -> str:
+    """Puts free reasoning, which ends with `</think>`, before what a grammar describes.
+
+    llguidance matches tokens that were added to a vocabulary by name only, and never as text.
+    """
+    start, body = ['"<think>"', '[suffix="</think>"]: /(?s:.*)/']
+    if _is_added("</think>", vocabulary):
+        body = ": FREE </think>\nFREE: /(?s:.*)/"
+    if _is_added("<think>", vocabulary):
+        start = "<think>"
+    beginning = "opening? body" if reasoning == "required" else "(gap opening body)?"
+    grammar = f"start: {beginning} gap @answer\ngap: /\\s*/\nopening: {start}\nbody{body}\n"
+    try:
+        first, *others = json.loads(answer)["grammars"]
+    except ValueError:  # it is in Lark's notation
+        first, others = {"lark_grammar": answer}, []
+    grammars = [{"lark_grammar": grammar}, {**first, "name": "answer"}, *others]
+    return json.dumps({"grammars": grammars})
+
+
+def _is_added(text: str, vocabulary: LLTokenizer) -> bool:
+    token_ids = vocabulary.tokenize_str(text)
+    return len(token_ids) == 1 and vocabulary.is_special_token(token_ids[0])
 
 
 def _fault(message: str) -> str:

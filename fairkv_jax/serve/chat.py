@@ -32,6 +32,9 @@ async def create_chat_completion(body: ChatBody, request: Request) -> Response:
     engine, owner = service.engine.engine, owner_of(request)
     prefix = None if body.prefix_id is None else engine.prefixes.get(body.prefix_id, owner)
     prompt = await render_chat(request, body.messages, body, prefix)
+    reasoning = form.reasoning_parser(prompt.text or "")
+    if reasoning is not None:
+        body = body.after_reasoning(reasoning.precedes)
     await compile_grammar(request, body)
     answer_id = response_id(request, "chatcmpl", body.request_id)
     requests = fan_out(answer_id, [prompt], body, owner)

@@ -11,7 +11,12 @@ from typing import Any, Protocol
 from fairkv_jax.serve.errors import ApiError
 from fairkv_jax.serve.options import ServerOptions
 from fairkv_jax.serve.protocol import ChatBody
-from fairkv_jax.serve.reasoning import REASONING_FORMATS, ReasoningFormat, ReasoningParser
+from fairkv_jax.serve.reasoning import (
+    REASONING_FORMATS,
+    ReasoningFormat,
+    ReasoningParser,
+    continued,
+)
 from fairkv_jax.serve.tool_calls import TOOL_PARSERS
 from fairkv_jax.serve.tool_calls.events import (
     Arguments,
@@ -65,12 +70,20 @@ class MessageFormat:
         marks_calls = self.tool_parser is not None and self.tool_parser.special_tokens
         return self.reasoning is not None or (self.body.finds_calls and marks_calls)
 
+    def reasoning_parser(self, prompt: str) -> ReasoningParser | None:
+        """Returns a parser for an output that follows this prompt."""
+        if self.reasoning is None:
+            return None
+        if self.body.continue_final_message:
+            return continued(self.body.messages[-1].as_dict()["content"])
+        return self.reasoning.parser(prompt)
+
     def builder(self, prompt: str) -> "MessageBuilder":
         """Returns a builder for an output that follows this prompt."""
         body, parser = self.body, self.tool_parser
         return MessageBuilder(
             self._call_finder(),
-            self.reasoning.parser(prompt) if self.reasoning else None,
+            self.reasoning_parser(prompt),
             parser.new_call_id if parser else ToolParser.new_call_id,
             is_parallel=body.parallel_tool_calls is not False,
             is_named=body.named_function is not None,

@@ -1,9 +1,10 @@
 """Bodies of completions and chat completions; optional fields have OpenAI's defaults."""
 
 from abc import abstractmethod
+from dataclasses import replace
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, WithJsonSchema, field_validator, model_validator
+from pydantic import Field, PrivateAttr, WithJsonSchema, field_validator, model_validator
 
 from fairkv_jax.sampling_params import (
     MAX_LOGIT_BIAS,
@@ -316,6 +317,8 @@ class ChatBody(GenerationBody, TemplateOptions, ToolOptions):
     include_reasoning: bool | None = None
     """Whether the message has the reasoning that --reasoning-parser finds. Default: yes."""
 
+    _reasoning: str | None = PrivateAttr(None)
+
     @model_validator(mode="after")
     def _top_needs_logprobs(self) -> "ChatBody":
         if self.top_logprobs and not self.logprobs:
@@ -345,8 +348,20 @@ class ChatBody(GenerationBody, TemplateOptions, ToolOptions):
 
     def structured_outputs_params(self) -> StructuredOutputsParams | None:
         if self.calls_schema is not None and self.constraining_fields == ["tool_choice"]:
-            return StructuredOutputsParams(json=self.calls_schema)
-        return super().structured_outputs_params()
+            params = StructuredOutputsParams(json=self.calls_schema)
+        else:
+            params = super().structured_outputs_params()
+        return params and replace(params, reasoning=self._reasoning)
+
+    def after_reasoning(self, reasoning: str | None) -> "ChatBody":
+        """Returns the request, whose constraint lets the model reason first.
+
+        Args:
+            reasoning: see `StructuredOutputsParams.reasoning`.
+        """
+        body = self.model_copy()
+        body._reasoning = reasoning
+        return body
 
     @property
     def output_limit(self) -> int | None:

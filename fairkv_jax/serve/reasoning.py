@@ -25,6 +25,11 @@ class ReasoningFormat:
         return ReasoningParser("unknown", is_assumed=self.is_assumed or ending.endswith(START))
 
 
+def continued(text: str) -> "ReasoningParser":
+    """Returns a parser for an output that continues a message."""
+    return ReasoningParser("reasoning" if text.rfind(START) > text.rfind(END) else "content")
+
+
 REASONING_FORMATS = {
     "deepseek_r1": ReasoningFormat(is_assumed=True),
     "qwen3": ReasoningFormat(is_assumed=False),
@@ -43,6 +48,13 @@ class ReasoningParser:
         self._state = state
         self._is_assumed = is_assumed
         self._held = ""
+
+    @property
+    def precedes(self) -> str | None:
+        """Whether reasoning comes first, as `StructuredOutputsParams.reasoning` says it."""
+        if self._state == "content":
+            return None
+        return "required" if self._state == "reasoning" or self._is_assumed else "optional"
 
     def push(self, text: str) -> tuple[str, str]:
         """Reads more of the output, and returns what it adds to the reasoning and the content."""

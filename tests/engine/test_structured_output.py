@@ -6,6 +6,7 @@ import re
 import weakref
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -114,6 +115,33 @@ def test_what_matches_can_be_drawn_and_ended_by_any_end(
         assert not matcher.is_over
         matcher.accept(token)
     assert set(tokenizer.eos_token_ids) <= set(allowed(matcher))
+
+
+@pytest.mark.parametrize("added", [False, True])
+@pytest.mark.parametrize("name", CASES)
+def test_reasoning_comes_before_what_is_constrained(tokenizer: Tokenizer, name: str, added: bool):
+    """Its marks may be tokens of their own, as they are in the vocabularies of such models."""
+    backend = Backend.from_str(tokenizer.to_json())
+    if added:
+        backend.add_tokens(["<think>", "</think>"])
+    with_marks = Tokenizer(backend, eos_token_ids=tokenizer.eos_token_ids)
+    grammars = GrammarCompiler(with_marks, with_marks.vocab_size)
+    params, _, answer = CASES[name]
+
+    def is_answer(reasoning: str | None, text: str) -> bool:
+        matcher = grammars.matcher(replace(params, reasoning=reasoning))
+        for token in with_marks.encode(text):
+            if token not in allowed(matcher):
+                return False
+            matcher.accept(token)
+        return tokenizer.eos_token_ids <= set(allowed(matcher))
+
+    marked, open_, wrong = f"<think>\nAh {{.</think>\n{answer}", f"Ah.</think>{answer}", "</think>?"
+    assert [is_answer("required", each) for each in (marked, open_, answer)] == [True, True, False]
+    assert [is_answer("optional", each) for each in (marked, open_, answer)] == [True, False, True]
+    assert [is_answer(None, each) for each in (marked, answer)] == [False, True]
+    assert not is_answer("required", wrong)
+    assert not is_answer("required", "<think> on and on")
 
 
 def test_any_object(grammars: GrammarCompiler, tokenizer: Tokenizer):

@@ -3,7 +3,7 @@
 import pytest
 
 from fairkv_jax.serve.message import MessageBuilder, PlainText
-from fairkv_jax.serve.reasoning import REASONING_FORMATS
+from fairkv_jax.serve.reasoning import REASONING_FORMATS, continued
 from fairkv_jax.serve.tool_calls import TOOL_PARSERS
 from tests.serve.tool_calls.reading import divisions, said, streamed, whole
 
@@ -43,6 +43,34 @@ def test_reasoning(name: str, prompt: str, output: str, reasoning: str, content:
     assert whole(build, output) == expected
     for pieces in divisions(output):
         assert streamed(build, pieces) == expected, pieces
+
+
+@pytest.mark.parametrize(
+    ("name", "prompt", "precedes"),
+    [
+        ("deepseek_r1", PLAIN, "required"),
+        ("deepseek_r1", SHUT, None),
+        ("qwen3", PLAIN, "optional"),
+        ("qwen3", OPEN, "required"),
+        ("qwen3", SHUT, None),
+    ],
+)
+def test_what_a_constraint_must_leave_room_for(name: str, prompt: str, precedes: str | None):
+    assert REASONING_FORMATS[name].parser(prompt).precedes == precedes
+
+
+@pytest.mark.parametrize(
+    ("message", "precedes", "expected"),
+    [
+        ("So", None, said("a</think>b")),
+        ("<think>So", "required", said("b", reasoning="a")),
+        ("<think>So</think>", None, said("a</think>b")),
+    ],
+)
+def test_a_message_that_is_continued(message: str, precedes: str | None, expected: dict):
+    assert continued(message).precedes == precedes
+    output = "a</think>b"
+    assert whole(lambda: MessageBuilder(PlainText(), continued(message), str), output) == expected
 
 
 def test_calls_are_looked_for_in_the_answer_only():
