@@ -203,9 +203,7 @@ class ScriptedEngine:
     def _text(self, request: Request, token_ids: list[int]) -> tuple[str, str | None, str | None]:
         """Text, finish reason and stop reason; what may become a stop string is held back."""
         params = request.sampling_params
-        text = self.tokenizer.decode(
-            token_ids, skip_special_tokens=params.skip_special_tokens
-        )
+        text = self.tokenizer.decode(token_ids, skip_special_tokens=params.skip_special_tokens)
         for stop in params.stop or ():
             if stop in text:
                 return text[: text.index(stop)], "stop", stop

@@ -150,6 +150,37 @@ def test_an_output_matches_its_schema(client: httpx.Client):
     assert beside == expected
 
 
+def test_required_and_named_tools_are_called(client: httpx.Client):
+    """Streaming and not, by a model that would not call any on its own."""
+    place = {"type": "object", "properties": {"at": {"enum": ["Rome", "Oslo"]}}, "required": ["at"]}
+    go = {"type": "function", "function": {"name": "go", "parameters": place}}
+    stay = {"type": "function", "function": {"name": "stay"}}
+    body = {
+        "model": "tiny",
+        "messages": [{"role": "user", "content": "hello"}],
+        "tools": [go, stay],
+    }
+    body |= {"max_tokens": 60, "temperature": 0, "parallel_tool_calls": False}
+    named = {"type": "function", "function": {"name": "go"}}
+    sdk = OpenAI(base_url=f"{client.base_url}/v1", api_key="none", max_retries=0)
+    for choice, reason in (("required", "tool_calls"), (named, "stop")):
+        fields: dict = {**body, "tool_choice": choice}
+        answer = sdk.chat.completions.create(**fields).choices[0]
+        assert answer.finish_reason == reason
+        (call,) = answer.message.tool_calls or []
+        arguments = json.loads(call.function.arguments)
+        assert arguments in (
+            [{"at": "Rome"}, {"at": "Oslo"}] if call.function.name == "go" else [{}]
+        )
+        chunks = [c.choices[0] for c in sdk.chat.completions.create(stream=True, **fields)]
+        deltas = [each for c in chunks for each in c.delta.tool_calls or []]
+        pieces = [each.function for each in deltas if each.function is not None]
+        assert pieces[0].name == call.function.name
+        assert "".join(piece.arguments or "" for piece in pieces) == call.function.arguments
+        assert chunks[-1].finish_reason == reason
+    sdk.close()
+
+
 def test_lm_eval_reads_how_likely_a_continuation_is(client: httpx.Client):
     """Context and continuation as token ids, echoed; the sum over the continuation's places."""
     context, continuation = [5, 9, 30, 77] * 10, [40, 41, 42]

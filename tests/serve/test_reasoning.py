@@ -20,7 +20,7 @@ PLAIN = "<|im_start|>assistant\n"
         ("deepseek_r1", PLAIN, "Two.</think>4", "Two.", "4"),
         ("deepseek_r1", PLAIN, "<think>\nTwo.</think>4</think>", "\nTwo.", "4</think>"),
         ("deepseek_r1", OPEN, "cut </thin", "cut </thin", None),
-        ("deepseek_r1", PLAIN, "<thi", "<thi", None),
+        ("deepseek_r1", PLAIN, "<th", "<th", None),
         ("deepseek_r1", OPEN, "<think>Two.</think>4", "Two.", "4"),
         ("deepseek_r1", SHUT, "It is <think>4", "", "It is <think>4"),
         # Qwen 3 opens it itself; the template of its thinking models does so in the prompt.

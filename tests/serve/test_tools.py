@@ -246,7 +246,7 @@ def function(name: Any, parameters: Any = None) -> dict[str, Any]:
         ({"tools": [WEATHER, CLOCK, WEATHER]}, "tools", "2 functions have the name 'get_weather'"),
         ({"tools": [function("f", {"type": "string"})]}, "tools", "have the type 'string'"),
         ({"tools": [function("f", [])]}, "tools", "dictionary"),
-        ({"tools": [function("f", DEEP)]}, "tools", "more than 64 levels"),
+        ({"tools": [function("f", DEEP)]}, "tools", "more than 64 levels deep"),
         (
             {"tools": [function("f", {"properties": {"a": {"type": "strin"}}})]},
             "tools",

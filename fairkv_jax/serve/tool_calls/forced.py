@@ -24,13 +24,16 @@ class RequiredParser(ToolParser):
 
 
 class NamedParser:
-    """Takes the whole output as the arguments of one function."""
+    """Takes the whole output as the arguments of one function, but for white space before them."""
 
     def __init__(self, name: str):
         self._head: list[Event] = [CallStart(name)]
+        self._is_empty = True
 
     def push(self, text: str) -> list[Event]:
         """Reads more of the output, and returns what it tells."""
+        text = text.lstrip() if self._is_empty else text
+        self._is_empty = self._is_empty and not text
         head, self._head = self._head, []
         return [*head, Arguments(text)] if text else head
 

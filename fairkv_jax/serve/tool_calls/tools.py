@@ -1,23 +1,21 @@
 """The tools of a request, and the JSON schemas that force an output to call them."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, Literal
 
 from pydantic import Field, ValidationInfo, field_validator
 
 from fairkv_jax.serve.body import Body
+from fairkv_jax.serve.json_schema import check_schema, closed, moved, shown
 
 MAX_TOOLS = 128
 """OpenAI's limit."""
-MAX_SCHEMA_DEPTH = 64
 _MAX_NAME_CHARACTERS = 256
-_SHOWN_CHARACTERS = 100
-
-_TYPES = ("array", "boolean", "integer", "null", "number", "object", "string")
-_SCHEMA_MEMBERS = ("items", "additionalProperties", "not", "if", "then", "else", "contains")
-_LIST_MEMBERS = ("anyOf", "oneOf", "allOf", "prefixItems")
-_NAMED_MEMBERS = ("properties", "patternProperties", "$defs", "definitions")
-"""Members of a JSON schema that are a schema, a list of schemas, and schemas by name."""
+_AS_TEMPLATES_WRITE = {
+    "x-guidance": {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+}
+"""Makes llguidance write JSON as chat templates do, so that a small model cannot go on and on with
+white space."""
 
 
 class Function(Body):
@@ -65,7 +63,7 @@ class ToolList(Body):
                 raise ValueError(f"the name {name!r} has characters that cannot be printed")
             if names.count(name) > 1:
                 raise ValueError(
-                    f"{names.count(name)} functions have the name {_shown(name)}: give each its own"
+                    f"{names.count(name)} functions have the name {shown(name)}: give each its own"
                 )
         for tool in tools or ():
             if tool.function.parameters is not None:
@@ -96,15 +94,15 @@ class ToolOptions(ToolList):
         if name is None and choice not in ("auto", "required"):
             raise ValueError(
                 'it must be "none", "auto", "required" or {"type": "function", "function": '
-                f'{{"name": "..."}}}}, got {_shown(choice)}'
+                f'{{"name": "..."}}}}, got {shown(choice)}'
             )
         tools = info.data.get("tools")
         if "tools" in info.data and not tools:
-            raise ValueError(f"{_shown(name or choice)} needs tools: send tools, or leave it out")
+            raise ValueError(f"{shown(name or choice)} needs tools: send tools, or leave it out")
         names = [tool.function.name for tool in tools or ()]
         if tools and name is not None and name not in names:
-            known = _shown(", ".join(names))
-            raise ValueError(f"there is no function {_shown(name)} in tools, which has {known}")
+            known = shown(", ".join(names))
+            raise ValueError(f"there is no function {shown(name)} in tools, which has {known}")
         return choice
 
     @property
@@ -126,7 +124,7 @@ class ToolOptions(ToolList):
             return required_schema(self.tools, is_parallel=self.parallel_tool_calls is not False)
         for tool in self.tools:
             if tool.function.name == self.named_function:
-                return _parameters(tool.function)
+                return _AS_TEMPLATES_WRITE | _parameters(tool.function)
         return None
 
 
@@ -140,7 +138,7 @@ def required_schema(tools: Sequence[Tool], *, is_parallel: bool) -> dict[str, An
     calls = []
     for index, tool in enumerate(tools):
         place = f"function{index}"
-        definitions[place] = _moved(_parameters(tool.function), f"#/$defs/{place}")
+        definitions[place] = moved(_parameters(tool.function), f"#/$defs/{place}")
         members = {
             "name": {"const": tool.function.name},
             "parameters": {"$ref": f"#/$defs/{place}"},
@@ -154,26 +152,13 @@ def required_schema(tools: Sequence[Tool], *, is_parallel: bool) -> dict[str, An
             }
         )
     schema = {"type": "array", "minItems": 1, "items": {"anyOf": calls}, "$defs": definitions}
-    return schema if is_parallel else schema | {"maxItems": 1}
+    return _AS_TEMPLATES_WRITE | schema | ({} if is_parallel else {"maxItems": 1})
 
 
 def _parameters(function: Function) -> dict[str, Any]:
     if function.parameters:
-        return {"type": "object", **function.parameters}
+        return {"type": "object", **closed(function.parameters)}
     return {"type": "object", "properties": {}, "additionalProperties": False}
-
-
-def _moved(schema: Any, place: str) -> Any:
-    """Returns a schema whose references to itself begin at another place than the root."""
-    if isinstance(schema, list):
-        return [_moved(each, place) for each in schema]
-    if not isinstance(schema, dict):
-        return schema
-    moved = {name: _moved(value, place) for name, value in schema.items()}
-    reference = schema.get("$ref")
-    if isinstance(reference, str) and reference.startswith("#"):
-        moved["$ref"] = place + reference[1:]
-    return moved
 
 
 def _chosen_name(choice: Any) -> str | None:
@@ -186,72 +171,15 @@ def _chosen_name(choice: Any) -> str | None:
 
 
 def _check_parameters(function: str, parameters: dict[str, Any]) -> None:
-    """Checks the form of a JSON schema, which is compiled only if it constrains the output.
-
-    Raises:
-        ValueError: it is not a schema of an object, or nested too deeply.
-    """
     kind = parameters.get("type", "object")
     if kind != "object":
         raise ValueError(
-            f"the parameters of {_shown(function)} have the type {_shown(kind)}: describe them by "
-            'a JSON schema of the type "object"'
+            f"the parameters of {shown(function)} have the type {shown(kind)}: describe them by a "
+            'JSON schema of the type "object"'
         )
-    _check_depth(function, parameters)
-    schemas: list[Any] = [parameters]
-    while schemas:
-        schema = schemas.pop()
-        if isinstance(schema, bool):
-            continue
-        for fault in _faults(schema):
-            raise ValueError(f"the parameters of {_shown(function)} are not a JSON schema: {fault}")
-        for name in _SCHEMA_MEMBERS:
-            if name in schema and not (name == "items" and isinstance(schema[name], list)):
-                schemas.append(schema[name])
-        for name in _LIST_MEMBERS:
-            schemas.extend(schema.get(name, ()))
-        for name in _NAMED_MEMBERS:
-            schemas.extend(schema.get(name, {}).values())
-
-
-def _check_depth(function: str, value: Any) -> None:
-    level, depth = [value], 0
-    while level:
-        depth += 1
-        if depth > MAX_SCHEMA_DEPTH:
-            raise ValueError(
-                f"the parameters of {_shown(function)} are nested more than {MAX_SCHEMA_DEPTH} "
-                "levels deep: use $defs"
-            )
-        inside: list[Any] = []
-        for each in level:
-            if isinstance(each, dict | list):
-                inside.extend(each.values() if isinstance(each, dict) else each)
-        level = inside
-
-
-def _faults(schema: Any) -> Iterator[str]:
-    """Yields what is wrong with one schema, without those inside it."""
-    if not isinstance(schema, dict):
-        yield f"{_shown(schema)} stands where a schema must be, which is an object"
-        return
-    kinds = schema.get("type", [])
-    for kind in kinds if isinstance(kinds, list) else [kinds]:
-        if kind not in _TYPES:
-            yield f"the type {_shown(kind)} is none of {', '.join(_TYPES)}"
-    required = schema.get("required", [])
-    if not isinstance(required, list) or not all(isinstance(each, str) for each in required):
-        yield f"required must be a list of names, got {_shown(required)}"
-    for names, form, words in (
-        (("enum", *_LIST_MEMBERS), list, "a list"),
-        (_NAMED_MEMBERS, dict, "an object"),
-    ):
-        for name in names:
-            if not isinstance(schema.get(name, form()), form):
-                yield f"{name} must be {words}, got {_shown(schema[name])}"
-
-
-def _shown(value: Any) -> str:
-    """Returns a value as an error shows it."""
-    text = repr(value)
-    return text if len(text) <= _SHOWN_CHARACTERS else f"{text[:_SHOWN_CHARACTERS]}..."
+    try:
+        check_schema(parameters)
+    except ValueError as error:
+        raise ValueError(
+            f"the parameters of {shown(function)} are not a usable JSON schema: {error}"
+        ) from None

@@ -15,9 +15,8 @@ GO = {
     "$defs": {"Place": {"enum": ["Rome", "Paris"]}},
     "properties": {"at": {"$ref": "#/$defs/Place"}},
     "required": ["at"],
-    "additionalProperties": False,
 }
-GROW = {"properties": {"under": {"$ref": "#"}}, "additionalProperties": False}
+GROW = {"properties": {"under": {"$ref": "#"}}}
 TOOLS = [
     {"type": "function", "function": {"name": "go", "parameters": GO}},
     {"type": "function", "function": {"name": "grow", "parameters": GROW}},
@@ -71,19 +70,19 @@ def call(name: str, **parameters: Any) -> dict[str, Any]:
 )
 def test_required_calls(compiler: GrammarCompiler, calls: Any, allowed: bool):
     params = constraint(tool_choice="required")
-    assert is_allowed(compiler, params, json.dumps(calls, separators=(",", ":"))) == allowed
+    assert is_allowed(compiler, params, json.dumps(calls)) == allowed
     if isinstance(calls, list) and len(calls) == 2:
         one = constraint(tool_choice="required", parallel_tool_calls=False)
-        assert not is_allowed(compiler, one, json.dumps(calls, separators=(",", ":")))
+        assert not is_allowed(compiler, one, json.dumps(calls))
 
 
 def test_named_calls(compiler: GrammarCompiler):
     def named(name: str) -> StructuredOutputsParams:
         return constraint(tool_choice={"type": "function", "function": {"name": name}})
 
-    assert is_allowed(compiler, named("go"), '{"at":"Rome"}')
-    assert not is_allowed(compiler, named("go"), '{"at":"Oslo"}')
-    assert is_allowed(compiler, named("grow"), '{"under":{}}')
+    assert is_allowed(compiler, named("go"), '{"at": "Rome"}')
+    assert not is_allowed(compiler, named("go"), '{"at": "Oslo"}')
+    assert is_allowed(compiler, named("grow"), '{"under": {}}')
     assert is_allowed(compiler, named("stay"), "{}")
 
 
