@@ -74,8 +74,7 @@ def _add_prefix(softmax: Softmax, queries: Float[Array, "C q H"], prefix: PagedP
 
     The maximum of a slot without a prefix remains infinite.
     """
-    k_pages, v_pages = prefix.pool
-    page_size, head_dim = k_pages.shape[1:]
+    page_size, head_dim = prefix.pool.k_pages.shape[1:]
     num_pages = max(1, KEY_BLOCK // page_size)
     size = num_pages * page_size
 
@@ -85,8 +84,9 @@ def _add_prefix(softmax: Softmax, queries: Float[Array, "C q H"], prefix: PagedP
         def add(i: Array, softmax: Softmax) -> Softmax:
             page_at = i * num_pages + jnp.arange(num_pages)
             pages = prefix.page_table.entries(first_entry, page_at)
-            keys, values = (x[pages].reshape(size, head_dim) for x in (k_pages, v_pages))
             is_token = i * size + jnp.arange(size) < length
+            read = prefix.pool.read(pages, queries.dtype)
+            keys, values = (x.reshape(size, head_dim) for x in read)
             values = jnp.where(is_token[:, None], values, 0)  # those past the length may be NaN
             return _add_keys(softmax, queries, keys, values, is_token)
 

@@ -2,13 +2,14 @@
 
 One pool serves all layers, so what every device must hold is its load over the whole model:
 
-    k_pages, v_pages     [P*pages, page_size, H]   split by device
-    page_table.pages     [P*E]                     page numbers within the device, split by device
-    page_table.starts    [L, B, P*C]               where a (layer, row, slot) finds its page numbers
-    lengths              [L, B, P*C]               cached tokens; 0 where the slot owns no part
-    token_ids            [B, S]                    each row's prompt and output, on all devices
-    num_known            [B]                       how many of them the host has given
-    queries              [L, B, w, P*C, G, H]      each row's last w queries, if they are needed
+    pool.k_pages, v_pages  [P*pages, page_size, H]  split by device
+    pool.scales            [P*pages, page_size]     for keys and for values, of int8 pages only
+    page_table.pages       [P*E]                    page numbers within the device, split by device
+    page_table.starts      [L, B, P*C]              where a (layer, row, slot) finds its pages there
+    lengths                [L, B, P*C]              cached tokens; 0 where the slot owns no part
+    token_ids              [B, S]                   each row's prompt and output, on all devices
+    num_known              [B]                      how many of them the host has given
+    queries                [L, B, w, P*C, G, H]     each row's last w queries, if they are needed
 
 Rows stand before slots, as in the queries of a step. Ownership is length: a replica that does not
 serve a row has length 0 there. What a step samples is written to `token_ids` and read by the next
@@ -25,8 +26,8 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int
 
-from fairkv_jax.kv_cache_spec import KVCacheSpec
-from fairkv_jax.pallas.ragged_decode import PageTable
+from fairkv_jax.kv_cache_spec import SCALE_DTYPE, KVCacheSpec
+from fairkv_jax.pallas.ragged_decode import PageTable, Pool
 from fairkv_jax.shapes import TENSOR_AXIS
 
 LAYERS_BY_DEVICE: Any = PartitionSpec(None, TENSOR_AXIS)
@@ -41,8 +42,7 @@ _WHOLE: Any = PartitionSpec()
 class KVCache:
     """The cache on the devices; donated to every step and updated in place."""
 
-    k_pages: Float[Array, "PN page_size H"]
-    v_pages: Float[Array, "PN page_size H"]
+    pool: Pool
     page_table: PageTable
     lengths: Int[Array, "L B PC"]
     token_ids: Int[Array, "B S"]
@@ -56,7 +56,7 @@ class KVCache:
         """How each array is split over the mesh, as a prefix of the cache's pytree."""
         page_table = PageTable(_BY_DEVICE, _BY_SLOT)
         queries: Any = PartitionSpec(None, None, None, TENSOR_AXIS)
-        return cls(_BY_DEVICE, _BY_DEVICE, page_table, _BY_SLOT, _WHOLE, _WHOLE, queries)
+        return cls(_BY_DEVICE, page_table, _BY_SLOT, _WHOLE, _WHOLE, queries)
 
     @classmethod
     def shapes(cls, spec: KVCacheSpec) -> "KVCache":
@@ -65,6 +65,8 @@ class KVCache:
         pairs = (spec.num_layers, spec.num_rows, spec.num_slots)
         integers: Any = partial(jax.ShapeDtypeStruct, dtype=jnp.int32)
         pages: Any = jax.ShapeDtypeStruct(pool, jnp.dtype(spec.dtype))
+        scale: Any = jax.ShapeDtypeStruct(pool[:2], jnp.dtype(SCALE_DTYPE))
+        scales = (scale, scale) if spec.is_quantized else None
         table = PageTable(integers((spec.num_devices * spec.table_entries,)), integers(pairs))
         store, queries = spec.queries, None
         if store is not None:
@@ -72,8 +74,7 @@ class KVCache:
             shape = (spec.num_layers, spec.num_rows, *size)
             queries: Any = jax.ShapeDtypeStruct(shape, jnp.dtype(store.dtype))
         return cls(
-            pages,
-            pages,
+            Pool(pages, pages, scales),
             table,
             integers(pairs),
             integers((spec.num_rows, spec.max_tokens)),
@@ -97,8 +98,7 @@ class KVCache:
 class PrefixView:
     """The prefix that one row of the cache holds, as the prefill of its suffix reads it."""
 
-    k_pages: Float[Array, "PN page_size H"]
-    v_pages: Float[Array, "PN page_size H"]
+    pool: Pool
     page_table: PageTable
     row: Int[Array, ""]
     lengths: Int[Array, "L PC"]
@@ -107,7 +107,7 @@ class PrefixView:
     @classmethod
     def of(cls, cache: KVCache, row: Any, lengths: Any) -> "PrefixView":
         """Returns the prefix in a row of the cache; `row` and `lengths` are arrays or shapes."""
-        return cls(cache.k_pages, cache.v_pages, cache.page_table, row, lengths)
+        return cls(cache.pool, cache.page_table, row, lengths)
 
     @classmethod
     def partition(cls) -> "PrefixView":
@@ -165,24 +165,15 @@ def write_tables(page_table: PageTable, writes: TableWrites, *, mesh: Mesh) -> P
 
 @partial(jax.jit, static_argnames="mesh", donate_argnums=0)
 def copy_pages(
-    pool: tuple[Float[Array, "PN page_size H"], Float[Array, "PN page_size H"]],
-    source: Int[Array, "P n"],
-    target: Int[Array, "P n"],
-    *,
-    mesh: Mesh,
-) -> tuple[Array, Array]:
+    pool: Pool, source: Int[Array, "P n"], target: Int[Array, "P n"], *, mesh: Mesh
+) -> Pool:
     """Copies pages of keys and values within each device.
 
     Page numbers count within the device; a target past the end is left out.
     """
 
-    def local(pool: tuple[Array, Array], source: Array, target: Array) -> tuple[Array, Array]:
-        k_pages, v_pages = pool
-        source, target = source[0], target[0]
-        return (
-            k_pages.at[target].set(k_pages[source], mode="drop"),
-            v_pages.at[target].set(v_pages[source], mode="drop"),
-        )
+    def local(pool: Pool, source: Array, target: Array) -> Pool:
+        return pool.copy(source[0], target[0])
 
     run = jax.shard_map(
         local,

@@ -118,7 +118,7 @@ def _compress_local(
     num_tokens: int,
 ) -> tuple[KVCache, Int[Array, "L K"]]:
     """Runs one device's part of `compress_row`, inside `shard_map`."""
-    page_size = cache.k_pages.shape[1]
+    page_size = cache.pool.k_pages.shape[1]
     lengths, starts = cache.lengths[:, row], cache.page_table.starts[:, row]
     page_at = jnp.arange(num_tokens // page_size)
 
@@ -126,7 +126,8 @@ def _compress_local(
         pool, slot_lengths, head_lengths = carry
         heads, of_slots, of_heads = head_of_slot[layer], lengths[layer], budgets[layer]
         pages = cache.page_table.entries(starts[layer][:, None], page_at)
-        k, v = (x[pages].reshape(len(pages), num_tokens, -1) for x in pool)
+        read = pool.read(pages, model.dtype)
+        k, v = (x.reshape(len(pages), num_tokens, -1) for x in read)
         is_cached = (jnp.arange(num_tokens) < of_slots[:, None])[..., None]
         k, v = jnp.where(is_cached, k, 0), jnp.where(is_cached, v, 0)  # free places may be NaN
         stats = _stats(model, cache, method.scorer, num_tokens, layer, row, position)
@@ -150,12 +151,10 @@ def _compress_local(
         slot_lengths = slot_lengths.at[layer].set(jnp.sum(own, 1))
         return pool, slot_lengths, head_lengths.at[layer].set(jnp.sum(keep, 1))
 
-    start = (cache.k_pages, cache.v_pages), lengths, jnp.zeros_like(budgets)
-    (k_pages, v_pages), slot_lengths, head_lengths = jax.lax.fori_loop(
-        0, len(budgets), compress_layer, start
-    )
+    start = cache.pool, lengths, jnp.zeros_like(budgets)
+    pool, slot_lengths, head_lengths = jax.lax.fori_loop(0, len(budgets), compress_layer, start)
     lengths = cache.lengths.at[:, row].set(slot_lengths)
-    return replace(cache, k_pages=k_pages, v_pages=v_pages, lengths=lengths), head_lengths
+    return replace(cache, pool=pool, lengths=lengths), head_lengths
 
 
 def _stats(

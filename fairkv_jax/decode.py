@@ -163,11 +163,11 @@ def _one_step(
     position = inputs.positions + step
     table, lengths = cache.page_table, cache.lengths[:, : len(row)]
     table = PageTable(table.pages, table.starts[:, : len(row)])
-    x, (k_pages, v_pages), queries = model(
+    x, pool, queries = model(
         cache.token_ids[row, position],
         position,
         partial(attend, page_table=table, lengths=lengths),
-        (cache.k_pages, cache.v_pages),
+        cache.pool,
         jnp.arange(len(lengths)),
     )
     history = TokenHistory(cache.token_ids, position + 1)
@@ -178,7 +178,7 @@ def _one_step(
     is_new = position + 1 >= cache.num_known[: len(row)]
     after = jnp.where(is_new, position + 1, cache.token_ids.shape[1])  # past the end: dropped
     token_ids = cache.token_ids.at[row, after].set(sampled.tokens, mode="drop")
-    cache = replace(cache, k_pages=k_pages, v_pages=v_pages, token_ids=token_ids)
+    cache = replace(cache, pool=pool, token_ids=token_ids)
     if cache.queries is not None:
         at = position % cache.queries.shape[2]
         cache = replace(cache, queries=cache.queries.at[:, row, at].set(queries))

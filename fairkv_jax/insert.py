@@ -74,7 +74,7 @@ def _insert_local(
     is_active: Array,
 ) -> KVCache:
     """One device's part, inside `shard_map`."""
-    num_pages, page_size, _ = cache.k_pages.shape
+    num_pages, page_size, _ = cache.pool.k_pages.shape
     num_slots = lengths.shape[1]
     ends = jnp.cumsum(prefix.slot_lengths.reshape(-1))
     item = jnp.arange(len(prefix.k))
@@ -91,8 +91,7 @@ def _insert_local(
     token = token % page_size
     return replace(
         cache,
-        k_pages=cache.k_pages.at[page, token].set(prefix.k, mode="drop"),
-        v_pages=cache.v_pages.at[page, token].set(prefix.v, mode="drop"),
+        pool=cache.pool.write(page, token, prefix.k, prefix.v),
         lengths=cache.lengths.at[:, row].set(jnp.where(is_active, lengths, 0)),
         token_ids=cache.token_ids.at[row].set(token_ids),
         num_known=cache.num_known.at[row].set(num_known),

@@ -8,7 +8,11 @@ SPARE_ENTRIES = 12
 more than its pages, and these."""
 _ENTRY_BYTES = 4
 _ENTRIES_PER_PAGE = 2.5
-_ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+INT8 = "int8"
+"""The type of quantised pages; the others are floating-point types."""
+SCALE_DTYPE = "bfloat16"
+"""The type of the scales of quantised pages."""
+_ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, INT8: 1}
 
 
 @dataclass(frozen=True)
@@ -51,6 +55,8 @@ class KVCacheSpec:
     max_tokens: int
     """Most tokens of one row, prompt and output together."""
     dtype: str = "float32"
+    """The type of the pages: a floating-point type, or "int8" with a scale per token for keys and
+    one for values."""
     sharing: int = 1
     """How many times the pages of a device the page tables can list, for rows that share pages."""
     queries: QueryStore | None = None
@@ -75,13 +81,18 @@ class KVCacheSpec:
         return replace(least, pages_per_device=max(pages, 1))
 
     @property
+    def is_quantized(self) -> bool:
+        """Whether the pages are int8, with scales."""
+        return self.dtype == INT8
+
+    @property
     def num_slots(self) -> int:
         """Slots of one layer over all devices, P*C."""
         return self.num_devices * self.slots_per_device
 
     @property
     def page_bytes(self) -> int:
-        """Bytes of one page: its keys and its values."""
+        """Bytes of one page: its keys and its values, and their scales if it has any."""
         return self.page_size * token_bytes(self.head_dim, self.dtype)
 
     @property
@@ -127,5 +138,6 @@ class KVCacheSpec:
 
 
 def token_bytes(head_dim: int, dtype: str) -> int:
-    """Bytes of the key and the value of one token in one layer and KV head."""
-    return 2 * head_dim * _ITEM_BYTES[dtype]
+    """Bytes of the key and the value of one token in one layer and KV head, scales included."""
+    scale_bytes = _ITEM_BYTES[SCALE_DTYPE] if dtype == INT8 else 0
+    return 2 * (head_dim * _ITEM_BYTES[dtype] + scale_bytes)

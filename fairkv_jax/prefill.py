@@ -90,10 +90,15 @@ def lower_run_chunks(shapes: PrefillShapes) -> Lowered:
         methods=shapes.methods,
         chunk_size=shapes.chunk_size,
         max_kept=shapes.max_kept,
+        has_int8_cache=steps.spec.is_quantized,
     )
 
 
-@partial(jax.jit, static_argnames=("mesh", "methods", "chunk_size", "max_kept"), donate_argnums=1)
+@partial(
+    jax.jit,
+    static_argnames=("mesh", "methods", "chunk_size", "max_kept", "has_int8_cache"),
+    donate_argnums=1,
+)
 def run_chunks(
     model: Model,
     carry: PrefillCarry,
@@ -109,6 +114,7 @@ def run_chunks(
     methods: tuple[Method, ...],
     chunk_size: int,
     max_kept: MaxKept,
+    has_int8_cache: bool = False,
 ) -> tuple[PrefillCarry, Int[Array, ""]]:
     """Runs the chunks from the first to before the second of `chunks`, at least one.
 
@@ -120,6 +126,8 @@ def run_chunks(
 
     With `prefix`, the prompt is the suffix of one whose beginning a row of the KV cache holds.
     Every head of every layer must have tokens there.
+
+    With `has_int8_cache`, tokens attend to keys and values that are rounded as in the cache.
     """
 
     def local(
@@ -138,6 +146,7 @@ def run_chunks(
             methods=methods,
             chunk_size=chunk_size,
             max_kept=max_kept,
+            has_int8_cache=has_int8_cache,
         )
 
     run = jax.shard_map(
@@ -220,6 +229,7 @@ def _run_chunks_local(
     methods: tuple[Method, ...],
     chunk_size: int,
     max_kept: MaxKept,
+    has_int8_cache: bool,
 ) -> tuple[PrefillCarry, Int[Array, ""]]:
     """Runs one device's part of `run_chunks`, inside `shard_map`."""
     num_layers, num_heads = first_slot.shape
@@ -231,6 +241,7 @@ def _run_chunks_local(
     num_tokens = carry.k.shape[1]
     keep_prompt = jnp.broadcast_to(jnp.arange(num_tokens) < length, (num_heads, num_tokens))
     shape = layer_shape(model, num_tokens)
+    run_chunk = partial(_run_chunk, chunk_size=chunk_size, has_int8_cache=has_int8_cache)
 
     def run_layer(index: Array, carry: PrefillCarry) -> PrefillCarry:
         layer = model.layer(index)
@@ -238,9 +249,7 @@ def _run_chunks_local(
 
         def run(i: Array, carry: PrefillCarry) -> PrefillCarry:
             at = i * chunk_size
-            carry, chunk = _run_chunk(
-                model, layer, carry, contributes[index], at, length, chunk_size, of_layer
-            )
+            carry, chunk = run_chunk(model, layer, carry, contributes[index], at, length, of_layer)
             return replace(carry, stats=_observe(scorers, observer, carry.stats, chunk, shape))
 
         begin = jnp.where(index == first, start % per_layer, 0)
@@ -267,14 +276,24 @@ def _run_chunk(
     contributes: Bool[Array, "C"],
     at: Int[Array, ""],
     length: Int[Array, ""],
-    chunk_size: int,
     prefix: PagedPrefix | None,
+    *,
+    chunk_size: int,
+    has_int8_cache: bool,
 ) -> tuple[PrefillCarry, Chunk]:
     """Runs the tokens from `at` on through a layer; also returns what scorers may observe."""
     first = carry.first_position
     state = LayerState(carry.hidden, carry.k, carry.v)
     state, block = run_block(
-        model, layer, state, contributes, at, chunk_size, first_position=first, prefix=prefix
+        model,
+        layer,
+        state,
+        contributes,
+        at,
+        chunk_size,
+        first_position=first,
+        prefix=prefix,
+        has_int8_cache=has_int8_cache,
     )
     heads = block.q.reshape(chunk_size, -1, block.q.shape[-1])
     # XLA removes what no scorer reads.

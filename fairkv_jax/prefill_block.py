@@ -10,6 +10,7 @@ from jaxtyping import Array, Bool, Float, Int
 from fairkv_jax.attention import PagedPrefix, attend_to_prompt
 from fairkv_jax.cache import PrefixView
 from fairkv_jax.models.model import Layer, Model
+from fairkv_jax.pallas.ragged_decode import rounded_to_int8
 from fairkv_jax.shapes import TENSOR_AXIS
 
 
@@ -30,7 +31,7 @@ def contributing_slots(
 
 def paged_prefix(prefix: PrefixView, layer: Int[Array, ""]) -> PagedPrefix:
     """Returns one layer's part of a prefix."""
-    return PagedPrefix((prefix.k_pages, prefix.v_pages), *prefix.of_layer(layer))
+    return PagedPrefix(prefix.pool, *prefix.of_layer(layer))
 
 
 @jax.tree_util.register_dataclass
@@ -70,6 +71,7 @@ def run_block(
     first_position: Int[Array, ""],
     num_before: Int[Array, ""] | int = 0,
     prefix: PagedPrefix | None = None,
+    has_int8_cache: bool = False,
 ) -> tuple[LayerState, BlockInputs]:
     """Runs `size` tokens from index `at` on through a layer, inside `shard_map`.
 
@@ -78,10 +80,14 @@ def run_block(
         first_position: position of the first hidden state.
         num_before: tokens whose keys and values come before those of the hidden states.
         prefix: what comes before all of them, in the KV cache.
+        has_int8_cache: whether keys and values are rounded as they will be in the cache. Then it
+            does not matter which of them a token finds there, and which beside itself.
     """
     key_at = num_before + at
 
     def attend(q: Array, k: Array, v: Array, cache: None, _: None) -> tuple[Any, None, Any]:
+        if has_int8_cache:
+            k, v = rounded_to_int8(k), rounded_to_int8(v)
         keys = jax.lax.dynamic_update_slice_in_dim(state.k, k.swapaxes(0, 1), key_at, 1)
         values = jax.lax.dynamic_update_slice_in_dim(state.v, v.swapaxes(0, 1), key_at, 1)
         out = attend_to_prompt(q, keys, values, key_at, prefix)

@@ -102,22 +102,25 @@ def test_copies_are_found_by_their_size() -> None:
 
 @needs_compiler
 @pytest.mark.parametrize(
-    ("backend", "name", "group", "width", "dtype"),
+    ("backend", "name", "group", "width", "dtype", "kv_cache_dtype"),
     [
-        ("triton", "a100", 8, 128, "bfloat16"),
-        ("triton", "a100", 4, 256, "float32"),
-        ("triton", "h200", 16, 96, "float16"),
-        ("triton", "h200", 16, 256, "float32"),
-        ("mosaic", "h200", 8, 128, "bfloat16"),
-        ("mosaic", "h200", 16, 256, "float16"),
+        ("triton", "a100", 8, 128, "bfloat16", "auto"),
+        ("triton", "a100", 8, 128, "bfloat16", "int8"),
+        ("triton", "a100", 4, 256, "float32", "auto"),
+        ("triton", "h200", 16, 96, "float16", "auto"),
+        ("triton", "h200", 16, 96, "float16", "int8"),
+        ("triton", "h200", 16, 256, "float32", "auto"),
+        ("mosaic", "h200", 8, 128, "bfloat16", "auto"),
+        ("mosaic", "h200", 8, 128, "bfloat16", "int8"),
+        ("mosaic", "h200", 16, 256, "float16", "auto"),
     ],
 )
 @pytest.mark.slow
 def test_kernels_compile_without_spills(
-    backend: str, name: str, group: int, width: int, dtype: str
+    backend: str, name: str, group: int, width: int, dtype: str, kv_cache_dtype: str
 ) -> None:
     target = targets()[name]
-    lowered = lower_kernels(backend, target, group, width, dtype)
+    lowered = lower_kernels(backend, target, group, width, dtype, kv_cache_dtype)
     compiled = compile_and_report(lowered, target.architecture)
     assert len(compiled.own_kernels) == {"triton": 2, "mosaic": 3}[backend]
     assert not compiled.spilling

@@ -1,15 +1,18 @@
 """Attention of prefill and decode against NumPy."""
 
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 import pytest
 
 from fairkv_jax.attention import PagedPrefix, append_and_attend, attend_to_prompt
-from fairkv_jax.pallas.ragged_decode import PageTable
+from fairkv_jax.pallas.ragged_decode import PageTable, Pool
 from tests.oracle.forward import attention
+from tests.pallas.oracle import quantize
 
 HEADS, GROUP, WIDTH = 2, 3, 16
 
@@ -34,9 +37,12 @@ def test_attention_over_a_prompt(num_tokens: int, block: int):
 
 
 @pytest.mark.parametrize("page_size", [16, 512])
-@pytest.mark.parametrize(("num_tokens", "block"), [(1, 1), (255, 255), (512, 128)])
+@pytest.mark.parametrize(
+    ("num_tokens", "block", "int8"),
+    [(1, 1, False), (255, 255, False), (512, 128, False), (255, 255, True)],
+)
 def test_attention_over_a_suffix_behind_a_ragged_prefix(
-    num_tokens: int, block: int, page_size: int
+    num_tokens: int, block: int, page_size: int, *, int8: bool
 ):
     """Lengths of none, one, around a block of keys, and of several blocks with a part."""
     rng = np.random.default_rng(num_tokens + page_size)
@@ -45,15 +51,26 @@ def test_attention_over_a_suffix_behind_a_ragged_prefix(
     counts = -(-lengths // page_size)
     starts = np.cumsum(counts) - counts
     pages = rng.permutation(counts.sum() + 1)[1:].astype(np.int32)
-    pool = np.full((2, counts.sum() + 1, page_size, WIDTH), np.nan, np.float32)
+    pool: Any = np.full((2, counts.sum() + 1, page_size, WIDTH), np.nan, np.float32)
+    scales: Any = np.full(pool.shape[:3], np.nan, ml_dtypes.bfloat16)
+    if int8:
+        pool = np.full(pool.shape, 99, np.int8)
     prefixes = []
     for first, length in zip(starts, lengths, strict=True):
         token = np.arange(length)
         at = pages[first + token // page_size], token % page_size
         prefixes.append(rng.standard_normal((2, length, WIDTH), dtype=np.float32))
-        pool[:, *at] = prefixes[-1]
+        if int8:
+            pool[:, *at], scales[:, *at] = quantize(prefixes[-1])
+            prefixes[-1] = pool[:, *at] * scales[:, *at][..., None].astype(np.float32)
+        else:
+            pool[:, *at] = prefixes[-1]
     prefix = PagedPrefix(
-        (jnp.asarray(pool[0]), jnp.asarray(pool[1])),
+        Pool(
+            jnp.asarray(pool[0]),
+            jnp.asarray(pool[1]),
+            (jnp.asarray(scales[0]), jnp.asarray(scales[1])) if int8 else None,
+        ),
         PageTable(jnp.asarray(pages), jnp.asarray(starts, jnp.int32)),
         jnp.asarray(lengths, jnp.int32),
     )
@@ -95,13 +112,13 @@ def test_append_writes_owned_rows_only_and_attends_over_the_new_token():
     # The first of two layers holds other rows, to which nothing is appended.
     lists = PageTable.from_dense(jnp.stack([table[::-1], table]))
     all_lengths = jnp.stack([lengths + 1, lengths])
-    pool = jnp.asarray(pages[0]), jnp.asarray(pages[1])
+    pool = Pool(jnp.asarray(pages[0]), jnp.asarray(pages[1]))
     call = partial(append_and_attend, page_table=lists, lengths=all_lengths)
     out, got, _ = jax.jit(call)(q, k, v, pool, 1)
     expected = pages.copy()
     for row, slot, page, at in ((0, 0, 3, 5), (1, 0, 5, 0), (1, 1, 7, 1)):
         expected[0, page, at], expected[1, page, at] = k[row, slot], v[row, slot]
-    np.testing.assert_array_equal(np.stack(got), expected)
+    np.testing.assert_array_equal(np.stack(jax.tree.leaves(got)), expected)
     assert not np.asarray(out[0, 1]).any()
     for row, slot in ((0, 0), (1, 0), (1, 1)):
         keys, values = (

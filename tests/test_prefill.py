@@ -73,7 +73,9 @@ def test_inserted_keys_lie_in_the_owners_pages(runner: ModelRunner, dense: Forwa
     insertion = Insertion("a", 1, lengths, [5])
     runner.execute(output_of(manager, insertion=insertion)).result()
     spec, layout = manager.spec, runner.layout
-    pages = np.asarray(runner.cache.k_pages).reshape(2, spec.pages_per_device, spec.page_size, 16)
+    pages = np.asarray(runner.cache.pool.k_pages).reshape(
+        2, spec.pages_per_device, spec.page_size, 16
+    )
     written = np.zeros(pages.shape[:3], bool)
     for layer, slot in np.argwhere(lengths > 0):
         head, device = layout.head_of_slot[layer, slot], slot // layout.slots_per_device

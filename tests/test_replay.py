@@ -237,12 +237,12 @@ def test_without_prompts_the_same_shapes_run(
         np.testing.assert_array_equal(
             getattr(runner.cache, name), getattr(engine.runner.cache, name)
         )
-    assert np.isfinite(np.asarray(runner.cache.k_pages)).all()
+    assert np.isfinite(np.asarray(runner.cache.pool.k_pages)).all()
 
 
 def pages(cache: KVCache) -> np.ndarray:
     """All keys and values, one line per page, the pages of one device behind those of another."""
-    both = [np.asarray(part) for part in (cache.k_pages, cache.v_pages)]
+    both = [np.asarray(part) for part in jax.tree.leaves(cache.pool)]
     return np.concatenate([part.reshape(len(part), -1) for part in both], axis=1)
 
 

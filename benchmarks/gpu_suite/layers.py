@@ -9,7 +9,7 @@ from jax.stages import Lowered
 
 from benchmarks.gpu_suite.inputs import CacheShape, drawn, page_table
 from benchmarks.gpu_suite.programs import seconds_of
-from fairkv_jax.pallas.ragged_decode import AUTO, Device, append_and_decode
+from fairkv_jax.pallas.ragged_decode import AUTO, Device, Pool, append_and_decode
 from fairkv_jax.plan import ModelShape
 
 DTYPE = "bfloat16"
@@ -20,7 +20,7 @@ def lower_attention(shape: ModelShape, device: Device, lengths: np.ndarray) -> L
     num_layers, batch, slots = lengths.shape
     group, width = shape.num_heads // shape.num_kv_heads, shape.head_dim
     cache = CacheShape.of(lengths, room=1)
-    pages = cache.pages(width, DTYPE)
+    pages: Any = cache.pages(width, DTYPE)
 
     def step(x: Any, pool: Any, qkv: Any, out: Any, table: Any, lengths: Any) -> Any:
         def layer(carry: Any, inputs: Any) -> tuple[Any, None]:
@@ -39,7 +39,7 @@ def lower_attention(shape: ModelShape, device: Device, lengths: np.ndarray) -> L
     weights = (jax.ShapeDtypeStruct(each, DTYPE) for each in _attention_weights(shape, lengths))
     return jax.jit(step, donate_argnums=1).lower(
         jax.ShapeDtypeStruct((batch, shape.hidden_size), DTYPE),
-        (pages, pages),
+        Pool(pages, pages),
         *weights,
         cache.table(lengths),
         jax.ShapeDtypeStruct(lengths.shape, jnp.int32),
@@ -50,7 +50,7 @@ def attention_seconds(program: Any, shape: ModelShape, lengths: np.ndarray, repe
     """Seconds for all layers with these lengths [L, B, C]."""
     cache = CacheShape.of(lengths, room=1)
     pages = cache.pages(shape.head_dim, DTYPE).shape
-    pool = [(drawn(3, pages, DTYPE), drawn(4, pages, DTYPE))]
+    pool = [Pool(drawn(3, pages, DTYPE), drawn(4, pages, DTYPE))]
     weights = [
         drawn(at, each, DTYPE, 0.02) for at, each in enumerate(_attention_weights(shape, lengths))
     ]

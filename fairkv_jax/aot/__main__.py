@@ -51,6 +51,7 @@ _PROMPT = flags.DEFINE_integer(
 _NEW = flags.DEFINE_integer("new_tokens", 256, "Maximum generated tokens per row.")
 _LONGEST = engine_flag("max_model_len", default=8192)
 _PAGE = engine_flag("page_size")
+_KV_DTYPE = engine_flag("kv_cache_dtype")
 _PLAN = engine_flag("head_plan")
 _PROFILE = flags.DEFINE_string(
     "profile", None, "Path of a head profile in JSON; default: a synthetic one."
@@ -105,10 +106,10 @@ def main(argv: list[str]) -> None:
 
 def print_kernels(target: Target) -> int:
     """Prints a table of registers and spilled bytes, and returns 1 if a kernel spills."""
-    print(f"{target.architecture}, {_BACKEND.value}\n")
+    print(f"{target.architecture}, {_BACKEND.value}, KV cache {_KV_DTYPE.value}\n")
     print("type | head_dim | group | registers, spilled bytes\n--- | --- | --- | ---")
     spilling = False
-    for dtype, head_dim, group, report in compile_all(_BACKEND.value, target):
+    for dtype, head_dim, group, report in compile_all(_BACKEND.value, target, _KV_DTYPE.value):
         said = report
         if isinstance(report, Report):
             said = "; ".join(f"{k.name} {k.registers}, {k.spill_bytes}" for k in report.own_kernels)
@@ -141,7 +142,13 @@ def make_setup(target: Target) -> Setup:
         profile = synthetic_profile(shape, _BUDGET.value, model=name, imbalance=_IMBALANCE.value)
     if _PLAN.value in STRATEGIES:
         hardware = target.name.upper() if target.name.upper() in HARDWARE else "H100"
-        cost = CostModel.of(shape, _DEVICES.value, hardware, batch=_BATCH.value)
+        cost = CostModel.of(
+            shape,
+            _DEVICES.value,
+            hardware,
+            batch=_BATCH.value,
+            kv_cache_dtype=_KV_DTYPE.value,
+        )
         plan = make_plan(profile, _DEVICES.value, _PLAN.value, cost=cost)
     else:
         plan = Plan.from_json(Path(_PLAN.value).read_text())
@@ -153,6 +160,7 @@ def make_setup(target: Target) -> Setup:
         max_model_len=_LONGEST.value,
         new_tokens=_NEW.value,
         page_size=_PAGE.value,
+        kv_cache_dtype=_KV_DTYPE.value,
         attention_backend=_BACKEND.value,
     )
 

@@ -12,6 +12,8 @@ from jaxtyping import Array
 
 from fairkv_jax.aot.report import Report, compile_and_report
 from fairkv_jax.aot.targets import Target
+from fairkv_jax.config import page_dtype
+from fairkv_jax.kv_cache_spec import INT8, SCALE_DTYPE
 from fairkv_jax.pallas.ragged_decode import PageTable, Pool, append_and_decode, device_of
 
 DTYPES = ("bfloat16", "float16", "float32")
@@ -22,18 +24,27 @@ PAGE_SIZE, MAX_PAGES = 16, 512
 LAYERS, BATCH, SLOTS = 8, 64, 2
 
 
-def compile_all(backend: str, target: Target) -> Iterator[tuple[str, int, int, Report | str]]:
+def compile_all(
+    backend: str, target: Target, kv_cache_dtype: str = "auto"
+) -> Iterator[tuple[str, int, int, Report | str]]:
     """Yields type, head dimension, group, and the report or the reason for missing support."""
     for dtype, head_dim, group in product(DTYPES, HEAD_DIMS, GROUPS):
         try:
-            lowered = lower_kernels(backend, target, group, head_dim, dtype)
+            lowered = lower_kernels(backend, target, group, head_dim, dtype, kv_cache_dtype)
         except NotImplementedError as error:
             yield dtype, head_dim, group, str(error)
         else:
             yield dtype, head_dim, group, compile_and_report(lowered, target.architecture)
 
 
-def lower_kernels(backend: str, target: Target, group: int, head_dim: int, dtype: str) -> Lowered:
+def lower_kernels(
+    backend: str,
+    target: Target,
+    group: int,
+    head_dim: int,
+    dtype: str,
+    kv_cache_dtype: str = "auto",
+) -> Lowered:
     """Lowers `append_and_decode` of one layer, with its pool donated.
 
     Raises:
@@ -48,13 +59,17 @@ def lower_kernels(backend: str, target: Target, group: int, head_dim: int, dtype
     def step(pool: Pool, q: Array, k: Array, v: Array, *lists: Any) -> Any:
         return append_and_decode(q, k, v, pool, *lists, backend=backend, device=device)
 
-    num_pages = POOL_BYTES // (PAGE_SIZE * head_dim * jnp.dtype(dtype).itemsize)
-    pages, new = array(num_pages, PAGE_SIZE, head_dim), array(BATCH, 1, SLOTS, head_dim)
+    cached = page_dtype(kv_cache_dtype, dtype)
+    num_pages = POOL_BYTES // (PAGE_SIZE * head_dim * jnp.dtype(cached).itemsize)
+    pages = array(num_pages, PAGE_SIZE, head_dim, dtype=cached)
+    scale = array(num_pages, PAGE_SIZE, dtype=SCALE_DTYPE)
+    pool: Any = Pool(pages, pages, (scale, scale) if cached == INT8 else None)  # pyright: ignore[reportArgumentType]
+    new = array(BATCH, 1, SLOTS, head_dim)
     entries: Any = array(LAYERS * BATCH * SLOTS * MAX_PAGES, dtype="int32")
     per_pair: Any = array(LAYERS, BATCH, SLOTS, dtype="int32")
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
         return jax.jit(step, donate_argnums=0).lower(
-            (pages, pages),
+            pool,
             array(BATCH, 1, SLOTS, group, head_dim),
             new,
             new,

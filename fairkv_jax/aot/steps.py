@@ -17,7 +17,7 @@ from fairkv_jax import decode
 from fairkv_jax.compress.budgets import MaxKept
 from fairkv_jax.compress.registry import make_method
 from fairkv_jax.compress_layer import lower_compress_layer
-from fairkv_jax.config import KVConfig, ModelConfig
+from fairkv_jax.config import KVConfig, ModelConfig, page_dtype
 from fairkv_jax.kv_cache_spec import KVCacheSpec
 from fairkv_jax.models.decoder import abstract_model
 from fairkv_jax.plan import ModelShape, Plan, Profile
@@ -42,6 +42,7 @@ class Setup:
     page_size: int = 16
     prefill_chunk_size: int = 1024
     dtype: str = "bfloat16"
+    kv_cache_dtype: str = "auto"
     attention_backend: str = "auto"
 
     @cached_property
@@ -65,7 +66,7 @@ class Setup:
             page_size=self.page_size,
             pages_per_device=int(np.ceil(self.batch * by_device.max())),
             max_tokens=self.max_model_len,
-            dtype=self.dtype,
+            dtype=page_dtype(self.kv_cache_dtype, self.dtype),
         )
 
     @property

@@ -16,10 +16,11 @@ from fairkv_jax.checkpoint.hashes import verify
 from fairkv_jax.checkpoint.hub import fetch_hub, is_hub_name
 from fairkv_jax.checkpoint.open import open_checkpoint
 from fairkv_jax.checkpoint.orbax_checkpoint import DTYPES
-from fairkv_jax.config import QUANTIZATIONS
+from fairkv_jax.config import KV_CACHE_DTYPES, QUANTIZATIONS, page_dtype
+from fairkv_jax.kv_cache_spec import token_bytes
 from fairkv_jax.models import param_specs
 from fairkv_jax.models.params import device_bytes
-from fairkv_jax.plan import STRATEGIES, ModelShape, Profile, make_plan
+from fairkv_jax.plan import STRATEGIES, ModelShape, Profile, default_cost, make_plan
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -84,6 +85,12 @@ def _parser() -> argparse.ArgumentParser:
     inspect.add_argument(
         "--quantization", choices=QUANTIZATIONS, help="quantization of the weights on the devices"
     )
+    inspect.add_argument(
+        "--kv-cache-dtype",
+        choices=KV_CACHE_DTYPES,
+        default="auto",
+        help="type of the KV cache on the devices; auto (default): that of --dtype",
+    )
     return parser
 
 
@@ -133,8 +140,11 @@ def _describe_mesh(checkpoint: Checkpoint, options: argparse.Namespace) -> str:
         profile = Profile.uniform(config.num_layers, config.num_kv_heads, 1024)
     # Without the model's shape the planner would take replicated weights to cost nothing.
     profile = dataclasses.replace(profile, shape=ModelShape.from_config(config))
-    plan = make_plan(profile, options.devices, options.head_plan)
     itemsize = np.dtype(DTYPES[options.dtype]).itemsize
+    cost = default_cost(
+        profile, options.devices, itemsize=itemsize, kv_cache_dtype=options.kv_cache_dtype
+    )
+    plan = make_plan(profile, options.devices, options.head_plan, cost=cost)
     needs = device_bytes(
         config, plan.slots, plan.num_devices, itemsize, int8=options.quantization == "int8"
     )
@@ -142,6 +152,12 @@ def _describe_mesh(checkpoint: Checkpoint, options: argparse.Namespace) -> str:
     lines = [f"each of {options.devices} devices, {options.head_plan}, {types}:"]
     lines += [f"  {part:24} {num_bytes:14,} bytes" for part, num_bytes in needs.items()]
     lines.append(f"  {'all weights':24} {sum(needs.values()):14,} bytes")
+    cached_type = page_dtype(options.kv_cache_dtype, options.dtype)
+    cached = token_bytes(config.head_dim, cached_type) * config.num_layers * config.num_kv_heads
+    lines += [
+        f"KV cache in {cached_type}, over all devices:",
+        f"  {'a token that all keep':24} {cached:14,} bytes",
+    ]
     return "\n".join(lines)
 
 

@@ -5,7 +5,14 @@ arguments of `LLM` and README's table derive. Standard library only, so that the
 tools can read configurations without importing JAX.
 """
 
-from fairkv_jax.config.engine_config import DTYPES, QUANTIZATIONS, BuildOptions, EngineConfig
+from fairkv_jax.config.engine_config import (
+    DTYPES,
+    KV_CACHE_DTYPES,
+    QUANTIZATIONS,
+    BuildOptions,
+    EngineConfig,
+    page_dtype,
+)
 from fairkv_jax.config.grammar_limits import GrammarLimits
 from fairkv_jax.config.kv_config import (
     ALLOCATOR_NAMES,
@@ -27,6 +34,7 @@ __all__ = [
     "DTYPES",
     "ENGINE_CLASSES",
     "ENGINE_OPTIONS",
+    "KV_CACHE_DTYPES",
     "POLICIES",
     "QUANTIZATIONS",
     "REQUEST_POLICIES",
@@ -36,5 +44,6 @@ __all__ = [
     "GrammarLimits",
     "KVConfig",
     "ModelConfig",
+    "page_dtype",
     "takes_budget",
 ]

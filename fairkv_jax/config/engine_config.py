@@ -10,6 +10,7 @@ from fairkv_jax.options import accept_old_names, option
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 QUANTIZATIONS = ("int8",)
+KV_CACHE_DTYPES = ("auto", "int8")
 
 _MODEL = "Model"
 _DEVICES = "Devices and memory"
@@ -27,7 +28,8 @@ class EngineConfig:
 
     dtype: str = option(
         "float32",
-        "Data type of the weights and of the KV cache. auto: float32 on CPU, bfloat16 on GPUs.",
+        "Data type of the weights and activations, and of the KV cache unless kv_cache_dtype names "
+        "another. auto: float32 on CPU, bfloat16 on GPUs.",
         group=_MODEL,
         user_default="auto",
         choices=DTYPES,
@@ -63,6 +65,13 @@ class EngineConfig:
         group=_DEVICES,
         user_default=None,
         default_text="1 GiB on CPU; on GPUs the memory that gpu_memory_utilization leaves",
+    )
+    kv_cache_dtype: str = option(
+        "auto",
+        "Data type of the keys and values in the KV cache. auto: that of dtype. int8: one byte per "
+        "element, and for each token and KV head a scale for its key and one for its value.",
+        group=_DEVICES,
+        choices=KV_CACHE_DTYPES,
     )
     page_size: int = option(
         16,
@@ -109,11 +118,22 @@ class EngineConfig:
         check_int("seed", self.seed, 0)
         if self.quantization is not None:
             check_choice("quantization", self.quantization, QUANTIZATIONS)
+        check_choice("kv_cache_dtype", self.kv_cache_dtype, KV_CACHE_DTYPES)
         check_bool("enable_prefix_caching", self.enable_prefix_caching)
         check_fraction("prefix_cache_fraction", self.prefix_cache_fraction, closed=True)
         check_int("page_size", self.page_size, 8)
         if self.page_size % 8:
             raise ValueError(f"page_size must be a multiple of 8, got {self.page_size}")
+
+    @property
+    def page_dtype(self) -> str:
+        """The type of the KV cache's pages."""
+        return page_dtype(self.kv_cache_dtype, self.dtype)
+
+
+def page_dtype(kv_cache_dtype: str, dtype: str) -> str:
+    """Returns the type of the KV cache's pages, with which "auto" stands for that of the model."""
+    return dtype if kv_cache_dtype == "auto" else kv_cache_dtype
 
 
 @accept_old_names

@@ -318,5 +318,5 @@ def _kv_bytes(taken_bytes: int, num_devices: int, utilization: float, kv_config:
 
 def _token_bytes(config: ModelConfig, engine_config: EngineConfig) -> int:
     """Returns the bytes of the keys and values of one token, in all layers and heads."""
-    per_head = token_bytes(config.head_dim, engine_config.dtype)
+    per_head = token_bytes(config.head_dim, engine_config.page_dtype)
     return config.num_layers * config.num_kv_heads * per_head

@@ -35,7 +35,7 @@ def size_cache(
         head_dim=model.head_dim,
         page_size=config.page_size,
         max_tokens=config.max_model_len,
-        dtype=config.dtype,
+        dtype=config.page_dtype,
         sharing=_SHARING if config.enable_prefix_caching else 1,
         queries=queries,
     )

@@ -51,6 +51,7 @@ def choose_plan(
             _hardware(),
             batch=engine_config.max_num_seqs,
             itemsize=jnp.dtype(engine_config.dtype).itemsize,
+            kv_cache_dtype=engine_config.kv_cache_dtype,
         )
         plan = make_plan(
             profile,

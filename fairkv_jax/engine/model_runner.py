@@ -337,9 +337,9 @@ class ModelRunner:
         return PendingPrefill.of(task, self.layout, first)
 
     def _copy_pages(self, copies: PageCopies) -> None:
-        pool = self.cache.k_pages, self.cache.v_pages
-        k_pages, v_pages = self.programs.copy_pages()(pool, *self._inputs.page_copies(copies))
-        self.cache = replace(self.cache, k_pages=k_pages, v_pages=v_pages)
+        pages = self._inputs.page_copies(copies)
+        pool = self.programs.copy_pages()(self.cache.pool, *pages)
+        self.cache = replace(self.cache, pool=pool)
 
     def _compress_row(self, row: RowCompression) -> jax.Array:
         """Compresses a row again; returns the tokens that its heads have kept."""

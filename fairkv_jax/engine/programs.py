@@ -217,15 +217,13 @@ class Programs:
 
     def copy_pages(self) -> Compiled:
         """`copy_pages` of at most one page of every (layer, slot)."""
-        shapes, cache = self._shapes, self._shapes.cache
+        shapes = self._shapes
         size = (shapes.spec.num_devices, shapes.spec.num_layers * shapes.spec.slots_per_device)
         pages = shapes.array(size, spec=PartitionSpec(TENSOR_AXIS))
         return self._get(
             "copy_pages",
             0,
-            lambda: shapes.lower(
-                copy_pages, (cache.k_pages, cache.v_pages), pages, pages, mesh=shapes.mesh
-            ),
+            lambda: shapes.lower(copy_pages, shapes.cache.pool, pages, pages, mesh=shapes.mesh),
         )
 
     def _get_prefill(

@@ -103,7 +103,9 @@ _ENGINE = {
     for option in ENGINE_OPTIONS
     if option.name not in _NOT_OFFERED
 }
-_ANSWERS_DEPEND_ON = {"model", "dtype", "quantization"} | {o.name for o in options_of(KVConfig)}
+_ANSWERS_DEPEND_ON = {"model", "dtype", "quantization", "kv_cache_dtype"} | {
+    o.name for o in options_of(KVConfig)
+}
 
 
 def main(argv: list[str]) -> int:

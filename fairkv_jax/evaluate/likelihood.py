@@ -67,13 +67,26 @@ class LikelihoodMeter:
 
     def measure(self, ratio: float | None) -> Likelihood:
         """Compresses the context at that ratio, None: not at all, and scores what follows."""
+        logits, kept = self.logits(ratio)
+        divergence = 0.0 if ratio is None else kl(self._full_logits, logits)
+        return Likelihood(self.nll(logits), divergence, kept)
+
+    def logits(self, ratio: float | None) -> tuple[Float[np.ndarray, "T V"], float]:
+        """Returns the logits of the scored tokens, and the fraction of the context that is kept."""
         if ratio is None:
-            return Likelihood(_nll(self._full_logits, self._targets), 0.0, 1.0)
+            return self._full_logits, 1.0
         prefix, kept = self._insert(ratio)
         request = NewRequest("", self._suffix, SamplingParams(), 0, keeps_whole=True)
-        logits = self._logits(request, 0, prefix)
-        kl = _kl(self._full_logits, logits)
-        return Likelihood(_nll(logits, self._targets), kl, kept / len(self._context))
+        return self._logits(request, 0, prefix), kept / len(self._context)
+
+    def nll(self, logits: Float[np.ndarray, "T V"]) -> float:
+        """Returns the mean negative log-likelihood of the scored tokens, in nats."""
+        losses = [
+            -_log_softmax(logits[at : at + _BLOCK])[np.arange(len(part)), part].sum()
+            for at in range(0, len(self._targets), _BLOCK)
+            for part in [self._targets[at : at + _BLOCK]]
+        ]
+        return float(sum(losses)) / len(self._targets)
 
     @cached_property
     def _full_logits(self) -> Float[np.ndarray, "T V"]:
@@ -160,17 +173,7 @@ def logits_of(
     return run(model, hidden, start)
 
 
-def _nll(logits: Float[np.ndarray, "T V"], targets: Int[np.ndarray, "T"]) -> float:
-    """Returns the mean negative log-likelihood of the targets, in nats."""
-    losses = [
-        -_log_softmax(logits[at : at + _BLOCK])[np.arange(len(part)), part].sum()
-        for at in range(0, len(targets), _BLOCK)
-        for part in [targets[at : at + _BLOCK]]
-    ]
-    return float(sum(losses)) / len(targets)
-
-
-def _kl(full: Float[np.ndarray, "T V"], other: Float[np.ndarray, "T V"]) -> float:
+def kl(full: Float[np.ndarray, "T V"], other: Float[np.ndarray, "T V"]) -> float:
     """Returns the mean of KL(full || other), in nats."""
     total = 0.0
     for at in range(0, len(full), _BLOCK):

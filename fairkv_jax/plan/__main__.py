@@ -9,6 +9,7 @@ from absl import flags
 from rich.console import Console
 
 from fairkv_jax.command_line import with_underscores
+from fairkv_jax.config import KV_CACHE_DTYPES
 from fairkv_jax.plan.cost import HARDWARE, MAX_BATCH, OBJECTIVES
 from fairkv_jax.plan.make import ROW_SPLITS, STRATEGIES, default_cost, make_plan
 from fairkv_jax.plan.plan import Plan
@@ -73,8 +74,16 @@ def define_flags() -> flags.FlagValues:
         "hardware", "H100", list(HARDWARE), "Hardware of the cost model.", flag_values=values
     )
     flags.DEFINE_integer(
-        "itemsize", 2, "Bytes per weight and per element of the KV cache.", flag_values=values
-    )
+        "itemsize", 2,
+        "Bytes per weight, and per element of the KV cache unless --kv_cache_dtype is int8.",
+        flag_values=values,
+    )  # fmt: skip
+    flags.DEFINE_enum(
+        "kv_cache_dtype", "auto", KV_CACHE_DTYPES,
+        "Type of the KV cache. auto: elements of --itemsize. int8: one byte per element, and a "
+        "scale for the key and one for the value of each token.",
+        flag_values=values,
+    )  # fmt: skip
     flags.DEFINE_integer(
         "effort", 1, "Work of the exact solver; 0: heuristics only.", flag_values=values
     )
@@ -134,6 +143,7 @@ def run(values: flags.FlagValues, console: Console) -> None:
         values.hardware,
         batch=values.batch,
         itemsize=values.itemsize,
+        kv_cache_dtype=values.kv_cache_dtype,
     )
     memory = None if values.device_memory is None else values.device_memory * GIB
     if values.objective == "throughput" and memory is None:

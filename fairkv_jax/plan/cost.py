@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Self
 
+from fairkv_jax.kv_cache_spec import token_bytes
 from fairkv_jax.plan.shape import ModelShape
 
 
@@ -54,7 +55,7 @@ class CostModel:
     head_bytes: float = 0.0
     """Bytes of the weights of one head slot in one layer."""
     token_bytes: float = 0.0
-    """Bytes of the key and value of one cached token per head."""
+    """Bytes of the key and value of one cached token per head, scales included."""
     rest_bytes: float = 0.0
     """Bytes of all other weights on one device."""
     hardware: str = ""
@@ -82,17 +83,19 @@ class CostModel:
         *,
         batch: int,
         itemsize: int = 2,
+        kv_cache_dtype: str = "auto",
     ) -> Self:
         """Derives the cost of a model on `num_devices` devices from their memory bandwidth.
 
         A decode step reads each weight once, whatever the batch, and each cached token once.
-        `itemsize` is the number of bytes per weight and per element of the KV cache.
+        `itemsize` is the number of bytes per weight, and with the `kv_cache_dtype` "auto" per
+        element of the KV cache too; otherwise the cache is as `KVCacheSpec` describes that type.
         """
         if hardware not in HARDWARE:
             raise ValueError(f"hardware must be one of {', '.join(HARDWARE)}, got {hardware!r}")
         bandwidth = HARDWARE[hardware].bandwidth
         head_bytes = shape.head_params * itemsize
-        token_bytes = 2 * shape.head_dim * itemsize
+        token_bytes = _token_bytes(shape.head_dim, itemsize, kv_cache_dtype)
         rest_bytes = shape.rest_params * itemsize / num_devices
         return cls(
             a_seconds=head_bytes / bandwidth,
@@ -106,10 +109,19 @@ class CostModel:
         )
 
     @classmethod
-    def tokens_only(cls, hardware: str = "H100", *, batch: int, head_dim: int = 128) -> Self:
+    def tokens_only(
+        cls,
+        hardware: str = "H100",
+        *,
+        batch: int,
+        head_dim: int = 128,
+        itemsize: int = 2,
+        kv_cache_dtype: str = "auto",
+    ) -> Self:
         """For a model of unknown widths: weights count nothing, only tokens do."""
-        b = 4 * head_dim / HARDWARE[hardware].bandwidth
-        return cls(0.0, b, batch=batch, token_bytes=4 * head_dim, hardware=hardware)
+        token_bytes = _token_bytes(head_dim, itemsize, kv_cache_dtype)
+        b = token_bytes / HARDWARE[hardware].bandwidth
+        return cls(0.0, b, batch=batch, token_bytes=token_bytes, hardware=hardware)
 
     @classmethod
     def from_record(cls, record: Mapping[str, Any]) -> Self:
@@ -120,6 +132,13 @@ class CostModel:
         if missing:
             raise ValueError(f"the plan's cost lacks {', '.join(missing)}")
         return cls(**{name: record[name] for name in cls.__dataclass_fields__ if name in record})
+
+
+def _token_bytes(head_dim: int, itemsize: int, kv_cache_dtype: str) -> int:
+    """Returns the bytes of a cached token per head; with "auto", of elements of `itemsize`."""
+    if kv_cache_dtype == "auto":
+        return 2 * head_dim * itemsize
+    return token_bytes(head_dim, kv_cache_dtype)
 
 
 @dataclass(frozen=True)

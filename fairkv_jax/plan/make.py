@@ -1,6 +1,7 @@
 """Makes a head plan: checks the arguments, runs the strategy, and computes the plan's cost."""
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 
@@ -124,6 +125,7 @@ def default_cost(
     *,
     batch: int | None = None,
     itemsize: int = 2,
+    kv_cache_dtype: str = "auto",
 ) -> CostModel:
     """Returns the cost model of the profile's model on `num_devices` devices.
 
@@ -132,13 +134,15 @@ def default_cost(
     Args:
         batch: rows of the decode batch; by default as many rows of this profile as the devices'
             memory holds beside the weights, at most MAX_BATCH.
-        itemsize: bytes per weight and per element of the KV cache.
+        itemsize: bytes per weight, and per element of the KV cache if its type is "auto".
+        kv_cache_dtype: the type of the KV cache, "auto" or "int8".
     """
     shape = profile.shape or find_shape(profile.model)
+    types: Any = {"itemsize": itemsize, "kv_cache_dtype": kv_cache_dtype}
     if shape is None:
-        cost = CostModel.tokens_only(hardware, batch=batch or 1)
+        cost = CostModel.tokens_only(hardware, batch=batch or 1, **types)
     else:
-        cost = CostModel.of(shape, num_devices, hardware, batch=batch or 1, itemsize=itemsize)
+        cost = CostModel.of(shape, num_devices, hardware, batch=batch or 1, **types)
     if batch is not None:
         return cost
     slots = -(-profile.num_heads // num_devices)

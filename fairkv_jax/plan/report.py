@@ -62,10 +62,12 @@ def report_page(profile: Profile, chosen: Plan, plans: Sequence[Plan]) -> str:
 def _subtitle(profile: Profile, plan: Plan) -> str:
     budget = "" if profile.budget is None else f", {profile.budget} tokens per head on average"
     cost = plan.cost.hardware or "a measured cost model"
+    num_bytes = plan.cost.token_bytes
+    cached = f", {num_bytes:g} bytes per cached token and head" if num_bytes else ""
     return (
         f"{profile.num_layers} layers with {profile.num_heads} KV heads each, "
         f"{profile.policy}{budget}; "
-        f"planned with {plan_name(plan)} for {cost} at batch {plan.cost.batch}."
+        f"planned with {plan_name(plan)} for {cost} at batch {plan.cost.batch}{cached}."
     )
 
 

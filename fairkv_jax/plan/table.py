@@ -20,11 +20,14 @@ def comparison_table(profile: Profile, chosen: Plan, plans: Sequence[Plan]) -> T
 
     "util" is the utilization of time, weights included, and "tokens" that of cached tokens alone.
     "gap" is the plan's maximum distance from the optimum. "+1 replica" is the gain in tokens/s of
-    one more replica per layer. "GiB" is the memory for weights and cache on the fullest device.
+    one more replica per layer. "GiB" is the memory for weights and cache on the fullest device. The
+    title states the bytes of a cached token per head.
     """
+    has_bytes = chosen.cost.token_bytes > 0
     table = Table(
         title=f"{profile.model or 'model'}: {profile.num_layers} layers x {profile.num_heads} "
-        f"heads on {chosen.num_devices} devices, {chosen.cost.hardware or 'measured cost'}",
+        f"heads on {chosen.num_devices} devices, {chosen.cost.hardware or 'measured cost'}"
+        + (f", {chosen.cost.token_bytes:g} bytes per cached token" if has_bytes else ""),
         box=SIMPLE_HEAVY,
         padding=(0, 1, 0, 0),
     )

@@ -20,7 +20,8 @@ def describe(engine: Engine) -> list[str]:
         f"context of {run.max_model_len} tokens",
         compression(engine),
         *plan_table(engine.plan),
-        f"KV cache: {engine.kv_capacity_tokens:,} tokens in all layers and heads, enough for "
+        f"KV cache: {engine.kv_capacity_tokens:,} tokens in all layers and heads, in "
+        f"{run.page_dtype}, enough for "
         f"{engine.kv_capacity_tokens / run.max_model_len:.1f} uncompressed requests of maximum "
         f"length; at most {run.max_num_seqs} requests run concurrently",
     ]

@@ -66,7 +66,7 @@ class StepShapes:
     def lower(self, step: Any, *args: Any, **static: Any) -> Lowered:
         """Lowers a jitted step; kernels ask the abstract mesh what they are lowered for."""
         # GPUs would round the factors of float32 products to ten bits.
-        precision = "highest" if self.spec.dtype == "float32" else None
+        precision = "highest" if self.model.dtype == jnp.float32 else None
         with (
             jax.default_matmul_precision(precision),
             jax.sharding.use_abstract_mesh(self.mesh.abstract_mesh),

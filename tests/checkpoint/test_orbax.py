@@ -288,6 +288,9 @@ def test_the_commands(gguf, tmp_path, capsys):
     shown = capsys.readouterr().out
     assert "layers.1.q               3 × 2 × 16 × 48      float32" in shown
     assert "each of 2 devices, fair_copying, bfloat16:" in shown
+    assert "a token that all keep               384 bytes" in shown  # 2 x 3 heads x 16 x k and v
+    assert main(["inspect", str(target), "--devices", "2", "--kv-cache-dtype", "int8"]) == 0
+    assert "a token that all keep               216 bytes" in capsys.readouterr().out
     assert main(["convert", str(gguf), str(target)]) == 1
     assert "exists already" in capsys.readouterr().err
     assert json.loads((target / "model.json").read_text())["name"] == "Tiny"

@@ -6,7 +6,7 @@ positions that this head kept; all keep their positions. Generated tokens follow
 That is one forward pass over prompt and output with a mask per layer and head: no cache, no pages.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -14,24 +14,34 @@ from tests.oracle.forward import Llama, rms_norm, rope_table, rotate, silu, soft
 
 Kept = Sequence[Sequence[np.ndarray]]
 """For each layer and KV head the positions of a segment that it kept."""
+Rounded = Callable[[np.ndarray], np.ndarray]
 Segment = tuple[int, Kept]
 """The position behind a segment's last token, and what is kept of the segment."""
 
 
 def generate(
-    model: Llama, prompt: Sequence[int], segments: Sequence[Segment], num_tokens: int
+    model: Llama,
+    prompt: Sequence[int],
+    segments: Sequence[Segment],
+    num_tokens: int,
+    rounded: Rounded = np.asarray,
 ) -> tuple[list[int], list[float]]:
-    """The greedy tokens and their log-probabilities."""
+    """The greedy tokens and their log-probabilities; `rounded` as in `forward`."""
     tokens, logprobs = [], []
     for _ in range(num_tokens):
-        logits = forward(model, [*prompt, *tokens], segments)
+        logits = forward(model, [*prompt, *tokens], segments, rounded)
         tokens.append(int(np.argmax(logits)))
         logprobs.append(float(np.log(softmax(logits)[tokens[-1]])))
     return tokens, logprobs
 
 
-def forward(model: Llama, token_ids: Sequence[int], segments: Sequence[Segment]) -> np.ndarray:
-    """Logits [V] of the last position."""
+def forward(
+    model: Llama,
+    token_ids: Sequence[int],
+    segments: Sequence[Segment],
+    rounded: Rounded = np.asarray,
+) -> np.ndarray:
+    """Logits [V] of the last position; `rounded` is what the cache makes of keys and values."""
     T, N, K, H = len(token_ids), model.num_heads, model.num_kv_heads, model.head_dim
     weights, eps = model.weights, np.float32(model.rms_norm_eps)
     cos, sin = rope_table(T, H, model.rope_theta, np.float32)
@@ -44,8 +54,8 @@ def forward(model: Llama, token_ids: Sequence[int], segments: Sequence[Segment])
 
         h = rms_norm(x, weights[f"{layer}.input_layernorm"], eps)
         q = rotate(project(h, "q_proj", N), cos, sin)
-        k = rotate(project(h, "k_proj", K), cos, sin)
-        v = project(h, "v_proj", K)
+        k = rounded(rotate(project(h, "k_proj", K), cos, sin))
+        v = rounded(project(h, "v_proj", K))
         attended = np.empty_like(q)
         for head in range(N):
             kv = head // (N // K)

@@ -12,7 +12,7 @@ from fairkv_jax.sampling_params import SamplingParams
 TINY_VOCAB = 384
 
 
-def tiny_cache_bytes(num_pages: int, num_rows: int, max_tokens: int) -> int:
+def tiny_cache_bytes(num_pages: int, num_rows: int, max_tokens: int, dtype: str = "float32") -> int:
     """Bytes of the tiny model's KV cache with that many pages, on one device."""
     spec = KVCacheSpec(
         num_layers=2,
@@ -23,6 +23,7 @@ def tiny_cache_bytes(num_pages: int, num_rows: int, max_tokens: int) -> int:
         page_size=16,
         pages_per_device=num_pages,
         max_tokens=max_tokens,
+        dtype=dtype,
     )
     return spec.bytes_per_device
 

@@ -92,7 +92,7 @@ def read_row(engine: LLMEngine, at: RowCompression) -> Row:
     entries = np.asarray(cache.page_table.pages).reshape(spec.num_devices, -1)
     pools = [
         np.array(x).reshape(spec.num_devices, spec.pages_per_device, spec.page_size, -1)
-        for x in (cache.k_pages, cache.v_pages)
+        for x in (cache.pool.k_pages, cache.pool.v_pages)
     ]
     stored = None if cache.queries is None else np.array(cache.queries)
     heads, queries = {}, {}

@@ -5,9 +5,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 
-from fairkv_jax.pallas.ragged_decode import PageTable
+from fairkv_jax.pallas.ragged_decode import PageTable, Pool
 
 
 @dataclass(frozen=True)
@@ -21,6 +22,7 @@ class Case:
     lengths: jax.Array
     layer: int | None = None
     scales: tuple[jax.Array, jax.Array] | None = None
+    """Those of int8 pages; of tokens that no row owns they are NaN."""
 
     @classmethod
     def random(
@@ -90,10 +92,24 @@ class Case:
         counts = jnp.asarray(lengths, jnp.int32)
         return cls(queries, k_pages, v_pages, table, counts, layer)
 
+    def quantized(self) -> "Case":
+        """The case with its pages in int8; in tokens that no row owns, the values are 99."""
+        wide = (np.asarray(pages, np.float32) for pages in (self.k_pages, self.v_pages))
+        (k_pages, k_scales), (v_pages, v_scales) = (quantize(pages, nobody=99) for pages in wide)
+        pages = jnp.asarray(k_pages), jnp.asarray(v_pages)
+        scales = jnp.asarray(k_scales), jnp.asarray(v_scales)
+        return replace(self, k_pages=pages[0], v_pages=pages[1], scales=scales)
+
+    @property
+    def pool(self) -> Pool:
+        return Pool(self.k_pages, self.v_pages, self.scales)
+
     @property
     def arrays(self) -> tuple[Any, ...]:
-        """In the order of the kernels' arguments."""
-        return self.q, self.k_pages, self.v_pages, self.page_table, self.lengths, self.layer
+        """In the order of the kernels' arguments; without scales, if there are none."""
+        scales = () if self.scales is None else (self.scales,)
+        lists = self.page_table, self.lengths, self.layer
+        return self.q, self.k_pages, self.v_pages, *lists, *scales
 
     @property
     def lengths_here(self) -> np.ndarray:
@@ -117,6 +133,17 @@ class Case:
         return np.asarray(self.page_table.pages)[entry], token % page_size
 
 
+def quantize(x: np.ndarray, nobody: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """rint(x / s) of float32 vectors [..., H], with s = max|x| / 127 in bfloat16; `nobody` of NaN.
+
+    In float32 as in the cache, so that not one value is rounded to the other side.
+    """
+    scales = (np.abs(x).max(-1) / np.float32(127)).astype(ml_dtypes.bfloat16)
+    wide = scales.astype(np.float32)[..., None]
+    values = np.rint(np.divide(x, wide, out=np.zeros_like(x), where=wide != 0))
+    return np.where(np.isnan(values), nobody, values).astype(np.int8), scales
+
+
 def attend(case: Case) -> np.ndarray:
     """softmax(q k^T / sqrt(H)) v of each query over the tokens up to its own; zeros without any."""
     q, k_pages, v_pages = (np.asarray(x, np.float64) for x in (case.q, case.k_pages, case.v_pages))
@@ -137,24 +164,32 @@ def attend(case: Case) -> np.ndarray:
 
 def append(case: Case, k: jax.Array, v: jax.Array) -> Case:
     """The case after every owned row's new tokens have been written behind its others."""
-    k_pages, v_pages = np.array(case.k_pages), np.array(case.v_pages)
+    pages = [np.array(leaf) for leaf in jax.tree.leaves(case.pool)]
+    new = [np.asarray(k), np.asarray(v)]
+    if case.scales is not None:
+        rounded = [quantize(x.astype(np.float32)) for x in new]
+        new = [part[i] for i in range(2) for part in rounded]
     for row, slot in np.argwhere(case.lengths_here > 0):
         for query in range(k.shape[1]):
             at = case.places(row, slot, case.lengths_here[row, slot] + np.array(query))
-            k_pages[at], v_pages[at] = k[row, query, slot], v[row, query, slot]
+            for leaf, tokens in zip(pages, new, strict=True):
+                leaf[at] = tokens[row, query, slot]
+    k_pages, v_pages, *scales = map(jnp.asarray, pages)
     lengths, here = np.array(case.lengths), case.lengths_here
     lengths[... if case.layer is None else case.layer] = here + k.shape[1] * (here > 0)
     return replace(
         case,
-        k_pages=jnp.asarray(k_pages),
-        v_pages=jnp.asarray(v_pages),
+        k_pages=k_pages,
+        v_pages=v_pages,
+        scales=tuple(scales) or None,
         lengths=jnp.asarray(lengths),
     )
 
 
-def assert_same_pages(pool: tuple[jax.Array, jax.Array], expected: Case) -> None:
-    """Every entry of the pool is equal, NaN included."""
-    for pages, wanted in zip(pool, (expected.k_pages, expected.v_pages), strict=True):
+def assert_same_pages(pool: Pool, expected: Case) -> None:
+    """Every entry of the pool is equal, NaN included, and so are the scales."""
+    leaves, of_case = jax.tree.leaves(pool), jax.tree.leaves(expected.pool)
+    for pages, wanted in zip(leaves, of_case, strict=True):
         # As float32: NumPy knows no NaN in bfloat16.
         np.testing.assert_array_equal(np.asarray(pages, np.float32), np.asarray(wanted, np.float32))
 

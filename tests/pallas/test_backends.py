@@ -40,9 +40,8 @@ def decode(case: Case, backend: str) -> jax.Array:
 
 
 def append_and_decode(case: Case, k: jax.Array, v: jax.Array, backend: str) -> tuple[Any, Any]:
-    q, k_pages, v_pages, *lists = case.arrays
     call = partial(ops.append_and_decode, backend=backend, device=CPU)
-    return jax.jit(call)(q, k, v, (k_pages, v_pages), *lists)
+    return jax.jit(call)(case.q, k, v, case.pool, case.page_table, case.lengths, case.layer)
 
 
 @pytest.mark.parametrize("layers", [None, 3])
@@ -118,20 +117,18 @@ def test_queries_are_causal_among_themselves(backend: str, num_queries: int) -> 
     assert_same_pages(pool, after)
 
 
-def test_int8_pages_have_a_scale_per_token(backend: str) -> None:
-    case = Case.random(10, num_queries=1, layers=2, **SHAPE)
-    rng = np.random.default_rng(11)
-    shape = case.k_pages.shape
-    k_pages, v_pages = jnp.asarray(rng.integers(-127, 128, (2, *shape)), jnp.int8)
-    # The scales of tokens that nobody owns are not numbers, as their float pages would be.
-    unowned = np.isnan(np.asarray(case.k_pages, np.float32)).any(-1)
-    k_scales, v_scales = rng.uniform(1e-3, 3e-2, (2, *shape[:2])).astype(np.float32)
-    k_scales[unowned] = v_scales[unowned] = np.nan
-    scales = jnp.asarray(k_scales), jnp.asarray(v_scales)
-    case = replace(case, k_pages=k_pages, v_pages=v_pages, scales=scales)
-    call = partial(ops.ragged_decode, *case.arrays, scales=scales, backend=backend, device=CPU)
-    if backend == "reference":
-        assert relative_error(call(), attend(case)) < 1e-5
-    else:
-        with pytest.raises(NotImplementedError, match="int8 pages"):
-            call()
+@pytest.mark.parametrize("layers", [None, 3])
+def test_int8_pages_are_read_with_their_scales(backend: str, layers: int | None) -> None:
+    case = Case.random(10, layers=layers, **SHAPE).quantized()
+    assert relative_error(decode(case, backend), attend(case)) < TOLERANCE
+
+
+def test_appended_tokens_are_rounded_to_int8_as_the_formula_says(backend: str) -> None:
+    """Byte for byte, and nothing else of the pool changes, in particular no scale of the page."""
+    case = Case.random(11, layers=2, room=1, **SHAPE).quantized()
+    k, v = case.new_tokens(12)
+    k = k.at[0].set(0)  # zeros have the scale 0
+    out, pool = append_and_decode(case, k, v, backend)
+    after = append(case, k, v)
+    assert relative_error(out, attend(after)) < TOLERANCE
+    assert_same_pages(pool, after)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from fairkv_jax.pallas import ragged_decode as ops
-from fairkv_jax.pallas.ragged_decode import PageTable
+from fairkv_jax.pallas.ragged_decode import PageTable, Pool
 from fairkv_jax.pallas.ragged_decode.mosaic_pipeline import INTERPRETER, Shapes
 from fairkv_jax.pallas.ragged_decode.pieces import Sizes
 from fairkv_jax.pallas.ragged_decode.registry import IMPLEMENTATIONS
@@ -54,7 +54,7 @@ def test_shapes_that_do_not_fit_are_refused() -> None:
     for queries in (q[..., :32], q[:, 0]):
         with pytest.raises(ValueError, match="shapes do not fit"):
             ops.ragged_decode(queries, k_pages, v_pages, page_table, lengths, device=CPU)
-    (k, v), pool = Case.random(3).new_tokens(1), (k_pages, v_pages)
+    (k, v), pool = Case.random(3).new_tokens(1), Pool(k_pages, v_pages)
     with pytest.raises(ValueError, match="new keys"):
         ops.append_and_decode(q, k[:, 0], v, pool, page_table, lengths, device=CPU)
 
@@ -107,7 +107,8 @@ def test_mosaic_tiles_fit_a_hopper(kind: str, head_dim: int, group: int) -> None
     sizes = Sizes(64, group, head_dim, page_size=16, num_entries=4096, tile=tile)
     if INTERPRETER is None:
         pytest.skip("this JAX is too old for the kernel")
-    Shapes.of(sizes, np.dtype("float16"))
+    for page_dtype in ("float16", "int8"):
+        Shapes.of(sizes, np.dtype("float16"), np.dtype(page_dtype))
 
 
 @pytest.mark.parametrize("kind", ["NVIDIA A100-SXM4-80GB", "NVIDIA L4", "NVIDIA B200"])

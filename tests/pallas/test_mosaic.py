@@ -35,9 +35,15 @@ def case_of(seed: int, shape: dict[str, Any]) -> Case:
     return Case.random(seed, **{"batch": 3, "slots": 2, "dtype": "bfloat16"} | shape)
 
 
-@pytest.mark.parametrize(("tile", "shape"), SHAPES, ids=str)
-def test_decode_agrees_with_float64(tile: MosaicTile, shape: dict[str, Any]) -> None:
+@pytest.mark.parametrize(
+    ("tile", "shape", "int8"),
+    [*((*each, False) for each in SHAPES), (*SHAPES[1], True), (*SHAPES[3], True)],
+    ids=str,
+)
+def test_decode_agrees_with_float64(tile: MosaicTile, shape: dict[str, Any], *, int8: bool) -> None:
     case = case_of(1, shape)
+    if int8:
+        case = case.quantized()
     out = jax.jit(partial(mosaic.ragged_decode, tile=tile, interpret=True))(*case.arrays)
     assert out.dtype == case.q.dtype
     assert relative_error(out, attend(case)) < TOLERANCE[case.q.dtype.name]

@@ -27,6 +27,18 @@ def test_a_and_b_are_bytes_over_bandwidth():
     assert cost.head_bytes / cost.token_bytes / 1024 == 72
 
 
+def test_an_int8_cache_costs_a_byte_per_element_and_two_scales():
+    shape = SHAPES["llama-3.3-70b"]
+    bfloat16 = CostModel.of(shape, 8, "H100", batch=16)
+    int8 = CostModel.of(shape, 8, "H100", batch=16, kv_cache_dtype="int8")
+    assert int8.token_bytes == 2 * (128 + 2)
+    assert int8.b_seconds_per_token == pytest.approx(int8.token_bytes / 3.35e12)
+    assert (int8.a_seconds, int8.rest_bytes) == (bfloat16.a_seconds, bfloat16.rest_bytes)
+    unknown = Profile.uniform(32, 8, 64)
+    costs = [default_cost(unknown, 2, batch=1, kv_cache_dtype=d) for d in ("auto", "int8")]
+    assert [cost.token_bytes for cost in costs] == [2 * 128 * 2, 2 * (128 + 2)]
+
+
 @pytest.mark.parametrize("hardware", HARDWARE)
 def test_presets_hold_the_whole_70b_model_apart_from_norms_and_embeddings(hardware):
     shape = SHAPES["llama-3.3-70b"]

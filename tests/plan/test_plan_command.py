@@ -64,6 +64,18 @@ def test_throughput_uses_the_hardwares_memory(profile_file, tmp_path):
     assert 23e9 < plan.device_bytes <= 24e9
 
 
+def test_an_int8_cache_fits_more_rows(profile_file, tmp_path, capsys):
+    batches = []
+    for dtype, said in (("auto", "256 bytes per cached"), ("int8", "132 bytes per cached")):
+        output, page = tmp_path / "plan.json", tmp_path / "plan.html"
+        options = ["--objective=throughput", f"--kv-cache-dtype={dtype}", f"--report={page}"]
+        assert main([f"--profile={profile_file}", *options, "--output", str(output)]) == 0
+        batches.append(Plan.from_json(output.read_text(encoding="utf-8")).cost.batch)
+        assert said in " ".join(capsys.readouterr().out.split())
+        assert said in page.read_text(encoding="utf-8")
+    assert batches[1] / batches[0] == pytest.approx(256 / 132, rel=0.01)
+
+
 def test_the_deprecated_flag_still_works(profile_file, tmp_path, capsys):
     plans = []
     for flag in ("--max-copies=1", "--max-extra-replicas=1"):

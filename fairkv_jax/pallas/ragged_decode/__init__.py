@@ -14,8 +14,8 @@ The contract of every implementation:
 - With `scales`, the pages are int8, and token t of page p stands for k_pages[p,t] * k_scales[p,t]
   and v_pages[p,t] * v_scales[p,t].
 
-`append_and_decode` first writes each owned row's new keys and values, and attends over them too: a
-decode step calls it.
+`append_and_decode` first writes each owned row's new keys and values, in the type of the pages, and
+attends over what it has written too: a decode step calls it.
 
 Implementations are tried in the order that the kind of device lists (`devices/`). One that cannot
 take the input raises NotImplementedError, and the next is tried.
@@ -29,7 +29,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, Num
 
 from fairkv_jax.pallas.ragged_decode.page_table import PageTable
-from fairkv_jax.pallas.ragged_decode.reference import Pool, Scales
+from fairkv_jax.pallas.ragged_decode.pool import Pool, Scales, rounded_to_int8
 from fairkv_jax.pallas.ragged_decode.registry import IMPLEMENTATIONS, Implementation
 from fairkv_jax.pallas.ragged_decode.tiles import Device, device_tiles
 
@@ -47,6 +47,7 @@ __all__ = [
     "check_backend",
     "device_of",
     "ragged_decode",
+    "rounded_to_int8",
 ]
 
 
@@ -74,8 +75,7 @@ def ragged_decode(
         ValueError: The backend is unknown, or the shapes do not fit each other.
         NotImplementedError: The forced backend cannot take this input.
     """
-    _check_shapes(q, (k_pages, v_pages), page_table, lengths, layer)
-    _check_scales(k_pages, scales)
+    _check_shapes(q, Pool(k_pages, v_pages, scales), page_table, lengths, layer)
     device = device or device_of()
     args = q, k_pages, v_pages, page_table, lengths, layer, scales
     return _first(backend, device, lambda i: i.decode(*args, device))
@@ -119,7 +119,8 @@ def check_backend(backend: str) -> None:
 
 def _check_shapes(q: Any, pool: Pool, page_table: PageTable, lengths: Any, layer: Any) -> None:
     """Raises ValueError where a kernel would read outside its arrays."""
-    k_pages, v_pages = pool
+    _check_scales(pool)
+    k_pages, v_pages = pool.k_pages, pool.v_pages
     axes = "[B,C]" if layer is None else "[L,B,C]"
     rows_and_slots = (q.shape[0], q.shape[2]) if q.ndim == 5 else None
     fits = (
@@ -147,7 +148,8 @@ def _check_new_tokens(q: Any, k: Any, v: Any) -> None:
         )
 
 
-def _check_scales(k_pages: Any, scales: Scales | None) -> None:
+def _check_scales(pool: Pool) -> None:
+    k_pages, scales = pool.k_pages, pool.scales
     shapes = {k_pages.shape[:2]} if scales is None else {scale.shape for scale in scales}
     if (k_pages.dtype.name == "int8") != (scales is not None) or shapes != {k_pages.shape[:2]}:
         given = "no scales" if scales is None else f"scales of shapes {[s.shape for s in scales]}"

@@ -29,14 +29,15 @@ from jaxtyping import Array, Float, Int
 from fairkv_jax.pallas.ragged_decode.merge import NEVER, merge_pieces
 from fairkv_jax.pallas.ragged_decode.mosaic_pipeline import (
     INTERPRETER,
-    TILE_COLUMNS,
     Buffers,
     Shapes,
     Work,
+    tile_columns,
 )
 from fairkv_jax.pallas.ragged_decode.page_table import PageTable, of_layer
 from fairkv_jax.pallas.ragged_decode.pieces import Sizes, layer_index, list_pieces
-from fairkv_jax.pallas.ragged_decode.reference import Pool, append
+from fairkv_jax.pallas.ragged_decode.pool import Pool, Scales
+from fairkv_jax.pallas.ragged_decode.reference import append
 from fairkv_jax.pallas.ragged_decode.tiles import MosaicTile
 
 
@@ -47,6 +48,7 @@ def ragged_decode(
     page_table: PageTable,
     lengths: Int[Array, "*L B C"],
     layer: Int[Array, ""] | int | None = None,
+    scales: Scales | None = None,
     *,
     tile: MosaicTile,
     interpret: bool = False,
@@ -57,7 +59,7 @@ def ragged_decode(
         NotImplementedError: The kernel cannot take this number of queries, type, group, head
             dimension, page size or batch, or this JAX is too old for it.
     """
-    shapes = Shapes.of(Sizes.of(q, k_pages, page_table, tile), q.dtype)
+    shapes = Shapes.of(Sizes.of(q, k_pages, page_table, tile), q.dtype, k_pages.dtype)
     sizes, columns, layer = shapes.sizes, shapes.columns, layer_index(layer)
     pieces = list_pieces(lengths, page_table.starts, layer, sizes, interpret=interpret)
     queries = q.reshape(sizes.pairs, sizes.group, sizes.head_dim)
@@ -73,7 +75,7 @@ def ragged_decode(
             approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane
         ),
         interpret=INTERPRETER() if interpret else None,
-    )(queries, k_pages, v_pages, page_table.pages, pieces)
+    )(queries, k_pages, v_pages, *(scales or ()), page_table.pages, pieces)
     rows = acc.reshape(-1, sizes.head_dim), m.reshape(-1), l.reshape(-1)
     return merge_pieces(q, *rows, lengths, layer, sizes, interpret=interpret)
 
@@ -96,27 +98,27 @@ def append_and_decode(
     """
     page_table, lengths = page_table.of_layer(layer), of_layer(lengths, layer)
     pool, lengths = append(k, v, pool, page_table, lengths)
-    return ragged_decode(q, *pool, page_table, lengths, tile=tile, interpret=interpret), pool
+    pages = pool.k_pages, pool.v_pages
+    call = partial(ragged_decode, scales=pool.scales, tile=tile, interpret=interpret)
+    return call(q, *pages, page_table, lengths), pool
 
 
 def _attend(
     q_ref: Any,
     k_ref: Any,
     v_ref: Any,
-    pages_ref: Any,
-    pieces_ref: Any,
-    acc_ref: Any,
-    m_ref: Any,
-    l_ref: Any,
-    *,
+    *refs: Any,
     shapes: Shapes,
     **buffers: Any,
 ) -> None:
     """Attends over one piece: an online softmax over its tiles, in base 2."""
+    *scales, pages_ref, pieces_ref, acc_ref, m_ref, l_ref = refs
+    k_scales_ref, v_scales_ref = scales or (None, None)
     item = jax.lax.axis_index("piece")
     pair, begin, end, length, start = (pieces_ref[item, field] for field in range(5))
     smem = Buffers(**buffers)
-    work = Work(shapes, smem, k_ref, v_ref, pages_ref, start, begin, end, length)
+    pool = k_ref, v_ref, k_scales_ref, v_scales_ref
+    work = Work(shapes, smem, *pool, pages_ref, start, begin, end, length)
 
     @pl.when(begin < end)
     def run() -> None:
@@ -155,27 +157,31 @@ def _tile(i: Array, state: tuple[Array, Array, Array], *, work: Work) -> Any:
     block = (sizes.tile.block_tokens, work.shapes.columns)
 
     plgpu.barrier_wait(smem.k_landed.at[stage])
-    scores = _product(smem.k.at[stage], smem.q.transpose((1, 0)))
+    keys = smem.k.at[stage]
+    if work.shapes.is_quantized:
+        keys = _widened(keys, work)
+    scores = _product(keys, smem.q.transpose((1, 0)))
     scores = scores * (sizes.head_dim**-0.5 * math.log2(math.e))
+    if work.shapes.is_quantized:
+        scores = scores * work.scales(work.k_scales_ref, i, block)
     scores = jnp.where(first + _row_of(block) < work.length, scores, NEVER)
     new_m = jnp.maximum(m, scores.max(axis=0))
     weights = jnp.exp2(scores - _as_row(new_m, block))
     decay = jnp.exp2(m - new_m)
-    smem.weights.transpose((1, 0))[...] = _transposed(weights.astype(work.shapes.dtype))
+    scaled = weights
+    if work.shapes.is_quantized:
+        scaled = weights * work.scales(work.v_scales_ref, i, block)
+        scaled = jnp.where(first + _row_of(block) < work.length, scaled, 0.0)
+    smem.weights.transpose((1, 0))[...] = _transposed(scaled.astype(work.shapes.dtype))
 
     plgpu.barrier_wait(smem.v_landed.at[stage])
-
-    @pl.when(first + sizes.tile.block_tokens > work.length)
-    def clear_tail() -> None:
-        # Weights past the length are 0, but the values there may be NaN.
-        for column in range(0, sizes.head_dim, TILE_COLUMNS):  # in parts, to use few registers
-            part = smem.v.at[stage, :, pl.ds(column, TILE_COLUMNS)]
-            values = plgpu.layout_cast(part[...], plgpu.Layout.WGMMA)
-            is_token = first + _row_of(values.shape) < work.length
-            part[...] = jnp.where(is_token, values, jnp.zeros_like(values))
-
+    tile_values = smem.v.at[stage]
+    if work.shapes.is_quantized:
+        tile_values = _widened(tile_values, work)
+    else:
+        _clear_tail(tile_values, first, work)
     plgpu.commit_smem()
-    values = _product(smem.v.at[stage].transpose((1, 0)), smem.weights.transpose((1, 0)))
+    values = _product(tile_values.transpose((1, 0)), smem.weights.transpose((1, 0)))
 
     @pl.when(next_tile < work.end)
     def fetch() -> None:
@@ -183,6 +189,36 @@ def _tile(i: Array, state: tuple[Array, Array, Array], *, work: Work) -> Any:
 
     acc = acc * _as_row(decay, acc.shape) + values
     return acc, new_m, l * _as_row(decay, block) + weights
+
+
+def _clear_tail(values_ref: Any, first: Array, work: Work) -> None:
+    """Sets the values past the length to 0: their weights are 0, but they may be NaN."""
+    sizes = work.shapes.sizes
+
+    @pl.when(first + sizes.tile.block_tokens > work.length)
+    def clear_tail() -> None:
+        for part in _parts(values_ref, work):
+            values = plgpu.layout_cast(part[...], plgpu.Layout.WGMMA)
+            is_token = first + _row_of(values.shape) < work.length
+            part[...] = jnp.where(is_token, values, jnp.zeros_like(values))
+
+
+def _widened(tile_ref: Any, work: Work) -> Any:
+    """The buffer that holds an int8 tile in the type of the queries, until the next one."""
+    wide = work.buffers.wide
+    plgpu.commit_smem()  # a barrier: every warp has multiplied with what is there
+    for part, target in zip(_parts(tile_ref, work), _parts(wide, work), strict=True):
+        values = plgpu.layout_cast(part[...], plgpu.Layout.WGMMA_UPCAST_2X)
+        target[...] = plgpu.layout_cast(values.astype(work.shapes.dtype), plgpu.Layout.WGMMA)
+    plgpu.commit_smem()
+    return wide
+
+
+def _parts(tile_ref: Any, work: Work) -> list[Any]:
+    """A tile of the cache in parts, which take few registers each."""
+    head_dim = work.shapes.sizes.head_dim
+    width = tile_columns(head_dim, work.shapes.page_dtype)
+    return [tile_ref.at[:, pl.ds(column, width)] for column in range(0, head_dim, width)]
 
 
 def _start(shapes: Shapes) -> tuple[Array, Array, Array]:

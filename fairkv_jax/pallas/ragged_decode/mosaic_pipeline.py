@@ -16,9 +16,7 @@ INTERPRETER: Any = getattr(plgpu, "InterpretGPUParams", None)
 _DTYPES = ("bfloat16", "float16")
 _ROWS = 64  # of wgmma
 _COLUMNS = 8  # wgmma takes a multiple of it
-_SWIZZLE = 128  # bytes; TMA and wgmma agree on where a tile's rows lie in shared memory
-TILE_COLUMNS = 64
-"""Columns of a swizzled tile, of 16 bits each."""
+_SWIZZLE = 128  # bytes, at most; TMA and wgmma agree on where a tile's rows lie in shared memory
 _SHARED_BYTES = 227 * 1024  # the most that a program may use on Hopper
 
 
@@ -28,11 +26,14 @@ class Shapes:
 
     sizes: Sizes
     dtype: Any
+    """The type of the queries, in which wgmma multiplies."""
+    page_dtype: Any
+    """The same, or int8."""
 
     @classmethod
-    def of(cls, sizes: Sizes, dtype: Any) -> "Shapes":
+    def of(cls, sizes: Sizes, dtype: Any, page_dtype: Any) -> "Shapes":
         """Raises NotImplementedError where the kernel cannot take these sizes."""
-        shapes, block = cls(sizes, dtype), sizes.tile.block_tokens
+        shapes, block = cls(sizes, dtype, page_dtype), sizes.tile.block_tokens
         if INTERPRETER is None:
             raise NotImplementedError(f"needs JAX 0.11.2 or newer, this is {jax.__version__}")
         if dtype.name not in _DTYPES:
@@ -51,6 +52,10 @@ class Shapes:
                 f"{shapes.shared_bytes} bytes of shared memory, there are {_SHARED_BYTES}"
             )
         return shapes
+
+    @property
+    def is_quantized(self) -> bool:
+        return self.page_dtype != self.dtype
 
     @property
     def columns(self) -> int:
@@ -79,7 +84,8 @@ class Shapes:
     def buffers(self) -> dict[str, Any]:
         """Shared memory and barriers, by the names of the fields of `Buffers`."""
         tile, head_dim = self.sizes.tile, self.sizes.head_dim
-        cached = _shared((tile.num_stages, tile.block_tokens, head_dim), self.dtype)
+        cached = _shared((tile.num_stages, tile.block_tokens, head_dim), self.page_dtype)
+        wide = {"wide": _shared((tile.block_tokens, head_dim), self.dtype)}
         landed = plgpu.Barrier(num_arrivals=self.copies, num_barriers=tile.num_stages)
         scalar = plgpu.SMEM((self.columns,), jnp.float32)
         return {
@@ -93,15 +99,17 @@ class Shapes:
             "q_landed": plgpu.Barrier(),
             "k_landed": landed,
             "v_landed": landed,
+            **(wide if self.is_quantized else {}),
         }
 
     @property
     def shared_bytes(self) -> int:
         """Bytes of a program, with those that Mosaic takes for reductions and barriers."""
         tile, columns, head_dim = self.sizes.tile, self.columns, self.sizes.head_dim
-        cached = 2 * tile.num_stages * tile.block_tokens * head_dim
-        items = cached + columns * (head_dim + tile.block_tokens)
-        return items * self.dtype.itemsize + 4 * columns * (head_dim + 2) + 4096
+        block = tile.block_tokens * head_dim
+        cached = 2 * tile.num_stages * block * self.page_dtype.itemsize
+        items = columns * (head_dim + tile.block_tokens) + block * self.is_quantized
+        return cached + items * self.dtype.itemsize + 4 * columns * (head_dim + 2) + 4096
 
 
 @dataclass(frozen=True)
@@ -118,6 +126,8 @@ class Buffers:
     q_landed: Any
     k_landed: Any
     v_landed: Any
+    wide: Any = None
+    """The keys or the values of one int8 tile in the type of the queries."""
 
 
 @dataclass(frozen=True)
@@ -128,6 +138,9 @@ class Work:
     buffers: Buffers
     k_ref: Any
     v_ref: Any
+    k_scales_ref: Any
+    v_scales_ref: Any
+    """None where the pages are not int8."""
     pages_ref: Any
     start: Array
     """Where the pair's entries begin in the list of pages."""
@@ -155,8 +168,7 @@ class Work:
     def fetch(self, tile: Array, pages: list[Array]) -> None:
         """Starts the copies of a tile's keys and values into its stage."""
         stage, tokens = self.stage(tile), self.shapes.copy_tokens
-        block = self.shapes.sizes.tile.block_tokens
-        begin = jax.lax.rem(tile * block, jnp.int32(self.shapes.sizes.page_size))
+        begin = self._begin(tile)
         part = pl.ds(pl.multiple_of(begin, 8), tokens) if self.shapes.copies == 1 else slice(None)
         smem = self.buffers
         keys, values = (self.k_ref, smem.k, smem.k_landed), (self.v_ref, smem.v, smem.v_landed)
@@ -165,9 +177,36 @@ class Work:
                 place = buffer.at[stage, pl.ds(i * tokens, tokens)]
                 plgpu.copy_gmem_to_smem(ref.at[page, part], place, landed.at[stage])
 
+    def scales(self, scales_ref: Any, tile: Array, shape: tuple[int, int]) -> Array:
+        """The scales of a tile's keys or values in float32, one per row of an array of that shape.
+
+        They are read one by one: TMA writes to multiples of 128 bytes, and a page has fewer scales.
+        """
+        pages, tokens, begin = self.pages(tile), self.shapes.copy_tokens, self._begin(tile)
+        rows = plgpu.Layout.WGMMA.reduce(1)
+        row = plgpu.broadcasted_iota(jnp.int32, shape[:1], 0, layout=rows)
+        scales = plgpu.layout_cast(jnp.zeros(shape[:1], jnp.float32), rows)
+        for token in range(shape[0]):
+            scale = scales_ref[pages[token // tokens], begin + token % tokens]
+            scales = jnp.where(row == token, scale.astype(jnp.float32), scales)
+        return jax.lax.broadcast_in_dim(scales, shape, [0])
+
+    def _begin(self, tile: Array) -> Array:
+        """Where in its first page a tile begins."""
+        first = tile * self.shapes.sizes.tile.block_tokens
+        return jax.lax.rem(first, jnp.int32(self.shapes.sizes.page_size))
+
 
 def _shared(shape: tuple[int, ...], dtype: Any) -> Any:
-    """Shared memory in the layout that wgmma and TMA take: 8 rows x 128 bytes, swizzled."""
+    """Shared memory in the layout that wgmma and TMA take: tiles of 8 rows, swizzled."""
     layout: Any = plgpu
-    tiling = layout.TilingTransform((8, _SWIZZLE // jnp.dtype(dtype).itemsize))
-    return plgpu.SMEM(shape, dtype, transforms=(tiling, layout.SwizzleTransform(_SWIZZLE)))
+    columns = tile_columns(shape[-1], dtype)
+    swizzle = layout.SwizzleTransform(columns * jnp.dtype(dtype).itemsize)
+    return plgpu.SMEM(shape, dtype, transforms=(layout.TilingTransform((8, columns)), swizzle))
+
+
+def tile_columns(row_columns: int, dtype: Any) -> int:
+    """The columns of a swizzled tile: 128 bytes, or 64 where rows are an odd multiple of those."""
+    itemsize = jnp.dtype(dtype).itemsize
+    swizzle = _SWIZZLE if row_columns * itemsize % _SWIZZLE == 0 else _SWIZZLE // 2
+    return swizzle // itemsize

@@ -19,6 +19,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 from jaxtyping import Array, Int
 
+from fairkv_jax.kv_cache_spec import INT8
 from fairkv_jax.pallas.ragged_decode.page_table import PageTable
 from fairkv_jax.pallas.ragged_decode.tiles import Tile
 from fairkv_jax.pallas.ragged_decode.triton_blocks import ceil_div, launch
@@ -52,7 +53,7 @@ class Sizes:
         sizes = cls(batch * slots, group, head_dim, page_size, num_entries, tile)
         if num_queries != 1:
             raise NotImplementedError(f"{num_queries} query tokens per row: the kernels take 1")
-        if q.dtype.name not in DTYPES or k_pages.dtype != q.dtype:
+        if q.dtype.name not in DTYPES or k_pages.dtype.name not in (q.dtype.name, INT8):
             raise NotImplementedError(f"queries of {q.dtype} over pages of {k_pages.dtype}")
         if group > MAX_GROUP:
             raise NotImplementedError(f"{group} query heads per KV head, at most {MAX_GROUP}")

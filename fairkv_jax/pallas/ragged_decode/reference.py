@@ -14,13 +14,11 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Num
 
 from fairkv_jax.pallas.ragged_decode.page_table import PageTable, of_layer
+from fairkv_jax.pallas.ragged_decode.pool import Pool, Scales
 
 TILE_TOKENS = 64
 CHUNK_TILES = 32
 _NEVER = -1e30  # a finite minus infinity: the difference of two of them is 0, not NaN
-
-Pool = tuple[Num[Array, "pages page_size H"], Num[Array, "pages page_size H"]]
-Scales = tuple[Float[Array, "pages page_size"], Float[Array, "pages page_size"]]
 
 
 def ragged_decode(
@@ -65,7 +63,8 @@ def ragged_decode(
         is_seen = is_seen[:, :, None]
         scores = jnp.einsum("wrh,wth->wrt", q[pair], k)
         if scales is not None:
-            scores *= scales[0][pages].reshape(CHUNK_TILES, 1, tile_tokens)
+            k_scales = scales[0][pages].reshape(CHUNK_TILES, 1, tile_tokens)
+            scores *= k_scales.astype(jnp.float32)
         scores = jnp.where(is_seen, scores.reshape(by_query), _NEVER).reshape(scores.shape)
         belongs = (pair[:, None] == jnp.arange(pairs)) & is_work[:, None]
         chunk_m = jnp.where(belongs[..., None], scores.max(-1)[:, None], _NEVER).max(0)
@@ -73,7 +72,8 @@ def ragged_decode(
         weights = jnp.exp(scores - new_m[pair][..., None])
         weights = jnp.where(is_seen, weights.reshape(by_query), 0).reshape(scores.shape)
         if scales is not None:
-            v *= scales[1][pages].reshape(CHUNK_TILES, tile_tokens, 1)
+            v_scales = scales[1][pages].reshape(CHUNK_TILES, tile_tokens, 1)
+            v *= v_scales.astype(jnp.float32)
         v = jnp.where(is_token[..., None], v, 0)
         values = jnp.einsum("wrt,wth->wrh", weights, v)
 
@@ -104,7 +104,8 @@ def append_and_decode(
     """Writes each owned row's new keys and values after its tokens, then attends over the row."""
     page_table, lengths = page_table.of_layer(layer), of_layer(lengths, layer)
     pool, lengths = append(k, v, pool, page_table, lengths)
-    return ragged_decode(q, *pool, page_table, lengths), pool
+    pages = pool.k_pages, pool.v_pages
+    return ragged_decode(q, *pages, page_table, lengths, scales=pool.scales), pool
 
 
 def append(
@@ -118,15 +119,11 @@ def append(
 
     A token whose page would lie past the end of the page table is dropped.
     """
-    k_pages, v_pages = pool
-    num_queries, (num_pages, page_size, _) = k.shape[1], k_pages.shape
+    num_queries, (num_pages, page_size, _) = k.shape[1], pool.k_pages.shape
     owned = lengths > 0
     token = lengths[:, None] + jnp.arange(num_queries)[:, None]  # [B, Q, C]
     starts, page_at = page_table.starts[:, None], token // page_size
     is_written = owned[:, None] & (starts + page_at < page_table.num_entries)
     page = jnp.where(is_written, page_table.entries(starts, page_at), num_pages)
-    at = token % page_size
     # A page number beyond the pool: nothing is written.
-    k_pages = k_pages.at[page, at].set(k, mode="drop")
-    v_pages = v_pages.at[page, at].set(v, mode="drop")
-    return (k_pages, v_pages), lengths + num_queries * owned
+    return pool.write(page, token % page_size, k, v), lengths + num_queries * owned

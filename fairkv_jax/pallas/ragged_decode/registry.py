@@ -49,15 +49,10 @@ def _by_kernel(backend: str, tile_type: type[Tile], operation: str) -> Callable[
 
 
 def _kernels(backend: str, tile_type: type[Tile]) -> Implementation:
-    decode = _by_kernel(backend, tile_type, "ragged_decode")
-
-    def decode_unscaled(*args: Any) -> Any:
-        *arrays, scales, device = args
-        if scales is not None:
-            raise NotImplementedError("int8 pages: the kernels read floating-point pages only")
-        return decode(*arrays, device)
-
-    return Implementation(decode_unscaled, _by_kernel(backend, tile_type, "append_and_decode"))
+    return Implementation(
+        _by_kernel(backend, tile_type, "ragged_decode"),
+        _by_kernel(backend, tile_type, "append_and_decode"),
+    )
 
 
 IMPLEMENTATIONS = {

@@ -14,29 +14,32 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Num
 
 from fairkv_jax.pallas.ragged_decode.merge import NEVER, merge_pieces
 from fairkv_jax.pallas.ragged_decode.page_table import PageTable
 from fairkv_jax.pallas.ragged_decode.pieces import Pieces, Sizes, layer_index
-from fairkv_jax.pallas.ragged_decode.reference import Pool
+from fairkv_jax.pallas.ragged_decode.pool import Pool, Scales, dequantize, tokens_of
 from fairkv_jax.pallas.ragged_decode.tiles import TritonTile
 from fairkv_jax.pallas.ragged_decode.triton_blocks import launch, load, store
 from fairkv_jax.shapes import next_power_of_two
 
 _MIN_DOT = 16  # rows of a tensor core's operand
 
+Token = tuple[Array, Array | None]
+"""The keys or values of some tokens, and their scales where they are int8."""
 State = tuple[Array, Array, Array]
 """The running softmax: acc [16, H], m [16] and l [16], with a row per query head, padded."""
 
 
 def ragged_decode(
     q: Float[Array, "B 1 C G H"],
-    k_pages: Float[Array, "pages page_size H"],
-    v_pages: Float[Array, "pages page_size H"],
+    k_pages: Num[Array, "pages page_size H"],
+    v_pages: Num[Array, "pages page_size H"],
     page_table: PageTable,
     lengths: Int[Array, "*L B C"],
     layer: Int[Array, ""] | int | None = None,
+    scales: Scales | None = None,
     *,
     tile: TritonTile,
     interpret: bool = False,
@@ -55,7 +58,7 @@ def ragged_decode(
         _partials(sizes),
         **_pipeline(tile),
         interpret=interpret,
-    )(_rows(q), _rows(k_pages), _rows(v_pages), *_lists(page_table, lengths), layer)
+    )(_rows(q), _flat(Pool(k_pages, v_pages, scales)), *_lists(page_table, lengths), layer)
     return merge_pieces(q, acc, m, l, lengths, layer, sizes, interpret=interpret)
 
 
@@ -80,19 +83,21 @@ def append_and_decode(
     Raises:
         NotImplementedError: As `ragged_decode`.
     """
-    sizes, layer = Sizes.of(q, pool[0], page_table, tile), layer_index(layer)
-    flat = tuple(_rows(pages) for pages in pool)
-    written = tuple(jax.ShapeDtypeStruct(pages.shape, pages.dtype) for pages in flat)
-    acc, m, l, k_rows, v_rows = launch(
+    sizes, layer = Sizes.of(q, pool.k_pages, page_table, tile), layer_index(layer)
+    flat = _flat(pool)
+    written = jax.tree.map(lambda rows: jax.ShapeDtypeStruct(rows.shape, rows.dtype), flat)
+    # In the order in which the arguments and the results are listed.
+    aliases = {1 + i: 3 + i for i in range(len(jax.tree.leaves(flat)))}
+    acc, m, l, rows = launch(
         partial(_append_and_attend, sizes=sizes),
         "append_and_decode",
         sizes.pieces,
-        (*_partials(sizes), *written),
+        (*_partials(sizes), written),
         **_pipeline(tile),
         interpret=interpret,
-        input_output_aliases={1: 3, 2: 4},
-    )(_rows(q), *flat, *_lists(page_table, lengths), layer, _rows(k), _rows(v))
-    pool = k_rows.reshape(pool[0].shape), v_rows.reshape(pool[1].shape)
+        input_output_aliases=aliases,
+    )(_rows(q), flat, *_lists(page_table, lengths), layer, _new_tokens(k, v, pool))
+    pool = jax.tree.map(lambda rows, pages: rows.reshape(pages.shape), rows, pool)
     out = merge_pieces(q, acc, m, l, lengths, layer, sizes, interpret=interpret)
     return out, pool
 
@@ -102,8 +107,8 @@ class _Work:
     """The pair of a program's piece: its queries, and where its tokens lie."""
 
     sizes: Sizes
-    k_ref: Any
-    v_ref: Any
+    pool: Pool
+    """References to the rows of the pool."""
     pages_ref: Any
     pair: Array
     start: Array
@@ -128,8 +133,7 @@ class _Work:
 
 def _attend(
     q_ref: Any,
-    k_ref: Any,
-    v_ref: Any,
+    pool: Pool,
     pages_ref: Any,
     starts_ref: Any,
     lengths_ref: Any,
@@ -137,7 +141,7 @@ def _attend(
     acc_ref: Any,
     m_ref: Any,
     l_ref: Any,
-    *append: Any,
+    *append: Pool,
     sizes: Sizes,
 ) -> None:
     """Attends over one piece: an online softmax over its tiles, in base 2."""
@@ -149,10 +153,10 @@ def _attend(
     def run() -> None:
         start = plt.load(starts_ref.at[pieces.offset + piece.pair])
         q = _load_queries(q_ref, piece.pair, sizes)
-        work = _Work(sizes, k_ref, v_ref, pages_ref, piece.pair, start, piece.length, q)
+        work = _Work(sizes, pool, pages_ref, piece.pair, start, piece.length, q)
         state = jax.lax.fori_loop(piece.begin, piece.end, partial(_tile, work=work), _start(sizes))
         if append:
-            state = _append(state, piece.is_last, work, append)
+            state = _append(state, piece.is_last, work, *append)
         acc, m, l = state
         group = jnp.arange(_MIN_DOT)
         rows = item * sizes.group + group
@@ -163,9 +167,8 @@ def _attend(
 
 def _append_and_attend(*refs: Any, sizes: Sizes) -> None:
     """As `_attend`, with the new keys and values as inputs and the pool as outputs."""
-    *inputs, k_new_ref, v_new_ref, acc_ref, m_ref, l_ref, k_out_ref, v_out_ref = refs
-    append = (k_new_ref, v_new_ref, k_out_ref, v_out_ref)
-    _attend(*inputs, acc_ref, m_ref, l_ref, *append, sizes=sizes)
+    *inputs, new, acc_ref, m_ref, l_ref, written = refs
+    _attend(*inputs, acc_ref, m_ref, l_ref, new, written, sizes=sizes)
 
 
 def _tile(i: Array, state: State, *, work: _Work) -> State:
@@ -175,36 +178,66 @@ def _tile(i: Array, state: State, *, work: _Work) -> State:
     token = i * sizes.tile.block_tokens + jnp.arange(sizes.tile.block_tokens)
     is_token = token < work.length
     row = work.pool_rows(token, is_token)
-    k = load(work.k_ref, row, is_token, sizes.head_dim)
-    v = load(work.v_ref, row, is_token, sizes.head_dim)
-    scores = _dot(work.q, k, trans_b=True) * _scale(sizes)
+    (k, k_scales), (v, v_scales) = _load_tokens(work.pool, row, is_token, sizes)
+    scores = _dot(work.q, k.astype(work.q.dtype), trans_b=True) * _scale(sizes)
+    if k_scales is not None:
+        scores *= k_scales[None, :]
     scores = jnp.where(is_token[None, :], scores, NEVER)
     new_m = jnp.maximum(m, jnp.max(scores, axis=1))
     weights = jnp.exp2(scores - new_m[:, None])
     decay = jnp.exp2(m - new_m)
-    acc = acc * decay[:, None] + _dot(weights.astype(v.dtype), v)
+    # int8 is exact in each of the queries' types: tensor cores multiply it without its scale.
+    scaled = weights if v_scales is None else weights * v_scales[None, :]
+    products = _dot(scaled.astype(work.q.dtype), v.astype(work.q.dtype))
+    acc = acc * decay[:, None] + products
     return acc, new_m, l * decay + jnp.sum(weights, axis=1)
 
 
-def _append(state: State, is_last: Array, work: _Work, append: tuple[Any, ...]) -> State:
+def _append(state: State, is_last: Array, work: _Work, new: Pool, written: Pool) -> State:
     """Adds the new token to a pair's last piece, and stores its key and value."""
     acc, m, l = state
-    sizes, (k_new_ref, v_new_ref, k_out_ref, v_out_ref) = work.sizes, append
+    sizes = work.sizes
     one = jnp.zeros(1, jnp.int32)
     mask = jnp.broadcast_to(is_last, (1,))
-    k = load(k_new_ref, one + work.pair, mask, sizes.head_dim)
-    v = load(v_new_ref, one + work.pair, mask, sizes.head_dim)
+    tokens = _load_tokens(new, one + work.pair, mask, sizes)
     token = one + work.length
     is_stored = mask & work.has_page(token)
     row = work.pool_rows(token, is_stored)
-    store(k_out_ref, row, k, is_stored, sizes.head_dim)
-    store(v_out_ref, row, v, is_stored, sizes.head_dim)
-    score = jnp.sum(work.q.astype(jnp.float32) * k.astype(jnp.float32), axis=1) * _scale(sizes)
+    _store_tokens(written, row, tokens, is_stored, sizes)
+    k, v = (
+        x.astype(jnp.float32) if scales is None else dequantize(x, scales[:, None])
+        for x, scales in tokens
+    )
+    score = jnp.sum(work.q.astype(jnp.float32) * k, axis=1) * _scale(sizes)
     score = jnp.where(is_last, score, NEVER)
     new_m = jnp.maximum(m, score)
     weight, decay = jnp.exp2(score - new_m), jnp.exp2(m - new_m)
-    acc = acc * decay[:, None] + weight[:, None] * v.astype(jnp.float32)
+    acc = acc * decay[:, None] + weight[:, None] * v
     return acc, new_m, l * decay + weight
+
+
+def _load_tokens(pool: Pool, row: Array, mask: Array, sizes: Sizes) -> tuple[Token, Token]:
+    """The keys and values in these rows of the pool, with their scales in float32 if any."""
+    k, v = (load(ref, row, mask, sizes.head_dim) for ref in (pool.k_pages, pool.v_pages))
+    refs: Any = pool.scales
+    if refs is None:
+        return (k, None), (v, None)
+    k_scales, v_scales = (
+        plt.load(ref.at[row], mask=mask, other=0).astype(jnp.float32) for ref in refs
+    )
+    return (k, k_scales), (v, v_scales)
+
+
+def _store_tokens(
+    pool: Pool, row: Array, tokens: tuple[Token, Token], mask: Array, sizes: Sizes
+) -> None:
+    """Writes to the pool what `_load_tokens` returned."""
+    for ref, (x, _) in zip((pool.k_pages, pool.v_pages), tokens, strict=True):
+        store(ref, row, x, mask, sizes.head_dim)
+    refs: Any = pool.scales
+    if refs is not None:
+        for ref, (_, scales) in zip(refs, tokens, strict=True):
+            plt.store(ref.at[row], jnp.asarray(scales).astype(ref.dtype), mask=mask)
 
 
 def _pipeline(tile: TritonTile) -> dict[str, int]:
@@ -248,3 +281,13 @@ def _lists(page_table: PageTable, lengths: Int[Array, "*L B C"]) -> tuple[Array,
 
 def _rows(x: Array) -> Array:
     return x.reshape(-1, x.shape[-1])
+
+
+def _flat(pool: Pool) -> Pool:
+    """The pool with a row per token in place of pages."""
+    return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), pool)
+
+
+def _new_tokens(k: Float[Array, "B 1 C H"], v: Float[Array, "B 1 C H"], pool: Pool) -> Pool:
+    """The new tokens in the pool's type, with a row per pair."""
+    return tokens_of(_rows(k), _rows(v), pool)
