@@ -168,6 +168,11 @@ def _compare(logged: LoggedTokens, computed: deque[LoggedTokens]) -> int:
             f"the token after the prompt in output {logged.index} is {mine.first_token}, but "
             f"{logged.first_token} in the log"
         )
+    if logged.other_first_tokens != mine.other_first_tokens:
+        raise TokensDiffer(
+            f"the tokens after the prompt in output {logged.index} are {mine.other_first_tokens}, "
+            f"but {logged.other_first_tokens} in the log"
+        )
     for step, tokens in enumerate(logged.tokens):
         for place, token in enumerate(tokens):
             if token != mine.tokens[step][place]:
@@ -175,7 +180,8 @@ def _compare(logged: LoggedTokens, computed: deque[LoggedTokens]) -> int:
                     f"in output {logged.index}, step {step}, the token of the decoded row number "
                     f"{place} is {mine.tokens[step][place]}, but {token} in the log"
                 )
-    return sum(map(len, logged.tokens)) + (logged.first_token is not None)
+    num_first = (logged.first_token is not None) + len(logged.other_first_tokens)
+    return sum(map(len, logged.tokens)) + num_first
 
 
 def _with_made_up_prompt(

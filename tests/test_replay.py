@@ -52,7 +52,8 @@ def log(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
 
 def num_logged_tokens(log: Path) -> int:
     results = [entry for entry in read_log(log) if isinstance(entry, LoggedTokens)]
-    return sum((each.first_token is not None) + sum(map(len, each.tokens)) for each in results)
+    first = sum((each.first_token is not None) + len(each.other_first_tokens) for each in results)
+    return first + sum(len(step) for each in results for step in each.tokens)
 
 
 def with_entry_changed(log: Path, kind: str, change: Callable[[dict[str, Any]], bool]) -> Path:

@@ -99,6 +99,13 @@ class EngineConfig:
         "evicted.",
         group=_DEVICES,
     )
+    prefix_min_tokens: int = option(
+        256,
+        "Fewest tokens of a prompt's segment that is cached for other requests, where "
+        "cache_control marks or the turns of a conversation divide a prompt. Shorter ones join "
+        "the next.",
+        group=_DEVICES,
+    )
     attention_backend: str = option(
         "auto",
         "Implementation of decode attention: reference, triton or mosaic. auto: the fastest one "
@@ -112,6 +119,7 @@ class EngineConfig:
             "max_num_seqs",
             "kv_cache_bytes",
             "prefill_chunk_size",
+            "prefix_min_tokens",
         ):
             check_int(name, getattr(self, name), 1)
         check_int("max_model_len", self.max_model_len, 2)

@@ -1,5 +1,6 @@
 """Executions that the devices have been given, and how their results are read back."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -93,14 +94,14 @@ class PendingPrefill:
     prefix: CompressedPrefix
     layout: SlotLayout
     wants_positions: bool
-    first_token: Sampled | None
+    first_tokens: Sequence[Sampled]
     num_tokens: int
     logprobs: list[tuple[int, Sampled]]
     """Blocks of the prompt's log-probabilities, and where each begins."""
 
     @classmethod
     def of(
-        cls, task: PrefillTask, layout: SlotLayout, first_token: Sampled | None = None
+        cls, task: PrefillTask, layout: SlotLayout, first_tokens: Sequence[Sampled] = ()
     ) -> "PendingPrefill":
         """The results of a prefill whose chunks have all been given to the devices."""
         blocks = task.prompt_logprobs
@@ -109,17 +110,17 @@ class PendingPrefill:
             task.prefix,
             layout,
             task.request.return_kept_positions,
-            first_token,
+            first_tokens,
             task.shape.num_tokens,
             list(zip(starts, blocks, strict=True)),
         )
 
     def result(self) -> PrefillResult:
         """Waits for the devices and reads the results."""
-        first = self.first_token
+        first = [_on_host(each) for each in self.first_tokens]
         return PrefillResult(
             kept_tokens(self.prefix, self.layout, positions=self.wants_positions),
-            None if first is None else _one_step(_on_host(first)),
+            _one_step(first) if first else None,
             self._prompt_logprobs() if self.logprobs else None,
         )
 
@@ -141,9 +142,12 @@ def _on_host(sampled: Sampled) -> SampledTokens:
     return SampledTokens(**vars(jax.device_get(sampled)))
 
 
-def _one_step(sampled: SampledTokens) -> SampledTokens:
-    """The same tokens with a leading axis of one step."""
-    return SampledTokens(**{name: array[None] for name, array in vars(sampled).items()})
+def _one_step(rows: Sequence[SampledTokens]) -> SampledTokens:
+    """The tokens of all rows, one after the other, with a leading axis of one step."""
+    names = vars(rows[0])
+    return SampledTokens(
+        **{name: np.concatenate([getattr(row, name) for row in rows])[None] for name in names}
+    )
 
 
 def logprobs_start(task: PrefillTask, block: int) -> int:

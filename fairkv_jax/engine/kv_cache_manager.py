@@ -230,18 +230,41 @@ class KVCacheManager:
         self._is_active[row] = False
         self._uncommitted[row] = 0
 
-    def retain(self, row: int) -> PrefixPages:
+    def retain(self, row: int, num_dropped: int = 0) -> PrefixPages:
         """Keeps what a row holds now as a prefix, until `release`.
 
-        The row itself must be freed before more is appended to it: its last pages are the prefix's.
+        The last `num_dropped` tokens, which every head must hold, are not part of it. The row may
+        go on: what it appends to its last pages lies beyond the prefix.
         """
-        lengths = self.lengths[:, row].astype(np.int32)
+        held = self.lengths[:, row].astype(np.int32)
+        lengths = np.maximum(held - num_dropped, 0)
         devices, pages = self._tables.pages(self._pairs(row))
+        if num_dropped:
+            of_pair = held > 0
+            num_held = _num_pages(held[of_pair], self.spec.page_size)
+            num_kept = _num_pages(lengths[of_pair], self.spec.page_size)
+            index = np.arange(len(pages)) - np.repeat(np.cumsum(num_held) - num_held, num_held)
+            is_kept = index < np.repeat(num_kept, num_held)
+            devices, pages = devices[is_kept], pages[is_kept]
         self._pool.retain(devices, pages)
         return PrefixPages(lengths, devices, pages)
 
+    def head_lengths(self, slot_lengths: np.ndarray) -> np.ndarray:
+        """[L, K] tokens that heads hold of a row whose slots hold `slot_lengths`, [L, P*C]."""
+        lengths = np.zeros((self.spec.num_layers, self._layout.num_heads), np.int32)
+        layer, slot = np.nonzero(slot_lengths)
+        np.add.at(
+            lengths, (layer, self._layout.head_of_slot[layer, slot]), slot_lengths[layer, slot]
+        )
+        return lengths
+
     def share(
-        self, row: int, prefix: PrefixPages, *, copies_last: bool = True
+        self,
+        row: int,
+        prefix: PrefixPages,
+        *,
+        copies_last: bool = True,
+        num_next_tokens: int = 0,
     ) -> PageCopies | None:
         """Begins an empty row with the tokens of a prefix.
 
@@ -251,14 +274,16 @@ class KVCacheManager:
         released.
 
         Returns:
-            The copies; None where the pages do not suffice, also for one more token in every active
-            row.
+            The copies; None where the pages do not suffice, also for `num_next_tokens` in this row
+            and for one more token in every active row.
         """
         size, lengths = self.spec.page_size, prefix.slot_lengths
         is_partial = (lengths % size > 0) & copies_last
         num_shared = np.bincount(prefix.devices, minlength=self.spec.num_devices)
         num_copied = self._per_device(is_partial[:, None])
-        if not self._has_room(num_copied + self._num_opened(1), num_shared - num_copied):
+        opened = _num_pages(num_next_tokens - -lengths % size, size) * (lengths > 0)
+        num_new = num_copied + self._per_device(opened[:, None]) + self._num_opened(1)
+        if not self._has_room(num_new, num_shared - num_copied):
             return None
         layer, slot = np.nonzero(lengths)
         counts = -(-lengths[layer, slot] // size)

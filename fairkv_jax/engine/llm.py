@@ -11,8 +11,14 @@ from tqdm import tqdm
 from fairkv_jax.checkpoint.fetch import DEMO_MODEL
 from fairkv_jax.config import ENGINE_CLASSES, ENGINE_OPTIONS
 from fairkv_jax.engine.build import build_engine
-from fairkv_jax.engine.prefix_registry import chat_text
-from fairkv_jax.engine.request import CachedPrefix, Request, RequestOutput, ValidatedRequest
+from fairkv_jax.engine.conversation import ChatPrompt, chat_prompt, flat_message
+from fairkv_jax.engine.request import (
+    Boundary,
+    CachedPrefix,
+    Request,
+    RequestOutput,
+    ValidatedRequest,
+)
 from fairkv_jax.options import document_options, with_new_names
 from fairkv_jax.sampling_params import SamplingParams
 from fairkv_jax.tokenizer import Tokenizer
@@ -91,23 +97,25 @@ class LLM:
         """Answers one conversation or a list of them, using the model's chat template.
 
         With `prefix_id`, see `cache_prefix`, the messages are those that follow the prefix's. The
-        `kv_` options are those of `generate`.
+        `kv_` options are those of `generate`. If the engine caches prefixes, the conversation so
+        far is cached for the next turn, and messages or parts of them may have a mark
+        `"cache_control": {"type": "ephemeral"}`, behind which another request may go on.
         """
         if not isinstance(messages, Sequence) or not messages:
             raise ValueError(f"messages must be a list of messages, got {messages!r}")
         conversations = [messages] if isinstance(messages[0], Mapping) else messages
         record = None if prefix_id is None else self.engine.prefixes.get(prefix_id)
-        texts = [
-            chat_text(self.engine.tokenizer, each, record)  # pyright: ignore[reportArgumentType]
+        caches = self.engine.engine_config.enable_prefix_caching
+        prompts: list[ChatPrompt] = [
+            chat_prompt(self.engine.tokenizer, each, record, divides=caches)  # pyright: ignore[reportArgumentType]
             for each in conversations
         ]
-        # The template writes the BOS token if the model has one.
-        encode = self.engine.tokenizer.encode
-        batch = [(text, encode(text, add_special_tokens=False)) for text in texts]
         return self._run(
             self._requests(
-                batch,
+                [(prompt.text, prompt.token_ids) for prompt in prompts],
                 sampling_params,
+                boundaries=[prompt.boundaries for prompt in prompts],
+                may_continue=True,
                 return_kept_positions=return_kept_positions,
                 prefix_id=prefix_id,
                 kv_policy=kv_policy,
@@ -144,9 +152,9 @@ class LLM:
         """
         messages: Any = None
         if not isinstance(prompt, str) and len(prompt) and isinstance(prompt[0], Mapping):
-            messages = tuple(prompt)
-            text = chat_text(self.engine.tokenizer, messages, add_generation_prompt=False)
-            token_ids = self.engine.tokenizer.encode(text, add_special_tokens=False)
+            messages = tuple(flat_message(message) for message in prompt)  # pyright: ignore[reportArgumentType]
+            rendered = chat_prompt(self.engine.tokenizer, messages, add_generation_prompt=False)
+            text, token_ids = rendered.text, rendered.token_ids
         else:
             prompts = _as_batch(prompt)  # pyright: ignore[reportArgumentType]
             if len(prompts) != 1:
@@ -206,11 +214,12 @@ class LLM:
         self,
         batch: Sequence[tuple[str | None, list[int]]],
         params: SamplingParams | Sequence[SamplingParams] | None,
+        boundaries: Sequence[tuple[Boundary, ...]] | None = None,
         **options: Any,
     ) -> list[ValidatedRequest]:
         """Makes and validates a request for every (text, token ids) pair.
 
-        `options` are further fields of `Request`.
+        `boundaries` are those of each prompt; `options` are further fields of `Request`.
         """
         if params is None or isinstance(params, SamplingParams):
             params = [params or SamplingParams()] * len(batch)
@@ -224,9 +233,11 @@ class LLM:
                 f"{len(batch)} prompts"
             )
         requests = []
-        for (text, token_ids), each in zip(batch, params, strict=True):
+        boundaries = [()] * len(batch) if boundaries is None else boundaries
+        for (text, token_ids), each, ends in zip(batch, params, boundaries, strict=True):
             self._num_requests += 1
-            request = Request(str(self._num_requests), token_ids, each, text, **options)
+            name = str(self._num_requests)
+            request = Request(name, token_ids, each, text, boundaries=ends, **options)
             requests.append(self.engine.validate(request))
         return requests
 

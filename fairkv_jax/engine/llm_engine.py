@@ -6,6 +6,7 @@ import time
 from collections import deque
 from collections.abc import Iterable
 from dataclasses import replace
+from weakref import WeakValueDictionary
 
 import numpy as np
 
@@ -18,10 +19,12 @@ from fairkv_jax.engine.device_errors import STEP_DOES_NOT_FIT, translate_xla_err
 from fairkv_jax.engine.execution import Execution
 from fairkv_jax.engine.kv_cache_manager import KVCacheManager
 from fairkv_jax.engine.model_runner import ModelRunner
-from fairkv_jax.engine.output_processor import OutputProcessor
+from fairkv_jax.engine.output_processor import OutputProcessor, answer_token_ids
+from fairkv_jax.engine.prefix_cache import Prefix
 from fairkv_jax.engine.prefix_registry import PrefixRegistry
 from fairkv_jax.engine.request import (
     CachedPrefix,
+    Part,
     PrefixRecord,
     Request,
     RequestOutput,
@@ -31,8 +34,8 @@ from fairkv_jax.engine.schedule_log import ScheduleLog
 from fairkv_jax.engine.scheduled_request import ScheduledRequest, Segment
 from fairkv_jax.engine.scheduler import Scheduler
 from fairkv_jax.engine.scheduler_output import NewRequest, NewTokens
-from fairkv_jax.engine.segments import segments_of
-from fairkv_jax.engine.stats import EngineStats
+from fairkv_jax.engine.segments import divide, finished_turn, segments_of
+from fairkv_jax.engine.stats import EngineStats, PrefixStats, RetainedPrefix
 from fairkv_jax.engine.structured_output import GrammarCompiler
 from fairkv_jax.engine.timings import StepTimer
 from fairkv_jax.plan import Plan
@@ -89,6 +92,10 @@ class LLMEngine:
         """Prefixes that have been cached by requests, see `Request.caches_prefix`."""
         self._caching: dict[str, PrefixRecord] = {}
         """By the id of the unfinished request that computes it."""
+        self._whole_prompts: WeakValueDictionary[str, Prefix] = WeakValueDictionary()
+        """Prompts of several unfinished requests, by `Request.same_prompt`."""
+        self._turns: dict[str, ValidatedRequest] = {}
+        """Unfinished requests whose prompt and output others may begin with, by id."""
         self._grammars = GrammarCompiler(
             self.tokenizer, self.model_config.vocab_size, grammar_limits or GrammarLimits()
         )
@@ -116,16 +123,19 @@ class LLMEngine:
         *,
         suffix_lengths: Iterable[int] = (),
         prompt_logprobs: bool = True,
+        forks: bool = False,
     ) -> None:
         """Compiles everything that requests of these prompt lengths run, with a progress bar.
 
-        `suffix_lengths` are those of what follows a cached prefix.
+        `suffix_lengths` are those of what follows a cached prefix; `forks` says whether requests
+        may have the same prompt.
         """
         self.runner.warm_up(
             prompt_lengths,
             min(num_requests, self.engine_config.max_num_seqs),
             suffix_lengths=suffix_lengths,
             prompt_logprobs=prompt_logprobs,
+            forks=forks,
         )
 
     def stats(self) -> EngineStats:
@@ -139,7 +149,23 @@ class LLMEngine:
             pages_per_device=kv_cache.spec.pages_per_device,
             kv_tokens=tuple(kv_cache.tokens_per_device.sum(0).tolist()),
             compilations=self._compilations.count,
+            prefixes=self._prefix_stats(),
         )
+
+    def retained_prefixes(self, most: int) -> list[RetainedPrefix]:
+        """Returns the prefixes whose cache is there, the most recently used first; at most `most`.
+
+        Any thread may call it.
+        """
+        page_bytes = self.runner.cache_spec.page_bytes
+        retained = []
+        for prefix in self.scheduler.prefixes.recently_used(most):
+            pages, kept = prefix.pages, prefix.head_lengths
+            if pages is not None and kept is not None:  # it has not been evicted meanwhile
+                size = len(pages.pages) * page_bytes
+                users = len(prefix.users)
+                retained.append(RetainedPrefix(prefix.num_tokens, float(kept.mean()), size, users))
+        return retained
 
     def has_unfinished_requests(self) -> bool:
         """Whether requests wait or run, or have ended in a step that failed later."""
@@ -189,11 +215,13 @@ class LLMEngine:
         if request.caches_prefix:
             room = 0
         max_tokens = room if wanted is None else min(wanted, room)
+        start = len(prompt) - len(request.prompt_token_ids)
+        boundaries = [replace(each, position=start + each.position) for each in request.boundaries]
+        request = replace(request, prompt_token_ids=prompt, boundaries=tuple(boundaries))
+        parts = () if request.caches_prefix else self._parts(request, start)
         outputs = request.sampling_params.structured_outputs
         matcher = None if outputs is None else self._grammars.matcher(outputs)
-        return ValidatedRequest(
-            replace(request, prompt_token_ids=prompt), max_tokens, record, matcher
-        )
+        return ValidatedRequest(request, max_tokens, record, matcher, parts)
 
     def add_request(self, request: Request | ValidatedRequest) -> None:
         """Puts a request into the queue; it is validated first unless it has been already.
@@ -215,6 +243,8 @@ class LLMEngine:
         )
         if request.caches_prefix and valid.prefix is not None:
             self._caching[request.request_id] = valid.prefix
+        if request.may_continue and self._divides(request):
+            self._turns[request.request_id] = valid
         self.output_processor.add(
             request,
             max_tokens=valid.max_tokens,
@@ -228,6 +258,7 @@ class LLMEngine:
                 max_tokens=valid.max_tokens,
                 segments=self.segments(valid),
                 follows_grammar=valid.matcher is not None,
+                whole_prompt=self._whole_prompt(request),
             )
         )
 
@@ -236,6 +267,7 @@ class LLMEngine:
         self.scheduler.abort(request_id)
         self.output_processor.abort(request_id)
         self._caching.pop(request_id, None)
+        self._turns.pop(request_id, None)
         self._outputs = [each for each in self._outputs if each.request_id != request_id]
         self._drop_unneeded_executions()
 
@@ -306,7 +338,18 @@ class LLMEngine:
                     if replaced is not None:
                         self.scheduler.prefixes.delete(replaced.prefix)
                     output.cached_prefix = self.cached_prefix(record.id, record.request.owner)
+                turn = self._turns.pop(output.request_id, None)
+                if turn is not None and output.error is None:
+                    self._retain_turn(turn, output)
                 self.scheduler.abort(output.request_id)
+
+    def _retain_turn(self, turn: ValidatedRequest, output: RequestOutput) -> None:
+        """Keeps what the next turn of a conversation will begin with, before its row is freed."""
+        answer = answer_token_ids(output.outputs[0], self.tokenizer.eos_token_ids)
+        for prefix in finished_turn(
+            turn, answer, self.model_config, self.engine_config, self.kv_config, self.prefixes
+        ):
+            self.scheduler.retain(output.request_id, prefix)
 
     def _take_outputs(self) -> list[RequestOutput]:
         outputs, self._outputs = self._outputs, []
@@ -320,8 +363,11 @@ class LLMEngine:
         if self._schedule_log is not None:
             self._schedule_log.write_output(output)
         self._in_flight.append((self.runner.execute(output), start))
-        if output.prefill is not None and output.prefill.start == 0:
-            self.output_processor.started(output.prefill.request_id, start)
+        if output.prefill is not None:
+            if output.prefill.start == 0:
+                self.output_processor.started(output.prefill.request_id, start)
+            for each in output.prefill.also_samples:
+                self.output_processor.started(each.request_id, start)
         return True
 
     def _reset(self) -> None:
@@ -390,7 +436,50 @@ class LLMEngine:
             self.model_config,
             self.engine_config,
             self.kv_config,
+            self.prefixes,
             self.runner.instruction,
+        )
+
+    def _prefix_stats(self) -> PrefixStats | None:
+        if not self.engine_config.enable_prefix_caching:
+            return None
+        prefixes = self.scheduler.prefixes
+        begun = [each.prefix for each in self.scheduler.running.values() if each.prefix is not None]
+        size = int(prefixes.num_pages.sum()) * self.runner.cache_spec.page_bytes
+        return PrefixStats(len(prefixes), size, len(begun) / max(len(set(begun)), 1))
+
+    def _whole_prompt(self, request: Request) -> Prefix | None:
+        """What requests with the same prompt share; its pages go when none waits for them."""
+        name = request.same_prompt
+        if not name:
+            return None
+        prompt = self._whole_prompts.get(name)
+        if prompt is None:
+            prompt = Prefix(name, len(request.prompt_token_ids), is_deleted=True)
+            self._whole_prompts[name] = prompt
+        return prompt
+
+    def _divides(self, request: Request) -> bool:
+        """Whether a prompt's segments may be cached for other requests.
+
+        They are not where its own log-probabilities or kept positions are asked for.
+        """
+        return (
+            self.engine_config.enable_prefix_caching
+            and request.sampling_params.prompt_logprobs is None
+            and not request.return_kept_positions
+        )
+
+    def _parts(self, request: Request, start: int) -> tuple[Part, ...]:
+        """The parts of a prompt from `start` on, where the prefix that it names ends."""
+        return divide(
+            request,
+            start,
+            len(request.prompt_token_ids),
+            request.boundaries if self._divides(request) else (),
+            self.model_config,
+            self.kv_config,
+            self.engine_config.prefix_min_tokens,
         )
 
     def _check_kv_options(self, request: Request) -> None:

@@ -35,6 +35,7 @@ from fairkv_jax.engine.prefill_runner import PrefillRunner
 from fairkv_jax.engine.programs import Programs
 from fairkv_jax.engine.scheduler_output import (
     Decode,
+    Fork,
     Insertion,
     NewRequest,
     PrefillChunks,
@@ -220,15 +221,24 @@ class ModelRunner:
         """Runs chunks [start, stop) of a prefill; the KV cache is not touched."""
         self._prefills.run_chunks(task, start, stop, self.cache)
 
-    def sample_first(self, task: PrefillTask, grammar_bitmask: np.ndarray | None = None) -> Sampled:
-        """Samples the token that follows a prompt, all of whose chunks have run."""
+    def sample_first(
+        self,
+        task: PrefillTask,
+        grammar_bitmask: np.ndarray | None = None,
+        request: NewRequest | None = None,
+    ) -> Sampled:
+        """Samples the token that follows a prompt, all of whose chunks have run.
+
+        `request` is one with the same prompt; None: the task's own.
+        """
+        request = request or task.request
         prompt, vocab_size = task.prompt_token_ids, self.model_config.vocab_size
         if grammar_bitmask is None:
             grammar_bitmask = np.zeros(num_bitmask_words(vocab_size), np.uint32)
         history: Any = self._padded(prompt)[None], np.array([len(prompt)], np.int32)
         return self.programs.sample_first()(
             task.prefix.logits,
-            self._inputs.sampling([(task.request.sampling_params, task.request.seed)]),
+            self._inputs.sampling([(request.sampling_params, request.seed)]),
             TokenHistory(*history),
             grammar_bitmask[None],
         )
@@ -240,16 +250,19 @@ class ModelRunner:
         *,
         suffix_lengths: Iterable[int] = (),
         prompt_logprobs: bool = True,
+        forks: bool = False,
     ) -> None:
         """Compiles what prompts of these lengths and batches of up to `num_rows` rows run.
 
-        `suffix_lengths` are those of what follows prefixes in the cache.
+        `suffix_lengths` are those of what follows prefixes in the cache; `forks` says whether rows
+        may begin with the prompt of another.
         """
         self.programs.warm_up(
-            prompt_lengths,
+            [*prompt_lengths, *[1] * forks],
             sorted({self.batch_bucket(rows + 1) for rows in range(num_rows)}),
             suffix_lengths=suffix_lengths,
             prompt_logprobs=prompt_logprobs,
+            forks=forks,
         )
 
     def reset(self) -> None:
@@ -287,7 +300,10 @@ class ModelRunner:
         self._inputs.rows_have_changed()
 
     def _insert(self, insertion: Insertion) -> None:
-        """Copies the segment that has just been prefilled into its row."""
+        """Copies the segment that has just been prefilled into its row, or shares a prompt."""
+        if insertion.fork is not None:
+            self._fork(insertion, insertion.fork)
+            return
         task = self._task
         assert task is not None
         assert task.request.request_id == insertion.request_id
@@ -300,6 +316,18 @@ class ModelRunner:
         if insertion.is_last:
             self._requests[row] = task.request
             self._inputs.rows_have_changed()
+
+    def _fork(self, insertion: Insertion, fork: Fork) -> None:
+        """Lets a row begin with pages that hold its prompt already."""
+        request, bucket = fork.new_request, prefill_bucket(1, self.config)
+        self._copy_pages(fork.page_copies)
+        start = self.programs.start_prefill(bucket)
+        nothing = start(self.model, np.zeros(bucket, np.int32), np.int32(0)).prefix
+        known = [*request.prompt_token_ids, *insertion.output_token_ids]
+        program = self.programs.insert(bucket)
+        self._copy(program, nothing, insertion.row, insertion.slot_lengths, known)
+        self._requests[insertion.row] = request
+        self._inputs.rows_have_changed()
 
     def _copy(
         self,
@@ -331,9 +359,10 @@ class ModelRunner:
         self.run_chunks(task, chunks.start, chunks.stop)
         if not chunks.is_last:
             return None
-        first = None
+        first = []
         if chunks.samples_token:
-            first = self.sample_first(task, chunks.grammar_bitmask)
+            for request in (task.request, *chunks.also_samples):
+                first.append(self.sample_first(task, chunks.grammar_bitmask, request))
         return PendingPrefill.of(task, self.layout, first)
 
     def _copy_pages(self, copies: PageCopies) -> None:

@@ -1,7 +1,7 @@
 """Turns sampled tokens into what clients see: text, log-probabilities, and when an output ends."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -259,6 +259,19 @@ class RequestState:
             at += len(stop)
         self._text = self._text[:at]
         self.finish_reason, self._stop_reason = "stop", stop
+
+
+def answer_token_ids(output: CompletionOutput, eos_token_ids: Collection[int]) -> list[int]:
+    """Returns the tokens of a finished output that its text shows.
+
+    Those that end it are left out; an output that a stop string has ended counts as empty, since
+    its tokens are not those of the text.
+    """
+    if isinstance(output.stop_reason, str) or not output.token_ids:
+        return []
+    *before, last = output.token_ids
+    ends = output.finish_reason == "stop" and (last in eos_token_ids or last == output.stop_reason)
+    return before if ends else output.token_ids
 
 
 def _num_held_back(text: str, stops: tuple[str, ...]) -> int:

@@ -25,6 +25,8 @@ class Prefix:
     """See `prefix_key`."""
     num_tokens: int
     """From the start of the prompt, also those that compression drops."""
+    parent: "Prefix | None" = None
+    """The prefix that its last segment follows, if it has several."""
     head_lengths: np.ndarray | None = None
     """[L, K] tokens kept; None before it has been computed once."""
     pages: PrefixPages | None = None
@@ -32,7 +34,20 @@ class Prefix:
     users: set[str] = field(default_factory=set)
     """Ids of the requests that need it to remain where it is."""
     is_deleted: bool = False
-    """Whether its pages go as soon as no request uses it."""
+    """Whether its pages go as soon as no request uses it; so do those of prefixes that go on after
+    it."""
+
+    @property
+    def is_unwanted(self) -> bool:
+        """Whether it has been deleted, or a prefix before it."""
+        return any(each.is_deleted for each in self.chain())
+
+    def chain(self) -> "Iterator[Prefix]":
+        """Yields the prefix, then those that it goes on after, the shortest last."""
+        prefix: Prefix | None = self
+        while prefix is not None:
+            yield prefix
+            prefix = prefix.parent
 
 
 def prefix_key(token_ids: Sequence[int], options: object) -> str:
@@ -46,7 +61,11 @@ def prefix_key(token_ids: Sequence[int], options: object) -> str:
 
 
 class PrefixCache:
-    """The prefixes whose pages are in the KV cache; evicted least recently used first."""
+    """The prefixes whose pages are in the KV cache; evicted least recently used first.
+
+    Of prefixes that go on after one another, the longest is evicted first: its last pages are its
+    own, and what others may have in common with it stays.
+    """
 
     def __init__(self, kv_cache: KVCacheManager, fraction: float = 1.0):
         """`fraction` of the KV cache is what prefixes may hold while no request uses them."""
@@ -54,6 +73,10 @@ class PrefixCache:
         self._most_pages = int(fraction * kv_cache.spec.pages_per_device)
         self._cached: dict[Prefix, None] = {}
         """A set in the order of use: the least recently used comes first."""
+        spec = kv_cache.spec
+        self._references = np.zeros((spec.num_devices, spec.pages_per_device), np.int32)
+        """How many prefixes hold each page."""
+        self._num_pages = np.zeros(spec.num_devices, np.int64)
 
     def __len__(self) -> int:
         return len(self._cached)
@@ -62,6 +85,10 @@ class PrefixCache:
         """The least recently used first."""
         return iter(self._cached)
 
+    def recently_used(self, most: int) -> list[Prefix]:
+        """Returns at most `most` prefixes, the most recently used first; for any thread."""
+        return list(self._cached)[: -most - 1 : -1]
+
     @property
     def has_unused(self) -> bool:
         """Whether there are pages that can be evicted without harm to any request."""
@@ -69,16 +96,18 @@ class PrefixCache:
 
     @property
     def num_pages(self) -> np.ndarray:
-        """[P] pages that prefixes hold on every device; a page of two prefixes counts twice."""
-        devices = [prefix.pages.devices for prefix in self._cached if prefix.pages is not None]
-        joined = np.concatenate([np.zeros(0, np.int64), *devices])
-        return np.bincount(joined, minlength=self._kv_cache.spec.num_devices)
+        """[P] pages that prefixes hold on every device."""
+        return self._num_pages.copy()
 
-    def retain(self, prefix: Prefix, row: int, head_lengths: np.ndarray) -> None:
-        """Keeps what a row holds as a prefix, unless it is there already."""
+    def retain(self, prefix: Prefix, row: int, num_dropped: int = 0) -> None:
+        """Keeps what a row holds as a prefix, unless it is there already.
+
+        The row's last `num_dropped` tokens are not part of it.
+        """
         if prefix.pages is None:
-            prefix.pages = self._kv_cache.retain(row)
-            prefix.head_lengths = head_lengths
+            pages = prefix.pages = self._kv_cache.retain(row, num_dropped)
+            prefix.head_lengths = self._kv_cache.head_lengths(pages.slot_lengths)
+            self._count(pages, 1)
         self._touch(prefix)
         self._evict_surplus()
 
@@ -91,20 +120,22 @@ class PrefixCache:
     def leave(self, prefix: Prefix, request_id: str) -> None:
         """Notes that a request needs a prefix no more."""
         prefix.users.discard(request_id)
-        if prefix.is_deleted and not prefix.users:
+        if prefix.is_unwanted and not prefix.users:
             self.evict(prefix)
         self._evict_surplus()
 
     def delete(self, prefix: Prefix) -> None:
-        """Gives up a prefix; requests that use it go on."""
+        """Gives up a prefix, and those that go on after it; requests that use them go on."""
         prefix.is_deleted = True
-        if not prefix.users:
-            self.evict(prefix)
+        for each in list(self._cached):
+            if each.is_unwanted and not each.users:
+                self.evict(each)
 
     def evict(self, prefix: Prefix) -> None:
         """Gives back the pages of a prefix, if they are there; rows keep those that they share."""
         if prefix.pages is not None:
             self._kv_cache.release(prefix.pages)
+            self._count(prefix.pages, -1)
             prefix.pages = None
             del self._cached[prefix]
 
@@ -141,8 +172,20 @@ class PrefixCache:
             pass
 
     def _touch(self, prefix: Prefix) -> None:
-        self._cached.pop(prefix, None)
-        self._cached[prefix] = None
+        """Makes a prefix the most recently used, after those that it goes on after."""
+        for each in prefix.chain():
+            if each.pages is not None:
+                self._cached.pop(each, None)
+                self._cached[each] = None
+
+    def _count(self, pages: PrefixPages, change: int) -> None:
+        """Counts the pages of a prefix that is cached now (1), or no longer (-1)."""
+        held, at = self._references, (pages.devices, pages.pages)
+        is_counted = held[at] == (0 if change > 0 else 1)
+        held[at] += change
+        self._num_pages += change * np.bincount(
+            pages.devices[is_counted], minlength=len(self._num_pages)
+        )
 
     def _evict_first(self, may_go: Callable[[Prefix], bool]) -> bool:
         for prefix in self._cached:

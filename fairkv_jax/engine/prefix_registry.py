@@ -1,16 +1,12 @@
 """The prefixes that users have named, by id."""
 
-import threading
-from collections.abc import Mapping, Sequence
-from typing import Any
 from weakref import WeakValueDictionary
 
 from fairkv_jax.compress.budgets import budgets_per_head, request_kv_config, request_policies
 from fairkv_jax.compress.registry import make_method, query_agnostic_policies
 from fairkv_jax.config import KVConfig, ModelConfig
 from fairkv_jax.engine.prefix_cache import Prefix, prefix_key
-from fairkv_jax.engine.request import PrefixRecord, Request
-from fairkv_jax.tokenizer import Message, Tokenizer
+from fairkv_jax.engine.request import Part, PrefixRecord, Request
 
 
 class PrefixRegistry:
@@ -33,14 +29,18 @@ class PrefixRegistry:
             self._kv_config, request.kv_policy, request.kv_budget, request.kv_ratio
         )
         if request.require_query_agnostic:
-            self._check_method(config, len(prompt))
+            check_shareable(config, self._kv_config, len(prompt), self._model)
         is_chat = request.messages is not None  # what follows is then rendered differently
         options = [request.owner, request.cache_salt, is_chat, *_options(config)]
-        key = prefix_key(prompt, options)
-        prefix = self._prefixes.get(key)
-        if prefix is None or prefix.is_deleted:
-            prefix = self._prefixes[key] = Prefix(key, len(prompt))
+        prefix = self._find(prefix_key(prompt, options), len(prompt))
         return PrefixRecord(prefix, request)
+
+    def after(self, parent: Prefix | None, request: Request, part: Part) -> Prefix:
+        """Returns the prefix that ends with a part of a request's prompt, after `parent`."""
+        options = [] if part.is_whole else _options(part.options)
+        before = [request.owner, request.cache_salt, None if parent is None else parent.key]
+        tokens = request.prompt_token_ids[part.start : part.stop]
+        return self._find(prefix_key(tokens, [*before, "segment", *options]), part.stop, parent)
 
     def add(self, record: PrefixRecord) -> PrefixRecord | None:
         """Names a prefix that has been computed; returns one of that name that it replaces.
@@ -80,67 +80,48 @@ class PrefixRegistry:
         del self._named[prefix_id]
         return record
 
-    def _check_method(self, config: KVConfig, num_tokens: int) -> None:
-        budgets = budgets_per_head(
-            config, num_tokens, self._model.num_layers, self._model.num_kv_heads
-        )
-        keeps_whole = min(map(min, budgets)) >= num_tokens
-        if not keeps_whole and not make_method(config).is_query_agnostic:
-            allowed = request_policies(self._kv_config)
-            names = [name for name in query_agnostic_policies() if name in allowed]
-            names = [name for name in names if name != config.policy]
-            raise ValueError(
-                f"kv_policy {config.policy!r} chooses what to keep by the end of the prompt, so it "
-                f"can only share prefixes that are kept whole, and of the {num_tokens} tokens of "
-                f"this one a head may keep {min(map(min, budgets))}: use kv_policy "
-                f"{' or '.join(names)} for it, or a shorter one"
-            )
+    def _find(self, key: str, num_tokens: int, parent: Prefix | None = None) -> Prefix:
+        """Returns the prefix with this key; a new one, if there is none or it is given up."""
+        prefix = self._prefixes.get(key)
+        if prefix is None or prefix.is_unwanted:
+            prefix = self._prefixes[key] = Prefix(key, num_tokens, parent)
+        return prefix
 
 
 class UnknownPrefix(ValueError):
     """No prefix has that id."""
 
 
+def keeps_whole(config: KVConfig, num_tokens: int, model: ModelConfig) -> bool:
+    """Returns whether every head keeps all of a text of that length."""
+    return _least_kept(config, num_tokens, model) >= num_tokens
+
+
+def check_shareable(
+    config: KVConfig, engine: KVConfig, num_tokens: int, model: ModelConfig
+) -> None:
+    """Raises ValueError if what is kept of a prefix would depend on how it ends.
+
+    `engine` are the engine's own options, which say what else a request may choose.
+    """
+    kept = _least_kept(config, num_tokens, model)
+    if kept >= num_tokens or make_method(config).is_query_agnostic:
+        return
+    allowed = request_policies(engine)
+    names = [name for name in query_agnostic_policies() if name in allowed]
+    names = [name for name in names if name != config.policy]
+    raise ValueError(
+        f"kv_policy {config.policy!r} chooses what to keep by the end of the prompt, so it can "
+        f"only share prefixes that are kept whole, and of the {num_tokens} tokens of this one a "
+        f"head may keep {kept}: use kv_policy {' or '.join(names)} for it, or a shorter one"
+    )
+
+
+def _least_kept(config: KVConfig, num_tokens: int, model: ModelConfig) -> int:
+    budgets = budgets_per_head(config, num_tokens, model.num_layers, model.num_kv_heads)
+    return min(map(min, budgets))
+
+
 def _options(config: KVConfig) -> list[object]:
     """What the compression of a prefix depends on, besides its tokens."""
     return [value for name, value in sorted(vars(config).items()) if name != "suffix"]
-
-
-def chat_text(
-    tokenizer: Tokenizer,
-    messages: Sequence[Message],
-    record: PrefixRecord | None = None,
-    *,
-    add_generation_prompt: bool = True,
-    continue_final_message: bool = False,
-    chat_template_kwargs: Mapping[str, Any] | None = None,
-    cancelled: threading.Event | None = None,
-) -> str:
-    """Renders a conversation; with `record`, only what follows the prefix's messages.
-
-    The other arguments are those of `Tokenizer.apply_chat_template`.
-
-    Raises:
-        ValueError: the template rejects the conversation, or renders the prefix's messages
-            differently when others follow.
-    """
-    before = None
-    if record is not None and record.request.messages is not None:
-        before = record.request.prompt
-        messages = [*record.request.messages, *messages]
-    whole = tokenizer.apply_chat_template(
-        messages,
-        add_generation_prompt,
-        cancelled,
-        continue_final_message=continue_final_message,
-        chat_template_kwargs=chat_template_kwargs,
-    )
-    if record is None or record.request.messages is None:
-        return whole
-    assert before is not None
-    if not whole.startswith(before):
-        raise ValueError(
-            "the model's chat template writes the messages of the prefix differently when others "
-            "follow, so they cannot be continued: cache the prefix as a text"
-        )
-    return whole[len(before) :]

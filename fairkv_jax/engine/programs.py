@@ -79,12 +79,14 @@ class Programs:
         *,
         suffix_lengths: Iterable[int] = (),
         prompt_logprobs: bool,
+        forks: bool = False,
     ) -> None:
         """Compiles what prompts of these lengths and batches of these sizes run.
 
         Args:
             suffix_lengths: lengths of what follows prefixes in the cache.
             prompt_logprobs: also what computes the log-probabilities of the prompts.
+            forks: also what lets rows begin with the prompt of another.
         """
         steps = [self.start_prefill, self.run_chunks, self.compress_layer, self.insert]
         if self._instruction is not None:
@@ -92,7 +94,7 @@ class Programs:
         of_prompts = [*steps, *[self.score_prompt] * prompt_logprobs]
         suffix_buckets = self._buckets(suffix_lengths)
         once = [self.sample_first, self.release_rows, self.write_tables]
-        if suffix_buckets:
+        if suffix_buckets or forks:
             once.append(self.copy_pages)
         wanted = [(f"{n} rows", ("decode", n), partial(self.decode, n)) for n in batches]
         wanted += [

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int
 
+from fairkv_jax.config import KVConfig
 from fairkv_jax.engine.prefix_cache import Prefix
 from fairkv_jax.engine.stats import RequestMetrics
 from fairkv_jax.engine.structured_output import GrammarMatcher
@@ -65,6 +66,18 @@ class RequestOutput:
 
 
 @dataclass(frozen=True)
+class Boundary:
+    """A place in a prompt where a segment may end that other prompts begin with."""
+
+    position: int
+    """Tokens of the prompt before it."""
+    is_marked: bool = False
+    """Whether the client has marked it by `cache_control`."""
+    ends_answer: bool = False
+    """Whether the model has generated the tokens since the boundary before."""
+
+
+@dataclass(frozen=True)
 class Request:
     """A prompt as token ids, its sampling parameters and its KV options."""
 
@@ -91,6 +104,12 @@ class Request:
     """Prefixes are found only by requests of their owner."""
     cache_salt: str = ""
     """Equal prefixes of different salts are different ones."""
+    boundaries: tuple[Boundary, ...] = ()
+    """Where its segments may end, in ascending order, see `segments.divide`."""
+    same_prompt: str = ""
+    """Requests with the same name here have the same prompt and KV options: one is prefilled."""
+    may_continue: bool = False
+    """Whether prompts that begin with this one and its output are likely to follow."""
 
 
 @dataclass(frozen=True)
@@ -118,6 +137,21 @@ class CachedPrefix:
 
 
 @dataclass(frozen=True)
+class Part:
+    """Consecutive tokens of a prompt that are compressed together."""
+
+    start: int
+    stop: int
+    """Tokens [start, stop) of the prompt."""
+    options: KVConfig
+    """How they are compressed; `KVConfig()`: they are kept whole."""
+
+    @property
+    def is_whole(self) -> bool:
+        return self.options == KVConfig()
+
+
+@dataclass(frozen=True)
 class ValidatedRequest:
     """A request that the engine has validated and can serve."""
 
@@ -129,6 +163,8 @@ class ValidatedRequest:
     """The prefix that the prompt begins with; or is, if the request is to cache it."""
     matcher: GrammarMatcher | None = None
     """The beginning of its grammar; None: any token may be generated."""
+    parts: tuple[Part, ...] = ()
+    """What follows that prefix: the segments that other prompts may share, then the last one."""
 
     @property
     def request_id(self) -> str:

@@ -1,12 +1,16 @@
 """Gives requests rows of the batch with the pages that they need, and takes both back."""
 
+from collections.abc import Sequence
+from functools import partial
+
 import numpy as np
 
 from fairkv_jax.engine.decode_compression import DecodeCompression
-from fairkv_jax.engine.kv_cache_manager import KVCacheManager
+from fairkv_jax.engine.kv_cache_manager import KVCacheManager, PrefixPages
+from fairkv_jax.engine.page_tables import PageCopies
 from fairkv_jax.engine.prefix_cache import Prefix, PrefixCache
 from fairkv_jax.engine.scheduled_request import ScheduledRequest
-from fairkv_jax.engine.scheduler_output import Insertion, RowPrefix
+from fairkv_jax.engine.scheduler_output import Fork, Insertion, RowPrefix
 
 
 class Rows:
@@ -60,13 +64,42 @@ class Rows:
             self._activate(request, row, prompt_lengths)
         else:
             request.shared_row = row  # until what is written there can be shared
-            head_lengths = kept + request.prefix_lengths
             self._use(request, segment.prefix)
-            self._prefixes.retain(segment.prefix, row, head_lengths)
+            self._prefixes.retain(segment.prefix, row)
         request.next_segment += 1
         request.chunks_scheduled = request.num_cached = 0
         request.head_lengths = None
         return Insertion(request.request_id, row, lengths, list(known), is_last)
+
+    def fork(self, request: ScheduledRequest, *, is_alone: bool) -> Insertion | None:
+        """Lets a row begin with the pages of the request's whole prompt; None if pages lack."""
+        prompt = request.whole_prompt
+        assert prompt is not None
+        assert prompt.head_lengths is not None
+        num_next = 1 + self._num_known(request, prompt.head_lengths)
+        shared = self._share(prompt, is_alone=is_alone, num_next_tokens=num_next)
+        if shared is None:
+            return None
+        row, pages, copies = shared
+        self.leave_group(request)
+        self._activate(request, row, prompt.head_lengths)
+        request.next_segment = len(request.segments)
+        request.chunks_scheduled = request.num_cached = 0
+        known = list(request.output_token_ids)
+        fork = Fork(request.request, copies)
+        return Insertion(request.request_id, row, pages.slot_lengths, known, fork=fork)
+
+    def share_prompt(self, row: int, requests: Sequence[ScheduledRequest]) -> None:
+        """Keeps what a row holds for requests that have the same whole prompt."""
+        for request in requests:
+            if request.whole_prompt is not None:
+                self._prefixes.use(request.whole_prompt, request.request_id)
+                self._prefixes.retain(request.whole_prompt, row)
+
+    def leave_group(self, request: ScheduledRequest) -> None:
+        """Notes that a request no longer waits for the whole prompt that it shares."""
+        if request.whole_prompt is not None:
+            self._prefixes.leave(request.whole_prompt, request.request_id)
 
     def find_prefix(self, request: ScheduledRequest) -> None:
         """Lets a request go on after the longest of its prefixes that is cached."""
@@ -89,15 +122,10 @@ class Rows:
         """Lets a row begin with the prefix of a request; False if pages lack."""
         prefix = request.prefix
         assert prefix is not None
-        assert prefix.pages is not None
-        row, pages = min(self._free), prefix.pages
-        copies = self._prefixes.evict_until(lambda: self._kv_cache.share(row, pages))
-        if copies is None and is_alone:
-            copies = self._kv_cache.share(row, pages, copies_last=False)
-            self._prefixes.evict(prefix)
-        if copies is None:
+        shared = self._share(prefix, is_alone=is_alone)
+        if shared is None:
             return False
-        self._free.remove(row)
+        row, pages, copies = shared
         request.shared_row = row
         tokens = request.request.prompt_token_ids[: prefix.num_tokens]
         request.row_prefix = RowPrefix(row, tokens, pages.slot_lengths, copies)
@@ -117,6 +145,22 @@ class Rows:
         self._free.append(row)
         self._leave_prefix(request)
 
+    def _share(
+        self, prefix: Prefix, *, is_alone: bool, num_next_tokens: int = 0
+    ) -> tuple[int, PrefixPages, PageCopies] | None:
+        """Takes a row that begins with a prefix; None if pages lack."""
+        assert prefix.pages is not None
+        row, pages = min(self._free), prefix.pages
+        share = partial(self._kv_cache.share, row, pages, num_next_tokens=num_next_tokens)
+        copies = self._prefixes.evict_until(share)
+        if copies is None and is_alone:
+            copies = share(copies_last=False)
+            self._prefixes.evict(prefix)
+        if copies is None:
+            return None
+        self._free.remove(row)
+        return row, pages, copies
+
     def _num_known(self, request: ScheduledRequest, prompt_lengths: np.ndarray) -> int:
         """Returns how many known tokens a row appends to its prompt before it is compressed."""
         num_known = len(request.output_token_ids)
@@ -130,7 +174,9 @@ class Rows:
         if self._compression is not None:
             request.next_compression = self._compression.first_at(prompt_lengths)
             request.is_being_compressed = False
-            request.fixed_lengths = np.zeros_like(prompt_lengths) + request.prefix_lengths
+            shared = prompt_lengths if request.whole_prompt is not None else request.prefix_lengths
+            request.fixed_lengths = np.zeros_like(prompt_lengths) + shared
+            request.is_compressed = False
 
     def _leave_row(self, request: ScheduledRequest) -> None:
         if request.shared_row is not None:

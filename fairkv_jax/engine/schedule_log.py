@@ -16,7 +16,7 @@ import json
 import logging
 import weakref
 from collections.abc import Iterator
-from dataclasses import MISSING, asdict, dataclass, fields, is_dataclass, replace
+from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import IO, Any
@@ -30,6 +30,7 @@ from fairkv_jax.engine.scheduler_output import (
     Decode,
     DecodeRow,
     ExecutionResult,
+    Fork,
     Insertion,
     NewRequest,
     PrefillChunks,
@@ -47,6 +48,7 @@ _CLASSES = {
     for cls in (
         Decode,
         DecodeRow,
+        Fork,
         Insertion,
         NewRequest,
         PageCopies,
@@ -118,6 +120,8 @@ class LoggedTokens:
     """The token that followed the prompt, where one was sampled."""
     tokens: list[list[int]]
     """For each decode step, the tokens of the decoded rows in the order of `Decode.rows`."""
+    other_first_tokens: list[int] = field(default_factory=list)
+    """Those of `PrefillChunks.also_samples`."""
 
 
 LogEntry = Header | SchedulerOutput | LoggedTokens
@@ -183,7 +187,8 @@ def tokens_of(output: SchedulerOutput, result: ExecutionResult) -> LoggedTokens:
     if output.decode is not None and result.sampled is not None:
         rows = [each.row for each in output.decode.rows]
         tokens = result.sampled.tokens[: output.decode.num_steps, rows].tolist()
-    return LoggedTokens(output.index, None if first is None else int(first.tokens[0, 0]), tokens)
+    firsts = [] if first is None else first.tokens[0].tolist()
+    return LoggedTokens(output.index, firsts[0] if firsts else None, tokens, firsts[1:])
 
 
 def read_log(path: str | Path) -> Iterator[LogEntry]:
@@ -291,28 +296,43 @@ def _without_tokens(output: SchedulerOutput) -> SchedulerOutput:
     if prefill is not None:
         new = prefill.new_request
         if new is not None:
-            params = replace(new.sampling_params, stop=None, structured_outputs=None)
-            zeros = [0] * len(new.prompt_token_ids)
-            new = replace(new, prompt_token_ids=zeros, sampling_params=params)
+            new = _without_texts(new)
         prefix = prefill.cached_prefix
         if prefix is not None:
             prefix = replace(prefix, token_ids=[0] * len(prefix.token_ids))
-        prefill = replace(prefill, new_request=new, cached_prefix=prefix, grammar_bitmask=None)
+        others = tuple(_without_texts(each) for each in prefill.also_samples)
+        prefill = replace(
+            prefill,
+            new_request=new,
+            cached_prefix=prefix,
+            grammar_bitmask=None,
+            also_samples=others,
+        )
     if insertion is not None:
-        insertion = replace(insertion, output_token_ids=[0] * len(insertion.output_token_ids))
+        fork = insertion.fork
+        if fork is not None:
+            fork = replace(fork, new_request=_without_texts(fork.new_request))
+        zeros = [0] * len(insertion.output_token_ids)
+        insertion = replace(insertion, output_token_ids=zeros, fork=fork)
     if decode is not None:
         decode = replace(decode, grammar_bitmasks={})
     return replace(output, prefill=prefill, insertion=insertion, decode=decode)
+
+
+def _without_texts(request: NewRequest) -> NewRequest:
+    params = replace(request.sampling_params, stop=None, structured_outputs=None)
+    zeros = [0] * len(request.prompt_token_ids)
+    return replace(request, prompt_token_ids=zeros, sampling_params=params)
 
 
 def _encode(value: Any) -> Any:
     """Returns plain JSON. Objects carry their class, and omit fields that have their defaults."""
     if is_dataclass(value):
         record = {"class": type(value).__name__}
-        for field in fields(value):
-            part = getattr(value, field.name)
-            if isinstance(part, np.ndarray) or field.default is MISSING or part != field.default:
-                record[field.name] = _encode(part)
+        for each in fields(value):
+            part = getattr(value, each.name)
+            if isinstance(part, np.ndarray) or each.default is MISSING or part != each.default:
+                record[each.name] = _encode(part)
         return record
     if isinstance(value, np.ndarray):
         data = base64.b64encode(value.tobytes()).decode()
@@ -340,10 +360,10 @@ def _decode(value: Any) -> Any:
     if name not in _CLASSES:
         raise ValueError(f"unknown class {name!r}")
     cls = _CLASSES[name]
-    parts = {field: _decode(part) for field, part in record.items()}
-    for field in fields(cls):
-        if "tuple" in str(field.type) and isinstance(parts.get(field.name), list):
-            parts[field.name] = tuple(
-                tuple(part) if isinstance(part, list) else part for part in parts[field.name]
+    parts = {name: _decode(part) for name, part in record.items()}
+    for each in fields(cls):
+        if "tuple" in str(each.type) and isinstance(parts.get(each.name), list):
+            parts[each.name] = tuple(
+                tuple(part) if isinstance(part, list) else part for part in parts[each.name]
             )
     return cls(**parts)

@@ -56,12 +56,16 @@ class ScheduledRequest:
     """The row that holds the prefix while the segment after it is prefilled, or before."""
     row_prefix: RowPrefix | None = None
     """What that row begins with, until the runner is told with the segment's first chunk."""
+    whole_prompt: Prefix | None = None
+    """What its row holds before it decodes, shared with requests that have the same prompt."""
     num_cached_tokens: int | None = None
     """Prompt tokens whose compressed cache was there when its prefill began first."""
     next_compression: int | None = None
     """Generated tokens in the cache when its row is compressed next; None: it never is."""
     is_being_compressed: bool = False
     """Whether its row is compressed by an execution whose result is not known yet."""
+    is_compressed: bool = False
+    """Whether its row has been compressed since it began to decode."""
     fixed_lengths: np.ndarray | None = None
     """[L, K] first tokens of its row that stay, since other rows may share their pages."""
     attempt: int = 0
@@ -75,6 +79,12 @@ class ScheduledRequest:
     def segment(self) -> Segment | None:
         """The segment that is prefilled, or will be; None when all have been inserted."""
         return self.segments[self.next_segment] if self.next_segment < len(self.segments) else None
+
+    @property
+    def can_fork(self) -> bool:
+        """Whether it needs no prefill, since the cache holds its prompt, and its token is known."""
+        prompt = self.whole_prompt
+        return prompt is not None and prompt.pages is not None and bool(self.output_token_ids)
 
     @property
     def num_chunks(self) -> int:

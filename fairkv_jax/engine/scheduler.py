@@ -7,14 +7,14 @@ decisions. What only the devices know, sampled tokens and what is kept of a prom
 
 from bisect import insort
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 
 from fairkv_jax.engine.decode_compression import DecodeCompression
 from fairkv_jax.engine.kv_cache_manager import KVCacheManager
-from fairkv_jax.engine.prefix_cache import PrefixCache
+from fairkv_jax.engine.prefix_cache import Prefix, PrefixCache
 from fairkv_jax.engine.rows import Rows
 from fairkv_jax.engine.scheduled_request import ScheduledRequest
 from fairkv_jax.engine.scheduler_output import (
@@ -48,6 +48,8 @@ class _InFlight:
     prefill: tuple[ScheduledRequest, int] | None
     """The request and its attempt."""
     rows: dict[int, ScheduledRequest]
+    peers: tuple[ScheduledRequest, ...] = ()
+    """Requests with the same prompt, in the order of `PrefillChunks.also_samples`."""
 
 
 class Scheduler:
@@ -62,6 +64,9 @@ class Scheduler:
     A prompt of several segments is prefilled one after the other, from the longest prefix on that
     is cached. A segment that follows another is prefilled in a row that begins with what is kept
     before it, as are the tokens that it keeps itself.
+
+    Of requests with the same `whole_prompt`, one is prefilled. The first tokens of all are sampled
+    at its end; when it gets its row, the others share its pages, one after the other.
 
     With a `DecodeCompression`, rows are compressed again while they decode, at token counts that
     follow from the request. How much their heads keep is known with the execution's result; until
@@ -129,7 +134,22 @@ class Scheduler:
             for request in mine:
                 self.waiting.remove(request)
                 self._rows.start_over(request)
+                self._rows.leave_group(request)
         self._finished.append(request_id)
+
+    def retain(self, request_id: str, prefix: Prefix) -> None:
+        """Keeps the beginning of what a running request has in the cache as a prefix.
+
+        It ends behind the last tokens that were compressed, and before the last one generated.
+        Nothing is kept of a row that was compressed while it decoded: a prompt with these tokens
+        would keep others.
+        """
+        row = self.row_of(request_id)
+        if row is None or prefix.is_unwanted or self.running[row].is_compressed:
+            return
+        request = self.running[row]
+        num_tokens = len(request.request.prompt_token_ids) + request.num_cached
+        self.prefixes.retain(prefix, row, num_tokens - prefix.num_tokens)
 
     def schedule(self, timings: Timings) -> SchedulerOutput | None:
         """The next execution; None where the results of earlier ones must come first.
@@ -165,9 +185,12 @@ class Scheduler:
         )
         self._index += 1
         self._finished, self._released, self._resets_cache = [], [], False
-        chunks = None if prefill is None or request is None else (request, attempt)
+        chunks, peers = None, ()
+        if prefill is not None and request is not None:
+            chunks = request, attempt
+            peers = tuple(self._peers(request)) if prefill.also_samples else ()
         rows = dict(self.running) if decode is not None else {}
-        self._in_flight.append(_InFlight(output, chunks, rows))
+        self._in_flight.append(_InFlight(output, chunks, rows, peers))
         return output
 
     def update(self, output: SchedulerOutput, result: ExecutionResult) -> list[NewTokens]:
@@ -182,7 +205,7 @@ class Scheduler:
         if scheduled.prefill is not None and result.prefill is not None:
             request, attempt = scheduled.prefill
             if request.attempt == attempt and request in self.waiting:
-                new += self._prefilled(request, result)
+                new += self._prefilled(request, result, scheduled.peers)
         self._record_compressions(scheduled, result)
         if output.decode is not None and result.sampled is not None:
             tokens = result.sampled.tokens
@@ -226,6 +249,7 @@ class Scheduler:
             self._wait(self._release(row))
         for request in self.waiting:
             self._rows.start_over(request)
+            self._rows.leave_group(request)
         self.prefixes.clear()
         self.waiting = [each for each in self.waiting if each.request_id in output_token_ids]
         for request in self.waiting:
@@ -266,12 +290,27 @@ class Scheduler:
         The prompt's last segment lets it run; others become prefixes.
         """
         request = self.waiting[0] if self.waiting else None
-        if request is None or request.head_lengths is None or not self._rows.can_take(request):
+        if request is None or not self._rows.can_take(request):
             return None
-        insertion = self._rows.insert(request, is_alone=not self.running)
+        if request.can_fork:
+            insertion = self._rows.fork(request, is_alone=not self.running)
+        elif request.head_lengths is not None:
+            insertion = self._rows.insert(request, is_alone=not self.running)
+        else:
+            return None
         if insertion is not None and insertion.is_last:
             self.running[insertion.row] = self.waiting.pop(0)
+            if insertion.fork is None:
+                self._rows.share_prompt(insertion.row, self._peers(request))
         return insertion
+
+    def _peers(self, request: ScheduledRequest) -> list[ScheduledRequest]:
+        """The waiting requests that share the whole prompt of a request, without itself."""
+        prompt = request.whole_prompt
+        if prompt is None:
+            return []
+        waiting = (each for each in self.waiting if each is not request)
+        return [each for each in waiting if each.whole_prompt is prompt]
 
     @property
     def _prefill_is_in_flight(self) -> bool:
@@ -287,7 +326,7 @@ class Scheduler:
         None where no request waits for chunks, or no row or too few pages are free.
         """
         request = self.waiting[0] if self.waiting else None
-        if request is None or not self._rows.can_take(request):
+        if request is None or request.can_fork or not self._rows.can_take(request):
             return None
         if request.chunks_scheduled == 0:
             self._rows.find_prefix(request)
@@ -347,7 +386,7 @@ class Scheduler:
                 )
             )
             request.next_compression = num_cached + compression.interval
-            request.is_being_compressed = True
+            request.is_being_compressed = request.is_compressed = True
         return tuple(due)
 
     def _record_compressions(self, scheduled: _InFlight, result: ExecutionResult) -> None:
@@ -397,6 +436,7 @@ class Scheduler:
         bitmask = None
         if is_last and samples and request.follows_grammar:
             bitmask = self._grammar_bitmask(request.request_id)
+        others = self._peers(request) if is_last and samples else []
         row_prefix, request.row_prefix = request.row_prefix, None
         return PrefillChunks(
             request.request_id,
@@ -408,10 +448,16 @@ class Scheduler:
             cached_prefix=row_prefix,
             samples_token=is_last and samples,
             grammar_bitmask=bitmask,
+            also_samples=tuple(replace(each.request, prompt_token_ids=[]) for each in others),
         )
 
-    def _prefilled(self, request: ScheduledRequest, result: ExecutionResult) -> list[NewTokens]:
-        """Records that a segment's prefill is done, and the first token if one was sampled."""
+    def _prefilled(
+        self,
+        request: ScheduledRequest,
+        result: ExecutionResult,
+        peers: Sequence[ScheduledRequest],
+    ) -> list[NewTokens]:
+        """Records that a segment's prefill is done, and the first tokens if any were sampled."""
         prefill, segment = result.prefill, request.segment
         assert prefill is not None
         assert segment is not None
@@ -419,13 +465,17 @@ class Scheduler:
         if segment.prefix is not None or request.output_token_ids:
             return []  # more follows; or it was preempted: its first token is known
         first = prefill.first_token
-        if first is not None:
-            request.output_token_ids.append(int(first.tokens[0, 0]))
         steps = range(0 if first is None else 1)
         kept = prefill.kept.lengths + request.prefix_lengths
         prefill = replace(prefill, kept=replace(prefill.kept, lengths=kept))
-        cached = request.num_cached_tokens or 0
-        return [NewTokens(request.request_id, first, 0, steps, prefill, cached)]
+        cached, new = request.num_cached_tokens or 0, []
+        for place, each in enumerate((request, *peers)):
+            if each.output_token_ids or each not in self.waiting:
+                continue  # it has ended meanwhile
+            if first is not None:
+                each.output_token_ids.append(int(first.tokens[0, place]))
+            new.append(NewTokens(each.request_id, first, place, steps, prefill, cached))
+        return new
 
     def _wait(self, request: ScheduledRequest) -> None:
         """Puts a request into the queue. A request that is no longer first loses its prefill."""

@@ -63,10 +63,22 @@ class PrefillChunks:
     """Whether the token that follows the prompt is to be sampled after the last chunk."""
     grammar_bitmask: np.ndarray | None = None
     """[W] words of the tokens that may be sampled then; None: all."""
+    also_samples: tuple[NewRequest, ...] = ()
+    """Requests with the same prompt, which is left out, whose token is sampled then as well."""
 
     @property
     def is_last(self) -> bool:
         return self.stop == self.num_chunks
+
+
+@dataclass(frozen=True)
+class Fork:
+    """A row that begins with the whole prompt of another row, whose pages it shares."""
+
+    new_request: NewRequest
+    """With the whole prompt."""
+    page_copies: PageCopies
+    """Pages to be copied first, which are the row's own."""
 
 
 @dataclass(frozen=True)
@@ -81,6 +93,8 @@ class Insertion:
     """Generated so far; the row decodes from the first one on. None before the last segment."""
     is_last: bool = True
     """Whether the prompt is complete, so that the row takes part in decoding."""
+    fork: Fork | None = None
+    """Set where no segment is copied, because another row has the same prompt."""
 
 
 @dataclass(frozen=True)
@@ -172,7 +186,8 @@ class PrefillResult:
 
     kept: KeptTokens
     first_token: SampledTokens | None
-    """One step of one row; None where no token was to be sampled."""
+    """One step of one row, or of several for `PrefillChunks.also_samples`; None where no token was
+    to be sampled."""
     prompt_logprobs: SampledTokens | None
     """For each token of the prompt but the first: one row, with a leading axis of them."""
 

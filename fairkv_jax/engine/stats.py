@@ -4,6 +4,31 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
+class PrefixStats:
+    """The prefixes whose cache is there."""
+
+    count: int
+    bytes: int
+    """What their pages take over all devices; pages that several hold count once."""
+    sharing: float
+    """Mean number of running requests that begin with the same prefix; 0 where none does."""
+
+
+@dataclass(frozen=True)
+class RetainedPrefix:
+    """A prefix whose cache is there."""
+
+    num_tokens: int
+    """Also those that compression has dropped."""
+    kept_tokens: float
+    """Per head, on average."""
+    bytes: int
+    """What its pages take over all devices."""
+    num_requests: int
+    """Requests that use it."""
+
+
+@dataclass(frozen=True)
 class EngineStats:
     """The state of the engine after a step."""
 
@@ -18,6 +43,8 @@ class EngineStats:
     """Cached tokens per device, summed over layers and heads."""
     compilations: int
     """Programs that JAX has compiled, or read from its cache, since the start."""
+    prefixes: PrefixStats | None = None
+    """None: the engine does not cache prefixes."""
 
 
 @dataclass

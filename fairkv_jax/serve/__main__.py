@@ -71,6 +71,7 @@ def _load(options: Options) -> Engine:
         lengths,
         config.max_num_seqs,
         suffix_lengths=lengths if config.enable_prefix_caching else (),
+        forks=True,
     )
     _rehearse(engine, config.max_num_seqs)
     return engine

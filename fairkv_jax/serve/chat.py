@@ -37,7 +37,7 @@ async def create_chat_completion(body: ChatBody, request: Request) -> Response:
         body = body.after_reasoning(reasoning.precedes)
     await compile_grammar(request, body)
     answer_id = response_id(request, "chatcmpl", body.request_id)
-    requests = fan_out(answer_id, [prompt], body, owner)
+    requests = fan_out(answer_id, [prompt], body, owner, may_continue=body.opens_answer)
     head = {"id": answer_id, "created": int(time.time()), "model": service.model_name}
     outputs = service.submit(request, requests, body.n or 1)
     builder = partial(form.builder, prompt.text or "")

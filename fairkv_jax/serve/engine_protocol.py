@@ -7,7 +7,7 @@ from typing import Protocol
 from fairkv_jax.config import EngineConfig, KVConfig, ModelConfig
 from fairkv_jax.engine.prefix_registry import PrefixRegistry
 from fairkv_jax.engine.request import CachedPrefix, Request, RequestOutput, ValidatedRequest
-from fairkv_jax.engine.stats import EngineStats
+from fairkv_jax.engine.stats import EngineStats, RetainedPrefix
 from fairkv_jax.plan import Plan
 from fairkv_jax.sampling_params import StructuredOutputsParams
 from fairkv_jax.tokenizer import Tokenizer
@@ -16,8 +16,8 @@ from fairkv_jax.tokenizer import Tokenizer
 class Engine(Protocol):
     """The engine's methods that the server uses.
 
-    `validate`, `compile_grammar` and `cached_prefix` may be called from any thread, and prefixes
-    be looked up; all other methods are called from one thread only.
+    `validate`, `compile_grammar`, `cached_prefix` and `retained_prefixes` may be called from any
+    thread, and prefixes be looked up; all other methods are called from one thread only.
     """
 
     model_name: str
@@ -40,6 +40,7 @@ class Engine(Protocol):
     def has_unfinished_requests(self) -> bool: ...
     def step(self) -> list[RequestOutput]: ...
     def stats(self) -> EngineStats: ...
+    def retained_prefixes(self, most: int) -> list[RetainedPrefix]: ...
     def cached_prefix(self, prefix_id: str, owner: str = "") -> CachedPrefix: ...
     def delete_prefix(self, prefix_id: str, owner: str = "") -> None: ...
     def close(self) -> None: ...

@@ -7,8 +7,8 @@ from uuid import uuid4
 
 from fastapi import Request as HttpRequest
 
-from fairkv_jax.engine.prefix_registry import chat_text
-from fairkv_jax.engine.request import PrefixRecord, Request
+from fairkv_jax.engine.conversation import rendered_chat
+from fairkv_jax.engine.request import Boundary, PrefixRecord, Request
 from fairkv_jax.engine.structured_output import TooManyGrammars
 from fairkv_jax.serve.engine_protocol import Engine
 from fairkv_jax.serve.errors import ApiError
@@ -24,6 +24,7 @@ class Prompt:
     text: str | None = None
     offsets: list[int] | None = None
     """Where each token begins in the text; None unless asked for."""
+    boundaries: tuple[Boundary, ...] = ()
 
 
 async def encode_prompts(
@@ -80,33 +81,38 @@ async def render_chat(
     messages: Sequence[Message],
     options: TemplateOptions,
     prefix: PrefixRecord | None = None,
+    divides: bool = True,
 ) -> Prompt:
     """Renders a conversation with the model's chat template and tokenizes it.
 
     The template writes the special tokens, so the tokenizer adds some only if the request says so.
-    With `prefix`, the messages are those that follow the prefix's.
+    With `prefix`, the messages are those that follow the prefix's. If the engine caches prefixes,
+    the prompt has boundaries, unless `divides` is false or special tokens are added.
 
     Raises:
-        ApiError: the model has no template, or the template rejects the conversation.
+        ApiError: the model has no template, the template rejects the conversation, or a text is not
+            valid Unicode.
     """
-    turns = [message.as_dict() for message in messages]
+    turns, adds = [message.as_dict() for message in messages], bool(options.add_special_tokens)
     service = service_of(request)
     engine = service.engine.engine
     try:
-        text = await service.templates.run(
+        rendered = await service.templates.run(
             request,
             client_of(request),
-            chat_text,
+            rendered_chat,
             engine.tokenizer,
             turns,
             prefix,
             add_generation_prompt=options.opens_answer,
             continue_final_message=bool(options.continue_final_message),
             chat_template_kwargs=options.template_variables,
+            divides=divides and not adds and engine.engine_config.enable_prefix_caching,
         )
+        prompt = await asyncio.to_thread(rendered.tokenized, engine.tokenizer, adds)
     except ValueError as error:
         raise ApiError(400, str(error), "messages") from error
-    return await encode(engine, text, add_special_tokens=bool(options.add_special_tokens))
+    return Prompt(prompt.token_ids, prompt.text, boundaries=prompt.boundaries)
 
 
 async def compile_grammar(request: HttpRequest, body: GenerationBody) -> None:
@@ -131,19 +137,27 @@ async def compile_grammar(request: HttpRequest, body: GenerationBody) -> None:
 
 
 def fan_out(
-    answer_id: str, prompts: Sequence[Prompt], body: GenerationBody, owner: str
+    answer_id: str,
+    prompts: Sequence[Prompt],
+    body: GenerationBody,
+    owner: str,
+    *,
+    may_continue: bool = False,
 ) -> list[Request]:
     """Makes one engine request per prompt and choice; the choices of a prompt are adjacent.
 
-    Their ids begin with that of the answer and are unique, also if two answers have the same id.
+    Their ids begin with that of the answer and are unique, also if two answers have the same id. A
+    prompt is read once for all of its choices.
+
     If the request has a seed, the choices of a prompt have consecutive seeds, so that they differ
     and are reproducible.
     """
     params = body.sampling_params()
-    requests = []
+    requests, num_choices = [], body.n or 1
     unique_id = f"{answer_id}-{uuid4().hex[:16]}"
     for prompt_index, prompt in enumerate(prompts):
-        for choice in range(body.n or 1):
+        same_prompt = f"{unique_id}-{prompt_index}" if num_choices > 1 else ""
+        for choice in range(num_choices):
             seeded = params
             if params.seed is not None and choice:
                 seeded = replace(params, seed=(params.seed + choice) % 2**64)
@@ -158,6 +172,10 @@ def fan_out(
                     kv_ratio=body.kv_ratio,
                     prefix_id=body.prefix_id,
                     owner=owner,
+                    cache_salt=body.cache_salt or "",
+                    boundaries=prompt.boundaries,
+                    same_prompt=same_prompt,
+                    may_continue=may_continue,
                 )
             )
     return requests

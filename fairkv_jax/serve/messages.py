@@ -21,11 +21,18 @@ _OF_THE_SERVER = (
 """Variables of templates that have fields of their own, or that no request may set."""
 
 
+class CacheControl(Body):
+    """Anthropic's mark: what precedes the end of the marked text is cached for other requests."""
+
+    type: Literal["ephemeral"]
+
+
 class TextPart(Body):
     """A part of a message's content. Only text is supported."""
 
     type: Literal["text", "input_text", "output_text", "refusal"]
     text: str
+    cache_control: CacheControl | None = None
 
     @model_validator(mode="before")
     @classmethod
@@ -105,12 +112,14 @@ class Message(Body):
     """The assistant's reasoning, for templates that repeat it."""
     reasoning_content: str | None = None
     """Another name of `reasoning`."""
+    cache_control: CacheControl | None = None
+    """Marks the end of the message."""
 
     def as_dict(self) -> dict[str, Any]:
-        """Returns the message as chat templates expect it, without the fields that are not set."""
-        content = self.content or ""
+        """Returns the message as `engine.conversation` takes it, without what is not set."""
+        content: Any = self.content or ""
         if not isinstance(content, str):
-            content = "\n".join(part.text for part in content)
+            content = [part.model_dump(exclude_none=True) for part in content]
         message: dict[str, Any] = {"role": self.role, "content": content}
         reasoning = self.reasoning if self.reasoning is not None else self.reasoning_content
         optional = {
@@ -119,6 +128,7 @@ class Message(Body):
             "tool_calls": [call.as_dict() for call in self.tool_calls or ()] or None,
             "reasoning": reasoning,
             "reasoning_content": reasoning,
+            "cache_control": self.cache_control and self.cache_control.model_dump(),
         }
         return message | {name: value for name, value in optional.items() if value is not None}
 

@@ -32,6 +32,8 @@ class _Progress:
     first_token: float | None = None
     last_token: float = 0.0
     num_tokens: int = 0
+    is_looked_up: bool = False
+    """Whether its prompt has been counted as looked up in the prefix cache."""
 
 
 @dataclass
@@ -92,6 +94,14 @@ class Metrics:
         self._utilization = gauge(
             "fairkv:plan_utilization", "Utilization of the devices in attention that is planned."
         )
+        self._prefixes = gauge("fairkv:prefixes", "Prefixes that are cached.")
+        self._prefix_bytes = gauge(
+            "fairkv:prefix_bytes", "Bytes of the KV pages of cached prefixes, over all devices."
+        )
+        self._prefix_sharing = gauge(
+            "fairkv:prefix_sharing",
+            "Mean number of running requests that begin with the same cached prefix.",
+        )
         self._replicas = gauge(
             "fairkv:plan_copies", "Extra head replicas of the plan, summed over layers."
         )
@@ -101,6 +111,12 @@ class Metrics:
             return Counter(name, text, [*_LABELS, *labels], registry=self.registry)
 
         self._prompt_tokens = counter("vllm:prompt_tokens", "Prefilled prompt tokens.")
+        self._prefix_queries = counter(
+            "vllm:prefix_cache_queries", "Prompt tokens that were looked up in the prefix cache."
+        )
+        self._prefix_hits = counter(
+            "vllm:prefix_cache_hits", "Prompt tokens that were found in the prefix cache."
+        )
         self._generation_tokens = counter("vllm:generation_tokens", "Generated tokens.")
         self._success = counter("vllm:request_success", "Finished requests.", "finished_reason")
         self._preemptions = counter(
@@ -204,6 +220,10 @@ class Metrics:
         for device, tokens in enumerate(stats.kv_tokens):
             self._kv_tokens.labels(**labels, device=device).set(tokens)
         self._imbalance.labels(**labels).set(max_over_mean(stats.kv_tokens))
+        if stats.prefixes is not None:
+            self._prefixes.labels(**labels).set(stats.prefixes.count)
+            self._prefix_bytes.labels(**labels).set(stats.prefixes.bytes)
+            self._prefix_sharing.labels(**labels).set(stats.prefixes.sharing)
         self._set_queue_gauges()
 
     def _advance(self, output: RequestOutput, now: float) -> int:
@@ -216,6 +236,7 @@ class Metrics:
             return 0
         new = len(output.outputs[0].token_ids) - progress.num_tokens
         counted = new
+        self._look_up(output, progress)
         self._generation_tokens.labels(**self._labels).inc(new)
         self.totals.generation_tokens += new
         if progress.first_token is None:
@@ -229,6 +250,14 @@ class Metrics:
         if output.finished:
             self._finish(output, progress, now)
         return counted
+
+    def _look_up(self, output: RequestOutput, progress: _Progress) -> None:
+        """Counts the tokens of a prompt that was looked up in the prefix cache, once."""
+        caches = self.stats is not None and self.stats.prefixes is not None
+        if caches and output.num_cached_tokens is not None and not progress.is_looked_up:
+            progress.is_looked_up = True
+            self._prefix_queries.labels(**self._labels).inc(len(output.prompt_token_ids))
+            self._prefix_hits.labels(**self._labels).inc(output.num_cached_tokens)
 
     def _start(self, output: RequestOutput, progress: _Progress, now: float) -> int:
         length = len(output.prompt_token_ids)

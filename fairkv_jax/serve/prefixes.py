@@ -9,6 +9,7 @@ from fastapi.responses import JSONResponse
 from pydantic import Field, field_validator, model_validator
 
 from fairkv_jax.engine import request as engine_request
+from fairkv_jax.engine.conversation import flat_message
 from fairkv_jax.engine.prefix_registry import UnknownPrefix
 from fairkv_jax.sampling_params import SamplingParams
 from fairkv_jax.serve.body import Integers, OptionalInteger
@@ -55,11 +56,12 @@ async def create_prefix(body: PrefixBody, request: Request) -> Response:
     engine = service.engine.engine
     messages = None
     if body.messages is not None:
-        messages = tuple(message.as_dict() for message in body.messages)
+        messages = tuple(flat_message(message.as_dict()) for message in body.messages)
         prompt = await render_chat(
             request,
             body.messages,
             TemplateOptions(add_generation_prompt=False, tools=body.tools),
+            divides=False,
         )
     else:
         (prompt,) = await encode_prompts(engine, [body.prompt or ""])

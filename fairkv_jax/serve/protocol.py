@@ -111,6 +111,8 @@ class GenerationBody(Body):
     kv_policy: str | None = None
     prefix_id: str | None = None
     """A cached prefix, whose tokens come before those of this request; see /v1/prefixes."""
+    cache_salt: str | None = Field(None, min_length=1)
+    """vLLM's field: only requests with the same salt share what is cached without being named."""
 
     @field_validator("stop")
     @classmethod

@@ -138,7 +138,6 @@ PATHS: Mapping[str, str] = {
 """Paths of OpenAI's and vLLM's other APIs. They are refused with a 400 that says why."""
 
 WITHOUT_EFFECT: Mapping[str, str] = {
-    "cache_salt": "prompts are shared only as prefixes, and /v1/prefixes takes it",
     "include_obfuscation": "pads chunks against observers, which does not change the answer",
     "metadata": "labels for stored answers, which do not change the answer",
     "prediction": "a hint that makes other servers faster, which does not change the answer",

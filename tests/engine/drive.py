@@ -6,6 +6,7 @@ import numpy as np
 
 from fairkv_jax.engine.llm_engine import LLMEngine
 from fairkv_jax.engine.request import Request, RequestOutput
+from fairkv_jax.engine.scheduler import Scheduler
 from fairkv_jax.kv_cache_spec import KVCacheSpec
 from fairkv_jax.sampling_params import SamplingParams
 
@@ -102,7 +103,10 @@ def check_owners(engine: LLMEngine) -> None:
 
 
 def _check_pages(engine: LLMEngine, lengths: np.ndarray) -> None:
-    """Host and devices agree on the pages in use, and only those of prefixes serve two slots."""
+    """Host and devices agree on the pages in use.
+
+    Only those of prefixes serve two slots, and full ones of a prompt with several answers.
+    """
     manager, table = engine.scheduler.kv_cache, engine.runner.cache.page_table
     spec, starts = manager.spec, np.asarray(table.starts)
     entries = np.asarray(table.pages).reshape(spec.num_devices, -1)
@@ -116,10 +120,33 @@ def _check_pages(engine: LLMEngine, lengths: np.ndarray) -> None:
         np.testing.assert_array_equal(entries[device, start : start + len(pages)], pages)
         mine = {(device, page) for page in pages.tolist()}
         assert len(mine) == len(pages)
+        request = engine.scheduler.running.get(row)
+        if request is not None and request.whole_prompt is not None:
+            num_full = (lengths[layer, row, slot] - request.num_cached) // spec.page_size
+            shared |= {(device, page) for page in pages[:num_full].tolist()}
         assert not mine & (seen - shared)
         seen |= mine
     used = np.bincount([device for device, _ in seen], minlength=spec.num_devices)
     assert used.tolist() == manager.used_pages.tolist()
+
+
+def check_references(scheduler: Scheduler) -> None:
+    """Every page is referred to as often as rows and prefixes hold it, and is free if never."""
+    manager = scheduler.kv_cache
+    spec, lengths = manager.spec, manager.lengths
+    references = np.zeros((spec.num_devices, spec.pages_per_device), int)
+    for layer, row, slot in np.argwhere(lengths > 0):
+        pages = manager.pages_of(layer, row, slot)
+        assert len(pages) == -(-lengths[layer, row, slot] // spec.page_size)
+        references[slot // spec.slots_per_device, pages] += 1
+    held = np.zeros_like(references)
+    for prefix in scheduler.prefixes:
+        assert prefix.pages is not None
+        np.add.at(held, (prefix.pages.devices, prefix.pages.pages), 1)
+    references += held
+    np.testing.assert_array_equal(references, manager._pool.references)
+    np.testing.assert_array_equal((references > 0).sum(1), manager.used_pages)
+    np.testing.assert_array_equal((held > 0).sum(1), scheduler.prefixes.num_pages)
 
 
 def check_idle(engine: LLMEngine) -> None:

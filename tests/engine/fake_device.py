@@ -5,8 +5,11 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from fairkv_jax.engine.page_tables import PageCopies
 from fairkv_jax.engine.scheduler_output import (
     ExecutionResult,
+    Fork,
+    Insertion,
     KeptTokens,
     PrefillChunks,
     PrefillResult,
@@ -148,6 +151,9 @@ class FakeDevice:
         assert insertion is not None
         row, name = insertion.row, insertion.request_id
         assert row not in self.rows, "the row is in use"
+        if insertion.fork is not None:
+            self._fork(insertion, insertion.fork)
+            return
         assert self.prefilled == name, "its segment is not there"
         assert self._shared_row in (None, row), "another row holds what comes before"
         for layer, heads in enumerate(self.layout.head_of_slot):
@@ -164,12 +170,31 @@ class FakeDevice:
         self._check(row, insertion.slot_lengths, name)
         if insertion.is_last:
             assert expected
-            self.rows[row] = name
-            self.lengths[:, row] = insertion.slot_lengths
-            for layer, slot in np.argwhere(insertion.slot_lengths > 0).tolist():
-                head = int(self.layout.head_of_slot[layer, slot])
-                self.contents[layer, row, slot] = self._contents(name, layer, head).tolist()
+            self._activate(insertion)
         self.prefilled = self._shared_row = None
+
+    def _fork(self, insertion: Insertion, fork: Fork) -> None:
+        """Another row's prompt, in pages that both have, and copies of the last ones."""
+        row, name, prompt = insertion.row, insertion.request_id, fork.new_request.prompt_token_ids
+        self._copy_pages(fork.page_copies)
+        self.prompts[name], self.segments[name] = prompt, self._ends[tuple(prompt)]
+        assert insertion.output_token_ids
+        expected = [token(name, i) for i in range(len(insertion.output_token_ids))]
+        assert insertion.output_token_ids == expected
+        self._check(row, insertion.slot_lengths, name)
+        self._activate(insertion)
+
+    def _activate(self, insertion: Insertion) -> None:
+        """Lets a row decode that holds a request's prompt."""
+        row, name = insertion.row, insertion.request_id
+        self.rows[row] = name
+        self.lengths[:, row] = insertion.slot_lengths
+        for layer, slot in np.argwhere(insertion.slot_lengths > 0).tolist():
+            head = int(self.layout.head_of_slot[layer, slot])
+            self.contents[layer, row, slot] = self._contents(name, layer, head).tolist()
+
+    def _copy_pages(self, copies: PageCopies) -> None:
+        self.pages[copies.devices, copies.target] = self.pages[copies.devices, copies.source]
 
     def _last_segment(self, name: str) -> tuple[list[int], int]:
         """The prompt up to the end of its last segment, and where that starts."""
@@ -190,9 +215,8 @@ class FakeDevice:
         if prefix is not None:
             assert prefix.row not in self.rows
             assert not self.lengths[:, prefix.row].any()
-            copies = prefix.page_copies
-            assert copies is not None
-            self.pages[copies.devices, copies.target] = self.pages[copies.devices, copies.source]
+            assert prefix.page_copies is not None
+            self._copy_pages(prefix.page_copies)
             self._shared_row = prefix.row
             self._prefix_lengths = prefix.slot_lengths
         assert self._prefilling == name
@@ -204,7 +228,8 @@ class FakeDevice:
             return None
         self.prefilled = name
         kept = KeptTokens(self._kept(*self._last_segment(name)), None)
-        first = sampled([[token(name, 0)]]) if chunks.samples_token else None
+        names = [name, *(each.request_id for each in chunks.also_samples)]
+        first = sampled([[token(each, 0) for each in names]]) if chunks.samples_token else None
         return PrefillResult(kept, first, None)
 
     def _check_prefix(self, name: str) -> None:

@@ -22,6 +22,7 @@ from fairkv_jax.kv_cache_spec import KVCacheSpec
 from fairkv_jax.plan import Profile, make_plan
 from fairkv_jax.sampling_params import SamplingParams
 from fairkv_jax.sharding.slots import SlotLayout
+from tests.engine.drive import check_references
 from tests.engine.fake_device import FakeDevice, token
 
 MAX_TOKENS = 64
@@ -74,6 +75,7 @@ def make_request(
     *,
     grammar: bool = False,
     prefixes: Sequence[Prefix] = (),
+    whole_prompt: Prefix | None = None,
 ) -> ScheduledRequest:
     """A request whose prompt begins with a chain of prefixes; `prompt_tokens` come after them."""
     prompt, segments = [], []
@@ -86,7 +88,14 @@ def make_request(
         prompt += range(prompt_tokens)
     new = NewRequest(name, prompt, SamplingParams(), seed=0)
     limit = min(max_tokens, MAX_TOKENS - len(prompt)) if prompt_tokens else 0
-    return ScheduledRequest(new, arrival, limit, tuple(segments), follows_grammar=grammar)
+    return ScheduledRequest(
+        new,
+        arrival,
+        limit,
+        tuple(segments),
+        follows_grammar=grammar,
+        whole_prompt=whole_prompt,
+    )
 
 
 def make_segment(start: int, stop: int, prefix: Prefix | None = None) -> Segment:
@@ -216,6 +225,21 @@ class SchedulerMachine(RuleBasedStateMachine):
         left = MAX_TOKENS - 1 - prefixes[-1].num_tokens
         self._add(min(suffix_tokens, left), max_tokens, prefixes=prefixes)
 
+    @rule(
+        prompt_tokens=st.integers(1, 24),
+        max_tokens=st.integers(1, 24),
+        grammar=st.booleans(),
+        begins=st.booleans(),
+    )
+    def add_choices(self, prompt_tokens: int, max_tokens: int, grammar: bool, begins: bool) -> None:
+        """Three answers to one prompt, which may begin with a prefix."""
+        prefixes = [self.prefixes["a"]] if begins else []
+        whole = Prefix(f"choices {self.arrivals}", prompt_tokens, is_deleted=True)
+        for _ in range(3):
+            self._add(
+                prompt_tokens, max_tokens, grammar=grammar, prefixes=prefixes, whole_prompt=whole
+            )
+
     def _add(self, prompt_tokens: int, max_tokens: int, **options: Any) -> None:
         name = str(self.arrivals)
         self.driver.add(make_request(name, self.arrivals, prompt_tokens, max_tokens, **options))
@@ -266,16 +290,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         held = {each.shared_row for each in scheduler.waiting} - {None}
         assert len(held) <= 1
         assert set(np.flatnonzero(lengths.any((0, 2)))) == {*scheduler.running, *held}
-        references = np.zeros((spec.num_devices, spec.pages_per_device), int)
-        for layer, row, slot in np.argwhere(lengths > 0):
-            pages = manager.pages_of(layer, row, slot)
-            assert len(pages) == -(-lengths[layer, row, slot] // spec.page_size)
-            references[slot // spec.slots_per_device, pages] += 1
-        for prefix in scheduler.prefixes:
-            assert prefix.pages is not None
-            np.add.at(references, (prefix.pages.devices, prefix.pages.pages), 1)
-        np.testing.assert_array_equal(references, manager._pool.references)
-        np.testing.assert_array_equal((references > 0).sum(1), manager.used_pages)
+        check_references(scheduler)
         assert (manager.committed_lengths <= lengths).all()
 
     def teardown(self) -> None:
@@ -312,6 +327,38 @@ def test_nobody_overtakes_and_all_finish_under_pressure():
     assert driver.scheduler.num_preemptions > 0
     assert first_inserted == [str(i) for i in range(12)]
     assert len(driver.finished) == 12
+
+
+def test_choices_of_a_prompt_are_read_once():
+    """Whatever the prompt begins with; their rows hold its pages together."""
+    driver = Driver(make_scheduler(2, num_rows=4, spare_pages=100, sharing=4), keeps_all=True)
+    manager = driver.scheduler.kv_cache
+    whole = Prefix("whole", 40, is_deleted=True)
+    for i in range(4):
+        driver.add(make_request(str(i), i, 40, 20, whole_prompt=whole))
+    while len(driver.scheduler.running) < 4:
+        driver.step()
+    assert driver.device.num_prefilled_tokens == 40
+    full, heads = 40 // PAGE, 6
+    assert manager.used_pages.sum() <= heads * (full + 4 * 2)
+    assert not len(driver.scheduler.prefixes)
+    driver.run()
+    assert driver.device.num_prefilled_tokens == 40
+    assert not manager.used_pages.any()
+
+
+def test_choices_are_read_again_if_the_first_is_given_up():
+    driver = Driver(make_scheduler(1, num_rows=2, spare_pages=100))
+    whole = Prefix("whole", 40, is_deleted=True)
+    for i in range(3):
+        driver.add(make_request(str(i), i, 40, 20, whole_prompt=whole))
+    while not driver.tokens["2"]:
+        driver.step()
+    driver.abort("0")
+    driver.run()
+    assert driver.device.num_prefilled_tokens <= 80
+    assert driver.finished == ["1", "2"]
+    assert not driver.scheduler.kv_cache.used_pages.any()
 
 
 def test_rows_are_compressed_at_the_same_tokens_after_a_preemption():

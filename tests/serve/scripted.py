@@ -25,7 +25,12 @@ from fairkv_jax.engine.request import (
     RequestOutput,
     ValidatedRequest,
 )
-from fairkv_jax.engine.stats import EngineStats, RequestMetrics
+from fairkv_jax.engine.stats import (
+    EngineStats,
+    PrefixStats,
+    RequestMetrics,
+    RetainedPrefix,
+)
 from fairkv_jax.engine.structured_output import GrammarCompiler
 from fairkv_jax.plan import CostModel, Plan
 from fairkv_jax.plan.plan import Replica
@@ -142,7 +147,11 @@ class ScriptedEngine:
             pages_per_device=PAGES,
             kv_tokens=(32 * running, 16 * running),
             compilations=7,
+            prefixes=PrefixStats(count=12, bytes=5 << 20, sharing=1.5 * (running > 0)),
         )
+
+    def retained_prefixes(self, most: int) -> list[RetainedPrefix]:
+        return [RetainedPrefix(8000 - i, 1600.0, 3 << 20, 12 - i) for i in range(min(most, 12))]
 
     def step(self) -> list[RequestOutput]:
         time.sleep(self.step_seconds)

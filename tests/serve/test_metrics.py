@@ -1,5 +1,6 @@
 """The figures at /metrics, from requests whose timing the test decides."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import httpx
@@ -9,7 +10,7 @@ from prometheus_client.openmetrics import parser as openmetrics
 from prometheus_client.parser import text_string_to_metric_families
 
 from fairkv_jax.engine.request import CompletionOutput, Request, RequestOutput
-from fairkv_jax.engine.stats import EngineStats, RequestMetrics
+from fairkv_jax.engine.stats import EngineStats, PrefixStats, RequestMetrics
 from fairkv_jax.serve.metrics import Metrics
 from tests.serve.live import Server, eventually, running
 from tests.serve.scripted import ScriptedEngine
@@ -61,6 +62,24 @@ def metrics(clock: Clock, scripted: ScriptedEngine) -> Metrics:
     metrics.describe("model", scripted.plan)
     metrics.stepped([], stats(0))
     return metrics
+
+
+def test_tokens_are_looked_up_once_and_found(metrics: Metrics):
+    """Only where prefixes are cached; a prompt counts when it has been read."""
+    metrics.submitted([Request(name, [1] * 10) for name in "abc"])
+    metrics.stepped([replace(output("a", 1), num_cached_tokens=4)], stats(1))
+    cached = stats(1, prefixes=PrefixStats(3, 4096, 2.0))
+    metrics.stepped([], cached)
+    for tokens in (0, 1, 2):
+        found = [replace(output(name, tokens), num_cached_tokens=6) for name in "b"]
+        metrics.stepped(found, cached)
+    metrics.stepped([output("c", 0)], cached)
+    now = read(metrics.exposition()[0].decode())
+    assert now["vllm:prefix_cache_queries_total"] == 10
+    assert now["vllm:prefix_cache_hits_total"] == 6
+    assert now["fairkv:prefixes"] == 3
+    assert now["fairkv:prefix_bytes"] == 4096
+    assert now["fairkv:prefix_sharing"] == 2
 
 
 def test_the_life_of_a_request(metrics: Metrics, clock: Clock):

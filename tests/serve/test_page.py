@@ -12,7 +12,7 @@ import pytest
 from fairkv_jax.engine.request import Request
 from fairkv_jax.serve.history import LENGTH, History
 from fairkv_jax.serve.metrics import Metrics
-from fairkv_jax.serve.page import FOLDER
+from fairkv_jax.serve.page import FOLDER, LISTED_PREFIXES
 from tests.serve.chromium import Browser, browsing, find_chromium
 from tests.serve.live import PATIENCE_S, Server, eventually, running
 from tests.serve.scripted import CRASH, ScriptedEngine
@@ -58,6 +58,12 @@ def test_the_page_reads_only_fields_that_the_server_sends(server: Server):
         read = set(re.findall(rf"\b{name}\??\.(\w+)", script)) - {"css"}
         assert read
         assert read <= set(sent)
+
+
+def test_prefixes_are_not_listed_where_they_belong_to_keys(checkpoint: Path):
+    with running(lambda: ScriptedEngine(checkpoint), api_keys=("one",)) as server:
+        prefixes = httpx.get(f"{server.url}/stats").json()["prefixes"]
+    assert (prefixes["count"], prefixes["recent"]) == (12, [])
 
 
 def test_plan_and_tokens_kept_per_head(server: Server, scripted: ScriptedEngine):
@@ -124,6 +130,11 @@ def test_the_page_shows_what_runs(checkpoint: Path, browser: Browser, width: int
             assert text(browser, "#waiting") == "2"
             assert "8" in text(browser, "#pages .value")
             assert "75% of the fullest" in text(browser, "#pages-note")
+            assert "12 prefixes hold 5.00 MiB of the KV cache" in text(browser, "#prefixes-note")
+            assert "1.5 running requests begin with the same" in text(browser, "#prefixes-note")
+            rows = "document.querySelectorAll('#prefixes-table tbody tr')"
+            assert browser.evaluate(f"{rows}.length") == LISTED_PREFIXES
+            assert browser.evaluate(f"{rows}[0].textContent") == "8,0001,6003.00 MiB12"
             eventually(lambda: text(browser, "#generation") not in ("–", "0"))
             assert browser.evaluate("document.querySelectorAll('#requests-chart polyline').length")
         eventually(lambda: text(browser, "#running") == "0 of 4")

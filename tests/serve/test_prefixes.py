@@ -1,12 +1,14 @@
 """/v1/prefixes, and requests that begin with a prefix, over an engine without a model."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 
+from fairkv_jax.engine.request import Request, ValidatedRequest
 from tests.serve.live import running
 from tests.serve.scripted import ScriptedEngine
 
@@ -109,3 +111,71 @@ def test_an_api_key_sees_only_its_own_prefixes(with_keys: tuple[httpx.Client, ht
     assert one.post("/v1/completions", json=body).status_code == 200
     assert create(two)["id"] != prefix["id"]
     assert httpx.get(f"{one.base_url}{PREFIXES}").status_code == 401
+
+
+class Recording(ScriptedEngine):
+    """Caches prefixes as far as the server can tell, and keeps what it has been asked."""
+
+    def __init__(self, checkpoint: Path):
+        super().__init__(checkpoint)
+        self.engine_config = replace(self.engine_config, enable_prefix_caching=True)
+        self.asked: list[Request] = []
+
+    def validate(self, request: Request) -> ValidatedRequest:
+        self.asked.append(request)
+        return super().validate(request)
+
+
+MARKED = {"type": "text", "text": "the wall and the inn", "cache_control": {"type": "ephemeral"}}
+CHAT = {
+    "messages": [
+        {"role": "user", "content": [MARKED, {"type": "text", "text": "what?"}]},
+        {"role": "assistant", "content": "the end"},
+        {"role": "user", "content": "and then?"},
+    ],
+    "max_tokens": 2,
+}
+
+
+def test_marks_and_turns_divide_a_chat(checkpoint: Path):
+    """For the requests of its API key and its salt; all choices have one prompt."""
+    engine = Recording(checkpoint)
+    with running(lambda: engine, api_keys=("one", "two")) as server:
+        for key, body in (("one", {"n": 2}), ("two", {"cache_salt": "mine"})):
+            response = server.client.post(
+                "/v1/chat/completions",
+                json=CHAT | body,
+                headers={"Authorization": f"Bearer {key}"},
+            )
+            assert response.status_code == 200, response.text
+    first, second, other = engine.asked
+    decode = engine.tokenizer.decode
+    ends = [decode(first.prompt_token_ids[: each.position]) for each in first.boundaries]
+    assert [end[-8:] for end in ends] == [" the inn", "sistant\n", "t\nthe en"]
+    assert [each.is_marked for each in first.boundaries] == [True, False, False]
+    assert [each.ends_answer for each in first.boundaries] == [False, False, True]
+    assert first.boundaries == second.boundaries == other.boundaries
+    assert first.may_continue
+    assert first.same_prompt == second.same_prompt != ""
+    assert (other.same_prompt, other.cache_salt) == ("", "mine")
+    assert first.owner == second.owner != other.owner
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"cache_salt": ""}, "cache_salt"),
+        (
+            {"messages": [{"role": "user", "content": "a", "cache_control": {"type": "x"}}]},
+            "ephemeral",
+        ),
+    ],
+)
+def test_bad_marks_and_salts_are_refused(client: httpx.Client, change: dict[str, Any], said: str):
+    response = client.post("/v1/chat/completions", json=CHAT | change)
+    assert response.status_code == 400
+    assert said in response.json()["error"]["message"]
+
+
+def test_marks_are_ignored_where_nothing_is_cached(client: httpx.Client):
+    assert client.post("/v1/chat/completions", json=CHAT).status_code == 200

@@ -3,6 +3,7 @@
 The live page polls /stats every second and /plan less often.
 """
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,13 @@ from fastapi import APIRouter, Response
 from fastapi.responses import FileResponse
 
 from fairkv_jax import __version__
+from fairkv_jax.serve.async_engine import State
 from fairkv_jax.serve.history import History
 from fairkv_jax.serve.service import Service
 from fairkv_jax.serve.startup import compression
 
+LISTED_PREFIXES = 10
+"""Most prefixes that the page lists."""
 FOLDER = Path(__file__).parent
 FILES = {
     "page.css": "text/css",
@@ -55,6 +59,7 @@ def page_routes(service: Service, history: History) -> APIRouter:
             "pages_per_device": metrics.stats.pages_per_device if metrics.stats else None,
             "preemptions": metrics.stats.num_preemptions if metrics.stats else None,
             "compilations_after_ready": metrics.compilations_after_ready,
+            "prefixes": _prefixes(service),
             "samples": history.since(since),
         }
 
@@ -89,6 +94,20 @@ def page_routes(service: Service, history: History) -> APIRouter:
         }
 
     return router
+
+
+def _prefixes(service: Service) -> dict[str, Any] | None:
+    """Returns the totals and the most recently used prefixes; None if none are cached at all.
+
+    Where there are API keys, only the totals: the page needs no key, and prefixes belong to keys.
+    """
+    stats = service.metrics.stats
+    if stats is None or stats.prefixes is None:
+        return None
+    keeps_list = not service.options.api_keys and service.engine.state is State.READY
+    engine = service.engine.engine if keeps_list else None
+    recent = engine.retained_prefixes(LISTED_PREFIXES) if engine is not None else []
+    return {**asdict(stats.prefixes), "recent": [asdict(prefix) for prefix in recent]}
 
 
 def _add_file(router: APIRouter, name: str, media_type: str) -> None:

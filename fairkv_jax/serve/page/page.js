@@ -70,6 +70,7 @@ function draw() {
     $("kept").textContent = percent.format(mean(plan.kept_tokens.flat()) / plan.mean_prompt_tokens);
   }
   drawPages(last);
+  drawPrefixes(stats.prefixes);
   drawCharts();
   const parts = [`${number.format(stats.finished)} requests finished`];
   parts.push(`${number.format(stats.preemptions ?? 0)} preemptions`);
@@ -104,6 +105,28 @@ function drawPages(last) {
   $("pages-note").textContent = load === null
     ? "No tokens are cached. The dashed line is the mean."
     : `The mean load is ${percent.format(load)} of the fullest device's cached tokens. The dashed line is the mean.`;
+}
+
+function drawPrefixes(prefixes) {
+  $("prefixes").hidden = prefixes === null;
+  if (prefixes === null) return;
+  const sharing = prefixes.sharing
+    ? ` On average, ${prefixes.sharing.toFixed(1)} running requests begin with the same one.` : "";
+  $("prefixes-note").textContent = `${number.format(prefixes.count)} prefixes hold ${megabytes(prefixes.bytes)} of the KV cache.`
+    + sharing + (prefixes.recent.length < prefixes.count && prefixes.recent.length ? " The most recently used ones:" : "");
+  $("prefixes-table").hidden = !prefixes.recent.length;
+  $("prefixes-table").tBodies[0].replaceChildren(...prefixes.recent.map(prefix => {
+    const row = document.createElement("tr");
+    const cells = [prefix.num_tokens, prefix.kept_tokens].map(value => number.format(value));
+    for (const text of [...cells, megabytes(prefix.bytes), number.format(prefix.num_requests)]) {
+      row.insertCell().textContent = text;
+    }
+    return row;
+  }));
+}
+
+function megabytes(bytes) {
+  return `${(bytes / 2 ** 20).toFixed(bytes < 10 * 2 ** 20 ? 2 : 0)} MiB`;
 }
 
 /** The mean load of the devices divided by the fullest one's; null if nothing is cached. */
