@@ -167,7 +167,8 @@ class Tokenizer:
             ValueError: the model has no template, a message is malformed, or the template rejects
                 the conversation or takes too much time or memory.
         """
-        _check_messages(messages)
+        check_messages(messages)
+        _check_texts(messages)
         variables = {**kwargs, **(chat_template_kwargs or {})}
         if continue_final_message:
             if add_generation_prompt:
@@ -272,7 +273,8 @@ class Detokenizer:
         return self._backend.decode(ids, skip_special_tokens=self._skip_special_tokens)
 
 
-def _check_messages(messages: Sequence[Message]) -> None:
+def check_messages(messages: Sequence[Message]) -> None:
+    """Raises ValueError unless the messages are a list of at least one mapping."""
     if isinstance(messages, str) or not isinstance(messages, Sequence) or not messages:
         raise ValueError(
             'messages must be a list of at least one {"role": ..., "content": ...}, '
@@ -283,6 +285,10 @@ def _check_messages(messages: Sequence[Message]) -> None:
             raise ValueError(
                 f'messages[{index}] must be {{"role": ..., "content": ...}}, got {message!r}'
             )
+
+
+def _check_texts(messages: Sequence[Message]) -> None:
+    for index, message in enumerate(messages):
         for key in ("role", "content"):
             if not isinstance(message.get(key), str):
                 raise ValueError(

@@ -17,7 +17,7 @@ from functools import partial
 from typing import Any
 
 from fairkv_jax.engine.request import Boundary, PrefixRecord
-from fairkv_jax.tokenizer import Message, Tokenizer
+from fairkv_jax.tokenizer import Message, Tokenizer, check_messages
 
 _PRIVATE_USE = range(0xE000, 0xF8FF)
 """Characters that Unicode gives no meaning; one that the texts do not hold delimits signs."""
@@ -102,6 +102,7 @@ def rendered_chat(
         ValueError: the template rejects the conversation, renders the prefix's messages differently
             when others follow, or changes a message that has a mark.
     """
+    check_messages(messages)
     plain = [flat_message(message) for message in messages]
     apply_template = partial(
         tokenizer.apply_chat_template,
@@ -134,7 +135,9 @@ def flat_message(message: Mapping[str, Any]) -> dict[str, Any]:
     flat = {name: value for name, value in message.items() if name != "cache_control"}
     content = message.get("content")
     if isinstance(content, Sequence) and not isinstance(content, str):
-        flat["content"] = "\n".join(str(part.get("text", "")) for part in content)
+        parts = [part for part in content if isinstance(part, Mapping)]
+        if len(parts) == len(content):  # else the tokenizer refuses it
+            flat["content"] = "\n".join(str(part.get("text", "")) for part in parts)
     return flat
 
 

@@ -76,7 +76,10 @@ def test_prefill_logits(llm: LLM, engine: LLMEngine, token_ids: Any, message: st
         llm.prefill_logits(token_ids)
 
 
-@pytest.mark.parametrize("messages", [[], "hello", [{"role": "user"}], [[]], None, [5]])
+@pytest.mark.parametrize(
+    "messages",
+    [[], "hello", [{"role": "user"}], [[]], None, [5], [{"role": "user", "content": [5]}]],
+)
 def test_chats(llm: LLM, engine: LLMEngine, messages: Any):
     with pytest.raises(ValueError, match=r"."):
         llm.chat(messages, greedy(3))
