@@ -215,7 +215,12 @@ def short(tiny_checkpoint: Path) -> dict[str, LLM]:
 @pytest.mark.parametrize(
     ("case", "num_devices"),
     [
-        pytest.param(case, devices, id=f"{case.name}-{devices}")
+        pytest.param(
+            case,
+            devices,
+            id=f"{case.name}-{devices}",
+            marks=[] if devices in (2, 3) else [pytest.mark.long],
+        )
         for case in CASES
         for devices in (1, 2, 3, 4)
         if devices == 2 or case.name in ON_OTHER_DEVICES

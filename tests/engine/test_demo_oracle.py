@@ -97,6 +97,10 @@ class Case:
         return cls(KVConfig(policy=policy, **options), Options(policy, **options))
 
 
+SHORT = ("full", "streaming_llm", "snapkv max mean first", "ada_snapkv blend avg pool first")
+"""The cases of the short form; the tiny model has all of them in tests/compress."""
+
+
 def cases() -> dict[str, list[Case]]:
     """Under each name the same policy with a budget and with a ratio."""
     sizes = ({"budget": 96}, {"ratio": 1 - 96 / 512})  # 96 and 56 of 300, by one program
@@ -114,7 +118,13 @@ def cases() -> dict[str, list[Case]]:
     return named
 
 
-@pytest.mark.parametrize("several", list(cases().values()), ids=list(cases()))
+@pytest.mark.parametrize(
+    "several",
+    [
+        pytest.param(several, id=name, marks=[] if name in SHORT else [pytest.mark.long])
+        for name, several in cases().items()
+    ],
+)
 def test_kept_positions(
     demo_llms: Callable[[int], LLM],
     oracle: Callable[[int], Forward],
