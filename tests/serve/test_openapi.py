@@ -84,7 +84,7 @@ def test_the_page_shows_every_operation(server: Server, tmp_path: Path):
 
 
 @pytest.mark.parametrize(
-    "cases", [CASES, pytest.param(1000, marks=pytest.mark.long)], ids=["short", "long"]
+    "cases", [CASES, pytest.param(50, marks=pytest.mark.long)], ids=["short", "long"]
 )
 def test_what_is_drawn_from_the_description_breaks_nothing(
     checkpoint: Path, tmp_path: Path, cases: int
