@@ -83,16 +83,11 @@ def test_the_page_shows_every_operation(server: Server, tmp_path: Path):
         assert all(address.startswith(server.url) for address in browser.addresses)
 
 
-@pytest.mark.parametrize(
-    "cases", [CASES, pytest.param(50, marks=pytest.mark.long)], ids=["short", "long"]
-)
-def test_what_is_drawn_from_the_description_breaks_nothing(
-    checkpoint: Path, tmp_path: Path, cases: int
-):
+def test_what_is_drawn_from_the_description_breaks_nothing(checkpoint: Path, tmp_path: Path):
     """Valid and invalid data, other methods, missing fields; all checks but those in the file."""
     quick = ScriptedEngine(checkpoint, step_seconds=0.0)
     with running(lambda: quick) as server:
-        fuzz(server.url, tmp_path, cases)
+        fuzz(server.url, tmp_path, CASES)
         assert server.client.get("/health").status_code == 200
         eventually(lambda: not quick.requests)
 
