@@ -308,7 +308,7 @@ class TestScheduler(SchedulerMachine.TestCase):
 
 @pytest.mark.long
 class TestSchedulerLong(SchedulerMachine.TestCase):
-    settings = settings(max_examples=500, stateful_step_count=80, deadline=None)
+    settings = settings(max_examples=1500, stateful_step_count=80, deadline=None)
 
 
 def test_nobody_overtakes_and_all_finish_under_pressure():

@@ -96,6 +96,9 @@ class ScriptedEngine:
         limit = self.engine_config.max_model_len
         if not 0 < length < limit:
             raise ValueError(f"a prompt of {length} tokens: 1 to {limit - 1} fit the context")
+        vocab_size = self.model_config.vocab_size
+        if not all(0 <= token_id < vocab_size for token_id in request.prompt_token_ids):
+            raise ValueError(f"a token id is not in the vocabulary [0, {vocab_size})")
         self._kept(request)
         if request.caches_prefix:
             return ValidatedRequest(request, 0, self.prefixes.record_of(request))
