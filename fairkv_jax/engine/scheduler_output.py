@@ -153,7 +153,7 @@ class SchedulerOutput:
     prefill: PrefillChunks | None
     decode: Decode | None
     compressions: tuple[RowCompression, ...] = ()
-    """Of rows that decode."""
+    """Rows that are compressed again, while they decode, before the steps of `decode`."""
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ LENGTH = 128
 DOCUMENTS = [random_prompt(20 + 15 * i, seed=i) for i in range(3)]
 PROMPTS = [random_prompt(10 + 9 * i, seed=10 + i) for i in range(8)]
 NUM_PAGES = 3 * 2 * LENGTH // 16 + 30
-"""Of one request of full length, and a few: documents and rows do not fit together."""
+"""Pages for one request of full length and a few more, so that documents and rows compete."""
 
 
 class Operations:

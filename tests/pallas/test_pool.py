@@ -11,7 +11,7 @@ from tests.pallas import oracle
 
 @pytest.fixture(scope="module")
 def vectors() -> np.ndarray:
-    """Of many sizes, one of zeros, one too small for a scale, some with a single large element."""
+    """Vectors of many sizes: of zeros, too small for a scale, with a single large element."""
     rng = np.random.default_rng(0)
     x = rng.standard_normal((2000, 64)) * 10.0 ** rng.uniform(-30, 30, (2000, 1))
     x[0], x[1] = 0, 1e-44
