@@ -13,6 +13,7 @@ from prometheus_client.metrics_core import Metric
 
 from fairkv_jax.options import Option, help_with_choices
 from fairkv_jax.serve.app import create_app
+from fairkv_jax.serve.instruments import Instruments
 from fairkv_jax.serve.metrics import Metrics
 from fairkv_jax.serve.options import SERVER_OPTIONS, ServerOptions
 from fairkv_jax.serve.service import Service
@@ -124,7 +125,7 @@ def _json(value: Any) -> str:
 
 def metrics() -> str:
     """Returns the table of the Prometheus metrics."""
-    families: list[Metric] = list(Metrics().registry.collect())
+    families: list[Metric] = list(Instruments().registry.collect())
     rows = [
         (f"`{family.name}`", family.type, family.documentation)
         for family in families

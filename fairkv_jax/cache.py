@@ -85,12 +85,13 @@ class KVCache:
     @classmethod
     def empty(cls, mesh: Mesh, spec: KVCacheSpec) -> "KVCache":
         """A cache in which no row owns anything."""
-
-        def fill() -> "KVCache":
-            return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), cls.shapes(spec))
-
         shardings = jax.tree.map(lambda spec: NamedSharding(mesh, spec), cls.partition())
-        return jax.jit(fill, out_shardings=shardings)()
+        # JAX finds what it has compiled by the function, so this one outlives the call.
+        return jax.jit(_zeros, static_argnums=0, out_shardings=shardings)(spec)
+
+
+def _zeros(spec: KVCacheSpec) -> KVCache:
+    return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), KVCache.shapes(spec))
 
 
 @jax.tree_util.register_dataclass

@@ -8,27 +8,32 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector
+from prometheus_client import generate_latest
 from prometheus_client.exposition import choose_encoder
+from prometheus_client.openmetrics import exposition as openmetrics
 
 from fairkv_jax.engine.request import Request, RequestOutput
 from fairkv_jax.engine.stats import EngineStats
-from fairkv_jax.plan import Plan
+from fairkv_jax.serve.engine_protocol import Engine
+from fairkv_jax.serve.instruments import Instruments
 
-_LABELS = ("model_name", "engine")
-_ENGINE = "0"
-"""vLLM labels every engine of a server with its index; this server has only one."""
-_SECONDS = (0.001, 0.005, 0.01, 0.02, 0.04, 0.08, 0.15, 0.3, 0.5, 0.75, 1, 2.5, 5, 10, 20, 40, 80)
-_LONG_SECONDS = (0.1, 0.3, 0.5, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 60, 120, 240, 480, 960)
-_TOKENS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10000, 20000, 50000, 100000)
-_TENTHS = tuple(tenth / 10 for tenth in range(1, 11))
+
+@dataclass
+class _Choices:
+    """The choices of one request, each of which the engine takes for a request."""
+
+    num: int
+    unfinished: int
+    longest: int = 0
 
 
 @dataclass
 class _Progress:
-    """The progress of one running or waiting request."""
+    """The progress of one running or waiting choice."""
 
     arrived: float
+    max_tokens: int | None
+    choices: _Choices
     first_token: float | None = None
     last_token: float = 0.0
     num_tokens: int = 0
@@ -62,112 +67,27 @@ class Metrics:
 
     def __init__(self, clock=time.monotonic):
         self._clock = clock
-        self._labels = {"model_name": "", "engine": _ENGINE}
         self._requests: dict[str, _Progress] = {}
         self.totals = Totals()
         self.stats: EngineStats | None = None
         """The engine's statistics after its last step; None until the engine is ready."""
         self._compiled_at_ready = 0
-        self.registry = CollectorRegistry()
-        ProcessCollector(registry=self.registry)
-        self._define_gauges()
-        self._define_counters()
-        self._define_histograms()
+        self._all = Instruments()
 
-    def _define_gauges(self) -> None:
-        def gauge(name: str, text: str, *labels: str) -> Gauge:
-            return Gauge(name, text, [*_LABELS, *labels], registry=self.registry)
-
-        self._running = gauge("vllm:num_requests_running", "Requests running.")
-        self._waiting = gauge("vllm:num_requests_waiting", "Requests waiting to be scheduled.")
-        self._usage = gauge(
-            "vllm:kv_cache_usage_perc",
-            "Fraction of KV pages in use on the fullest device; 1 means full.",
-        )
-        self._kv_tokens = gauge(
-            "fairkv:kv_tokens", "Cached tokens per device, summed over layers and heads.", "device"
-        )
-        self._imbalance = gauge(
-            "fairkv:kv_load_max_over_mean",
-            "Cached tokens on the fullest device, divided by the mean over devices.",
-        )
-        self._utilization = gauge(
-            "fairkv:plan_utilization", "Utilization of the devices in attention that is planned."
-        )
-        self._prefixes = gauge("fairkv:prefixes", "Prefixes that are cached.")
-        self._prefix_bytes = gauge(
-            "fairkv:prefix_bytes", "Bytes of the KV pages of cached prefixes, over all devices."
-        )
-        self._prefix_sharing = gauge(
-            "fairkv:prefix_sharing",
-            "Mean number of running requests that begin with the same cached prefix.",
-        )
-        self._replicas = gauge(
-            "fairkv:plan_copies", "Extra head replicas of the plan, summed over layers."
-        )
-
-    def _define_counters(self) -> None:
-        def counter(name: str, text: str, *labels: str) -> Counter:
-            return Counter(name, text, [*_LABELS, *labels], registry=self.registry)
-
-        self._prompt_tokens = counter("vllm:prompt_tokens", "Prefilled prompt tokens.")
-        self._prefix_queries = counter(
-            "vllm:prefix_cache_queries", "Prompt tokens that were looked up in the prefix cache."
-        )
-        self._prefix_hits = counter(
-            "vllm:prefix_cache_hits", "Prompt tokens that were found in the prefix cache."
-        )
-        self._generation_tokens = counter("vllm:generation_tokens", "Generated tokens.")
-        self._success = counter("vllm:request_success", "Finished requests.", "finished_reason")
-        self._preemptions = counter(
-            "vllm:num_preemptions", "Preemptions of requests because the KV cache was full."
-        )
-        self._compilations = counter(
-            "fairkv:compilations_after_ready",
-            "Programs compiled after the server was ready; 0 is expected.",
-        )
-
-    def _define_histograms(self) -> None:
-        def histogram(name: str, text: str, buckets: Sequence[float]) -> Histogram:
-            return Histogram(name, text, _LABELS, registry=self.registry, buckets=buckets)
-
-        def seconds(name: str, text: str, buckets: Sequence[float] = _LONG_SECONDS) -> Histogram:
-            return histogram(f"vllm:{name}_seconds", text, buckets)
-
-        self._first_token = seconds(
-            "time_to_first_token", "Time from arrival to the first token.", _SECONDS
-        )
-        self._between = seconds(
-            "inter_token_latency", "Time between consecutive tokens of a request.", _SECONDS
-        )
-        self._per_token = seconds(
-            "request_time_per_output_token", "Mean time per output token of a request.", _SECONDS
-        )
-        self._whole = seconds("e2e_request_latency", "Time from arrival to the end of a request.")
-        self._queue = seconds("request_queue_time", "Time from arrival to the start of prefill.")
-        self._prefill = seconds(
-            "request_prefill_time", "Time from the start of prefill to the first token."
-        )
-        self._decode = seconds("request_decode_time", "Time from the first token to the last.")
-        self._inference = seconds("request_inference_time", "Time in prefill and decode.")
-        self._prompt_length = histogram(
-            "vllm:request_prompt_tokens", "Prompt tokens per request.", _TOKENS
-        )
-        self._output_length = histogram(
-            "vllm:request_generation_tokens", "Generated tokens per request.", _TOKENS
-        )
-        self._per_step = histogram(
-            "vllm:iteration_tokens_total", "Prefilled and generated tokens per step.", _TOKENS
-        )
-        self._kept = histogram(
-            "fairkv:kept_fraction", "Fraction of a prompt's tokens kept per head.", _TENTHS
-        )
-
-    def describe(self, model_name: str, plan: Plan) -> None:
-        """Sets the model's name and the plan's gauges; must precede all other calls."""
-        self._labels["model_name"] = model_name
-        self._utilization.labels(**self._labels).set(plan.utilization)
-        self._replicas.labels(**self._labels).set(plan.num_extra_replicas)
+    def describe(self, model_name: str, engine: Engine) -> None:
+        """Describes the model, the plan and the cache; must precede all other calls."""
+        self._all.describe(model_name)
+        self._all.utilization().set(engine.plan.utilization)
+        self._all.replicas().set(engine.plan.num_extra_replicas)
+        options = engine.engine_config
+        info = {
+            "block_size": options.page_size,
+            "num_gpu_blocks": engine.kv_capacity_tokens // options.page_size,
+            "cache_dtype": options.kv_cache_dtype,
+            "enable_prefix_caching": options.enable_prefix_caching,
+            "kv_cache_memory_bytes": options.kv_cache_bytes,
+        }
+        self._all.cache_config(**info).set(1)
 
     @property
     def num_running(self) -> int:
@@ -184,21 +104,28 @@ class Metrics:
 
     def submitted(self, requests: Iterable[Request]) -> None:
         now = self._clock()
-        self._requests |= {request.request_id: _Progress(now) for request in requests}
+        groups: dict[str, list[Request]] = {}
+        for request in requests:
+            groups.setdefault(request.same_prompt or request.request_id, []).append(request)
+        for group in groups.values():
+            choices = _Choices(len(group), len(group))
+            for request in group:
+                max_tokens = request.sampling_params.max_tokens
+                self._requests[request.request_id] = _Progress(now, max_tokens, choices)
         self._set_queue_gauges()
 
     def stepped(self, outputs: Sequence[RequestOutput], stats: EngineStats) -> None:
         """Records the outputs of a step, which are cumulative, and the engine's statistics."""
         now = self._clock()
         if tokens := sum(self._advance(output, now) for output in outputs):
-            self._per_step.labels(**self._labels).observe(tokens)
+            self._all.per_step().observe(tokens)
         self._take(stats)
 
     def dropped(self, request_ids: Iterable[str]) -> None:
         """Records requests that were aborted or failed."""
         for request_id in request_ids:
             if self._requests.pop(request_id, None) is not None:
-                self._success.labels(**self._labels, finished_reason="abort").inc()
+                self._all.success(finished_reason="abort").inc()
         self._set_queue_gauges()
 
     def exposition(self, accept: str = "") -> tuple[bytes, str]:
@@ -206,24 +133,28 @@ class Metrics:
 
         That is Prometheus' text format, or OpenMetrics if the header Accept asks for it.
         """
-        encode, media_type = choose_encoder(accept)
-        return encode(self.registry), media_type
+        _, media_type = choose_encoder(accept)
+        encode = generate_latest
+        if media_type.startswith("application/openmetrics-text"):
+            encode = openmetrics.generate_latest
+        # Other kinds of escaping turn the colons of names into underscores in some versions.
+        return encode(self._all.registry, escaping=openmetrics.ALLOWUTF8), media_type
 
     def _take(self, stats: EngineStats) -> None:
         if self.stats is None:
             self._compiled_at_ready = stats.compilations
         before, self.stats = self.stats or stats, stats
-        labels = self._labels
-        self._preemptions.labels(**labels).inc(stats.num_preemptions - before.num_preemptions)
-        self._compilations.labels(**labels).inc(stats.compilations - before.compilations)
-        self._usage.labels(**labels).set(max(stats.used_pages) / stats.pages_per_device)
+        self._all.preemptions().inc(stats.num_preemptions - before.num_preemptions)
+        self._all.compilations().inc(stats.compilations - before.compilations)
+        for usage in (self._all.usage, self._all.usage_by_old_name):
+            usage().set(max(stats.used_pages) / stats.pages_per_device)
         for device, tokens in enumerate(stats.kv_tokens):
-            self._kv_tokens.labels(**labels, device=device).set(tokens)
-        self._imbalance.labels(**labels).set(max_over_mean(stats.kv_tokens))
+            self._all.kv_tokens(device=device).set(tokens)
+        self._all.imbalance().set(max_over_mean(stats.kv_tokens))
         if stats.prefixes is not None:
-            self._prefixes.labels(**labels).set(stats.prefixes.count)
-            self._prefix_bytes.labels(**labels).set(stats.prefixes.bytes)
-            self._prefix_sharing.labels(**labels).set(stats.prefixes.sharing)
+            self._all.prefixes().set(stats.prefixes.count)
+            self._all.prefix_bytes().set(stats.prefixes.bytes)
+            self._all.prefix_sharing().set(stats.prefixes.sharing)
         self._set_queue_gauges()
 
     def _advance(self, output: RequestOutput, now: float) -> int:
@@ -237,7 +168,7 @@ class Metrics:
         new = len(output.outputs[0].token_ids) - progress.num_tokens
         counted = new
         self._look_up(output, progress)
-        self._generation_tokens.labels(**self._labels).inc(new)
+        self._all.generation_tokens().inc(new)
         self.totals.generation_tokens += new
         if progress.first_token is None:
             if new:
@@ -256,41 +187,49 @@ class Metrics:
         caches = self.stats is not None and self.stats.prefixes is not None
         if caches and output.num_cached_tokens is not None and not progress.is_looked_up:
             progress.is_looked_up = True
-            self._prefix_queries.labels(**self._labels).inc(len(output.prompt_token_ids))
-            self._prefix_hits.labels(**self._labels).inc(output.num_cached_tokens)
+            for queries in (self._all.prefix_queries, self._all.prefix_queries_by_old_name):
+                queries().inc(len(output.prompt_token_ids))
+            for hits in (self._all.prefix_hits, self._all.prefix_hits_by_old_name):
+                hits().inc(output.num_cached_tokens)
 
     def _start(self, output: RequestOutput, progress: _Progress, now: float) -> int:
         length = len(output.prompt_token_ids)
         progress.first_token = now
-        self._prompt_tokens.labels(**self._labels).inc(length)
-        self._first_token.labels(**self._labels).observe(now - progress.arrived)
+        self._all.prompt_tokens().inc(length)
+        self._all.first_token().observe(now - progress.arrived)
         self.totals.prompts += 1
         self.totals.prompt_tokens += length
         self.totals.first_token_seconds += now - progress.arrived
         if output.kv_lengths is not None:
-            self._kept.labels(**self._labels).observe(float(output.kv_lengths.mean()) / length)
+            self._all.kept().observe(float(output.kv_lengths.mean()) / length)
             self.totals.kept_tokens = self.totals.kept_tokens + output.kv_lengths
         return length
 
     def _observe_intervals(self, new: int, seconds: float) -> None:
         """Records intervals; tokens that arrive together share the time since the last token."""
         for _ in range(new):
-            self._between.labels(**self._labels).observe(seconds / new)
+            self._all.between().observe(seconds / new)
         self.totals.intervals += new
         self.totals.interval_seconds += seconds
 
     def _finish(self, output: RequestOutput, progress: _Progress, now: float) -> None:
         del self._requests[output.request_id]
-        labels, begun = self._labels, progress.first_token or now
+        begun = progress.first_token or now
         self.totals.finished += 1
-        self._success.labels(
-            **labels, finished_reason=output.outputs[0].finish_reason or "abort"
-        ).inc()
-        self._prompt_length.labels(**labels).observe(len(output.prompt_token_ids))
-        self._output_length.labels(**labels).observe(progress.num_tokens)
-        self._whole.labels(**labels).observe(now - progress.arrived)
+        self._all.success(finished_reason=output.outputs[0].finish_reason or "abort").inc()
+        self._all.prompt_length().observe(len(output.prompt_token_ids))
+        self._all.output_length().observe(progress.num_tokens)
+        self._all.whole().observe(now - progress.arrived)
+        if progress.max_tokens is not None:
+            self._all.params_max_tokens().observe(progress.max_tokens)
+        choices = progress.choices
+        choices.unfinished -= 1
+        choices.longest = max(choices.longest, progress.num_tokens)
+        if not choices.unfinished:
+            self._all.params_n().observe(choices.num)
+            self._all.longest_output().observe(choices.longest)
         if progress.num_tokens > 1:
-            self._per_token.labels(**labels).observe((now - begun) / (progress.num_tokens - 1))
+            self._all.per_token().observe((now - begun) / (progress.num_tokens - 1))
         self._observe_phases(output, progress)
 
     def _observe_phases(self, output: RequestOutput, progress: _Progress) -> None:
@@ -300,15 +239,15 @@ class Metrics:
             return
         first = times.prefill_finished_time or times.first_scheduled_time
         last = times.last_token_time or first
-        labels = self._labels
-        self._queue.labels(**labels).observe(max(times.first_scheduled_time - progress.arrived, 0))
-        self._prefill.labels(**labels).observe(first - times.first_scheduled_time)
-        self._decode.labels(**labels).observe(last - first)
-        self._inference.labels(**labels).observe(last - times.first_scheduled_time)
+        self._all.queue().observe(max(times.first_scheduled_time - progress.arrived, 0))
+        self._all.prefill().observe(first - times.first_scheduled_time)
+        self._all.decode().observe(last - first)
+        self._all.inference().observe(last - times.first_scheduled_time)
 
     def _set_queue_gauges(self) -> None:
-        self._running.labels(**self._labels).set(self.num_running)
-        self._waiting.labels(**self._labels).set(self.num_waiting)
+        self._all.running().set(self.num_running)
+        self._all.waiting().set(self.num_waiting)
+        self._all.waiting_by_reason(reason="capacity").set(self.num_waiting)
 
 
 def max_over_mean(loads: Sequence[int]) -> float:

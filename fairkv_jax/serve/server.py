@@ -47,7 +47,7 @@ def serve(load: Callable[[], Engine], options: ServerOptions) -> int:
     address = f"{scheme}://{host}:{listener.getsockname()[1]}"
 
     def on_ready(engine: Engine) -> None:
-        metrics.describe(service.model_name, engine.plan)
+        metrics.describe(service.model_name, engine)
         for line in describe(engine):
             log.info("%s", line)
         log.info("ready: serving on %s", address)

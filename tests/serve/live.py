@@ -54,7 +54,7 @@ def running(load: Callable[[], Engine], *, wait: bool = True, **options) -> Iter
         load,
         metrics,
         max_queued=settings.max_num_queued_reqs,
-        on_ready=lambda engine: metrics.describe(engine.model_name, engine.plan),
+        on_ready=lambda engine: metrics.describe(engine.model_name, engine),
     )
     app = create_app(Service(engine, settings, metrics))
     listener = socket.create_server(("127.0.0.1", 0))

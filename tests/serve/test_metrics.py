@@ -11,6 +11,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from fairkv_jax.engine.request import CompletionOutput, Request, RequestOutput
 from fairkv_jax.engine.stats import EngineStats, PrefixStats, RequestMetrics
+from fairkv_jax.sampling_params import SamplingParams
 from fairkv_jax.serve.metrics import Metrics
 from tests.serve.live import Server, eventually, running
 from tests.serve.scripted import ScriptedEngine
@@ -59,7 +60,7 @@ def clock() -> Clock:
 @pytest.fixture
 def metrics(clock: Clock, scripted: ScriptedEngine) -> Metrics:
     metrics = Metrics(clock)
-    metrics.describe("model", scripted.plan)
+    metrics.describe("model", scripted)
     metrics.stepped([], stats(0))
     return metrics
 
@@ -77,6 +78,8 @@ def test_tokens_are_looked_up_once_and_found(metrics: Metrics):
     now = read(metrics.exposition()[0].decode())
     assert now["vllm:prefix_cache_queries_total"] == 10
     assert now["vllm:prefix_cache_hits_total"] == 6
+    assert now["vllm:gpu_prefix_cache_queries_total"] == 10
+    assert now["vllm:gpu_prefix_cache_hits_total"] == 6
     assert now["fairkv:prefixes"] == 3
     assert now["fairkv:prefix_bytes"] == 4096
     assert now["fairkv:prefix_sharing"] == 2
@@ -119,6 +122,34 @@ def test_the_life_of_a_request(metrics: Metrics, clock: Clock):
     assert (final["fairkv:plan_utilization"], final["fairkv:plan_copies"]) == (1.0, 2)
 
 
+def test_what_routers_read_is_there_before_the_first_request(metrics: Metrics):
+    now = read(metrics.exposition()[0].decode())
+    reasons = ("stop", "length", "abort", "error")
+    names = [f"vllm:request_success_total finished_reason={reason}" for reason in reasons]
+    names += [f"vllm:num_requests_waiting_by_reason reason={r}" for r in ("capacity", "deferred")]
+    assert [now[name] for name in names] == [0] * 6
+    (cache,) = [name for name in now if name.startswith("vllm:cache_config_info")]
+    assert {"block_size=16", "num_gpu_blocks=3750", "enable_prefix_caching=False"} < {
+        *cache.split()
+    }
+    assert any(name.startswith("vllm:lora_requests_info max_lora=0") for name in now)
+
+
+def test_choices_are_one_request(metrics: Metrics):
+    """vLLM counts `n` and the longest choice once, when the last of them has ended."""
+    params = SamplingParams(max_tokens=7)
+    metrics.submitted([Request(name, [1] * 10, params, same_prompt="g") for name in "ab"])
+    metrics.submitted([Request("c", [1] * 10, SamplingParams(max_tokens=None))])
+    metrics.stepped([output("a", 7, "length")], stats(1))
+    assert "vllm:request_params_n_count" not in read(metrics.exposition()[0].decode())
+    metrics.stepped([output("b", 3, "stop"), output("c", 1, "stop")], stats(0))
+    now = read(metrics.exposition()[0].decode())
+    assert (now["vllm:request_params_n_sum"], now["vllm:request_params_n_count"]) == (3, 2)
+    assert now["vllm:request_max_num_generation_tokens_sum"] == 8
+    assert now["vllm:request_params_max_tokens_sum"] == 14
+    assert now["vllm:request_params_max_tokens_count"] == 2
+
+
 def test_the_state_of_the_engine(metrics: Metrics):
     def now() -> dict[str, float]:
         return read(metrics.exposition()[0].decode())
@@ -129,6 +160,7 @@ def test_the_state_of_the_engine(metrics: Metrics):
     metrics.stepped([], full)
     after = now()
     assert after["vllm:kv_cache_usage_perc"] == 0.75
+    assert after["vllm:gpu_cache_usage_perc"] == 0.75
     assert after["vllm:num_preemptions_total"] == 3
     assert after["fairkv:compilations_after_ready_total"] == 2  # those before are no fault
     assert (after["fairkv:kv_tokens device=0"], after["fairkv:kv_tokens device=1"]) == (30, 90)
@@ -185,6 +217,7 @@ def test_openmetrics_where_it_is_asked_for(server: Server):
         family.name: family for family in openmetrics.text_string_to_metric_families(response.text)
     }
     assert families["vllm:generation_tokens"].type == "counter"
+    assert families["vllm:generation_tokens"].samples[0].name == "vllm:generation_tokens_total"
     plain = server.client.get("/metrics")
     assert plain.headers["content-type"].startswith("text/plain")
     assert "# EOF" not in plain.text
