@@ -46,7 +46,7 @@ def _attention_seconds(plan: Plan, profile: Profile) -> float:
     return seconds
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(profile=profiles(), devices=st.sampled_from([1, 2, 3, 4, 8]), cost=costs)
 def test_no_strategy_is_slower_than_a_simpler_one(profile, devices, cost):
     plans = [
@@ -63,7 +63,7 @@ def test_no_strategy_is_slower_than_a_simpler_one(profile, devices, cost):
         assert 0 < plan.utilization <= 1 + 1e-9
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(
     profile=profiles(),
     devices=st.sampled_from([2, 3, 4]),
@@ -105,7 +105,7 @@ def test_more_replicas_never_cost_with_the_exact_solver():
     assert seconds == sorted(seconds, reverse=True)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(
     profile=profiles(least_heads=2),
     devices=st.sampled_from([2, 3, 4]),
@@ -122,7 +122,7 @@ def test_permuting_heads_permutes_the_plan(profile, devices, cost, row_split, se
     assert np.allclose(first.shares()[:, order], second.shares(), atol=1e-6)
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(profile=profiles(most_heads=9), devices=st.sampled_from([2, 3, 4, 8]))
 def test_free_shares_fill_every_device_where_weights_are_free(profile, devices):
     cost = CostModel(a_seconds=0.0, b_seconds_per_token=1e-9, batch=16)
