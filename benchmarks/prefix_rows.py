@@ -15,7 +15,8 @@ from absl import app, flags
 from fairkv_jax.command_line import with_underscores
 from fairkv_jax.config import EngineConfig, ModelConfig
 from fairkv_jax.engine.cache_size import size_cache
-from fairkv_jax.engine.kv_cache_manager import KVCacheManager, PrefixPages
+from fairkv_jax.engine.kv_cache_manager import KVCacheManager
+from fairkv_jax.engine.prefix_pages import PrefixPages
 from fairkv_jax.kv_cache_spec import KVCacheSpec
 from fairkv_jax.plan import Profile, make_plan
 from fairkv_jax.sharding.slots import SlotLayout

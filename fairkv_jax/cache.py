@@ -186,6 +186,29 @@ def copy_pages(
     return run(pool, source, target)
 
 
+REPLICATED_AT_ONCE = 64
+"""Pages that one call of `replicate_pages` copies at most."""
+
+
+@partial(jax.jit, static_argnames="mesh", donate_argnums=0)
+def replicate_pages(
+    pool: Pool, source: Int[Array, "P n"], target: Int[Array, "P n"], *, mesh: Mesh
+) -> Pool:
+    """Copies pages of keys and values between devices, see `Pool.exchange`."""
+
+    def local(pool: Pool, source: Array, target: Array) -> Pool:
+        return pool.exchange(source[0], target[0], TENSOR_AXIS)
+
+    run = jax.shard_map(
+        local,
+        mesh=mesh,
+        in_specs=(_BY_DEVICE, _BY_DEVICE, _BY_DEVICE),
+        out_specs=_BY_DEVICE,
+        check_vma=False,
+    )
+    return run(pool, source, target)
+
+
 @partial(jax.jit, donate_argnums=0)
 def release_rows(lengths: Int[Array, "L B PC"], keeps: Int[Array, "B"]) -> Int[Array, "L B PC"]:
     """Sets the lengths of the rows where `keeps` is 0 to 0."""

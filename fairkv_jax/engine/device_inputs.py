@@ -7,9 +7,9 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from fairkv_jax.cache import TableWrites
+from fairkv_jax.cache import REPLICATED_AT_ONCE, TableWrites
 from fairkv_jax.decode import IDLE_ROW, DecodeInputs
-from fairkv_jax.engine.page_tables import PageCopies, PageTableUpdate
+from fairkv_jax.engine.page_tables import PageCopies, PageReplication, PageTableUpdate
 from fairkv_jax.engine.scheduler_output import Decode, NewRequest
 from fairkv_jax.kv_cache_spec import KVCacheSpec
 from fairkv_jax.sampling import SamplingState
@@ -106,6 +106,23 @@ class DeviceInputs:
             copies.devices, copies.target, copies.source, shape, spec.pages_per_device
         )
         return source[0], target[0]
+
+    def page_replications(
+        self, replication: PageReplication
+    ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """The pages to be sent and received by every device, as `replicate_pages` takes them."""
+        spec, size = self._spec, REPLICATED_AT_ONCE
+        for start in range(0, len(replication.source), size):
+            part = slice(start, start + size)
+            sides = []
+            for devices, pages in (
+                (replication.source_devices[part], replication.source[part]),
+                (replication.target_devices[part], replication.target[part]),
+            ):
+                side = np.full((spec.num_devices, size), spec.pages_per_device, np.int32)
+                side[devices, np.arange(len(devices))] = pages
+                sides.append(side)
+            yield sides[0], sides[1]
 
     def no_writes(self) -> TableWrites:
         """No changes, on the devices already: most steps open no page."""

@@ -12,78 +12,24 @@ read back to know what is full. The scheduler asks it before it schedules:
     free             gives a row's pages back
     retain           keeps the pages of a row as a prefix, whatever happens to the row
     share            begins a row with the pages of a prefix
+    replicate        copies heads of a prefix to other devices, whose replicas then serve it too
 """
 
-from dataclasses import dataclass
+from collections.abc import Sequence
 
 import numpy as np
 
-from fairkv_jax.engine.page_tables import PageCopies, PageTables, PageTableUpdate
+from fairkv_jax.engine.page_pool import PagePool
+from fairkv_jax.engine.page_tables import (
+    PageCopies,
+    PageReplication,
+    PageTables,
+    PageTableUpdate,
+)
+from fairkv_jax.engine.prefix_pages import PrefixPages
 from fairkv_jax.kv_cache_spec import KVCacheSpec
-from fairkv_jax.plan import route
+from fairkv_jax.plan import route, route_beyond
 from fairkv_jax.sharding.slots import SlotLayout
-
-
-class PagePool:
-    """The pages of every device with their reference counts; a page is free at count 0."""
-
-    def __init__(self, num_devices: int, pages_per_device: int):
-        self.references = np.zeros((num_devices, pages_per_device), np.int32)
-        # A stack of free pages per device; the lowest numbers are on top.
-        self._free = np.tile(np.arange(pages_per_device, dtype=np.int32)[::-1], (num_devices, 1))
-        self._num_free = np.full(num_devices, pages_per_device)
-
-    @property
-    def num_free(self) -> np.ndarray:
-        """[P] free pages on every device."""
-        return self._num_free.copy()
-
-    def take(self, devices: np.ndarray) -> np.ndarray:
-        """Takes a free page on each of the given devices, with one reference.
-
-        Raises:
-            RuntimeError: a device has too few free pages; the caller has not looked.
-        """
-        needed = np.bincount(devices, minlength=len(self._num_free))
-        if (needed > self._num_free).any():
-            device = int(np.argmax(needed > self._num_free))
-            raise RuntimeError(
-                f"device {device} has {self._num_free[device]} free pages, "
-                f"{needed[device]} are needed"
-            )
-        taken = np.empty(len(devices), np.int32)
-        for device in np.flatnonzero(needed):
-            left = self._num_free[device] - needed[device]
-            taken[devices == device] = self._free[device, left : self._num_free[device]][::-1]
-            self._num_free[device] = left
-        self.references[devices, taken] = 1
-        return taken
-
-    def retain(self, devices: np.ndarray, pages: np.ndarray) -> None:
-        """Adds a reference to each page; they are in use already."""
-        np.add.at(self.references, (devices, pages), 1)
-
-    def release(self, devices: np.ndarray, pages: np.ndarray) -> None:
-        """Takes a reference from each page; those that have none left are free."""
-        np.subtract.at(self.references, (devices, pages), 1)
-        is_free = self.references[devices, pages] == 0
-        for device in range(len(self._num_free)):
-            freed = np.unique(pages[is_free & (devices == device)])
-            start = self._num_free[device]
-            self._free[device, start : start + len(freed)] = freed
-            self._num_free[device] += len(freed)
-
-
-@dataclass(frozen=True)
-class PrefixPages:
-    """The pages of a prefix that is retained, with a reference to each of them."""
-
-    slot_lengths: np.ndarray
-    """[L, P*C] tokens of the slots that hold the prefix, 0 in the others."""
-    devices: np.ndarray
-    """[n] the device of every page, in the order of layers, slots and tokens."""
-    pages: np.ndarray
-    """[n] page numbers within the device."""
 
 
 class KVCacheManager:
@@ -148,9 +94,7 @@ class KVCacheManager:
             the pages do not suffice.
         """
         owner = route(self._layout.replicas, head_lengths, self.tokens_per_device)
-        slots = np.take_along_axis(self._layout.slot_of_head, owner[..., None], -1)[..., 0]
-        lengths = np.zeros(self._layout.head_of_slot.shape, np.int32)
-        np.put_along_axis(lengths, slots, head_lengths, axis=1)
+        lengths = self._in_slots(owner, head_lengths)
         self._room[:, row] = np.where(lengths > 0, 0, _NOT_OWNED)
         if not self._extend(row, lengths, num_known_tokens):
             self._room[:, row] = _NOT_OWNED
@@ -250,10 +194,10 @@ class KVCacheManager:
         return PrefixPages(lengths, devices, pages)
 
     def head_lengths(self, slot_lengths: np.ndarray) -> np.ndarray:
-        """[L, K] tokens that heads hold of a row whose slots hold `slot_lengths`, [L, P*C]."""
+        """[L, K] tokens that heads hold of a row or prefix whose slots hold `slot_lengths`."""
         lengths = np.zeros((self.spec.num_layers, self._layout.num_heads), np.int32)
         layer, slot = np.nonzero(slot_lengths)
-        np.add.at(
+        np.maximum.at(
             lengths, (layer, self._layout.head_of_slot[layer, slot]), slot_lengths[layer, slot]
         )
         return lengths
@@ -299,6 +243,58 @@ class KVCacheManager:
         self._room.flat[pairs] = counts * size - lengths[layer, slot]
         return PageCopies(devices, prefix.pages[copied], pages[copied])
 
+    def routed(self, places: Sequence[PrefixPages]) -> PrefixPages:
+        """The pages of a prefix that a new row shares.
+
+        A head that is in several places is taken from the device that holds the fewest tokens.
+        """
+        if len(places) == 1:
+            return places[0]
+        whole = PrefixPages.joined(places, self.spec.page_size)
+        lengths = self.head_lengths(whole.slot_lengths)
+        owner = route(self._holders(whole), lengths, self.tokens_per_device)
+        return whole.in_slots(self._in_slots(owner, lengths) > 0, self.spec.page_size)
+
+    def replicate(
+        self, places: Sequence[PrefixPages]
+    ) -> tuple[PrefixPages, PageReplication] | None:
+        """Takes pages for copies of a prefix's heads on devices that hold other replicas of them.
+
+        This happens if the next row, beside those that share the prefix already, would load one
+        device too much otherwise, see `route_beyond`, and if pages are free.
+
+        Returns:
+            The new place, whose pages the devices must copy before they are shared.
+        """
+        size = self.spec.page_size
+        whole = PrefixPages.joined(places, size)
+        if (self._pool.references[whole.devices, whole.pages] < 2).all():
+            return None
+        lengths, holders = self.head_lengths(whole.slot_lengths), self._holders(whole)
+        owner = route_beyond(self._layout.replicas, holders, lengths, self.tokens_per_device)
+        is_new = ~np.take_along_axis(holders, owner[..., None], -1)[..., 0]
+        layer, head = np.nonzero(is_new)
+        counts = _num_pages(lengths[layer, head], size)
+        targets = self._layout.slot_of_head[layer, head, owner[layer, head]]
+        devices = np.repeat(targets // self.spec.slots_per_device, counts)
+        needed = np.bincount(devices, minlength=self.spec.num_devices)
+        if not len(layer) or (needed + self._num_opened(1) > self._pool.num_free).any():
+            return None
+        taken = self._pool.take(devices)
+        first = self._layout.slot_of_head[layer, head, holders[layer, head].argmax(-1)]
+        starts = np.searchsorted(
+            whole.pairs(size), np.ravel_multi_index((layer, first), whole.slot_lengths.shape)
+        )
+        source = np.repeat(starts - np.cumsum(counts) + counts, counts) + np.arange(len(taken))
+        slot_lengths = np.zeros_like(whole.slot_lengths)
+        slot_lengths[layer, targets] = lengths[layer, head]
+        pairs = np.repeat(np.ravel_multi_index((layer, targets), slot_lengths.shape), counts)
+        order = np.argsort(pairs, kind="stable")
+        return (
+            PrefixPages(slot_lengths, devices[order], taken[order]),
+            PageReplication(whole.devices[source], whole.pages[source], devices, taken),
+        )
+
     def release(self, prefix: PrefixPages) -> None:
         """Gives back the pages of a prefix; those that rows hold remain in use."""
         self._pool.release(prefix.devices, prefix.pages)
@@ -306,6 +302,19 @@ class KVCacheManager:
     def take_page_table_update(self) -> PageTableUpdate:
         """What has changed in the page tables since the last call."""
         return self._tables.take_update()
+
+    def _in_slots(self, owner: np.ndarray, head_lengths: np.ndarray) -> np.ndarray:
+        """[L, P*C] tokens of every slot, where the devices `owner` [L, K] serve the heads."""
+        slots = np.take_along_axis(self._layout.slot_of_head, owner[..., None], -1)[..., 0]
+        lengths = np.zeros(self._layout.head_of_slot.shape, np.int32)
+        np.put_along_axis(lengths, slots, head_lengths, axis=1)
+        return lengths
+
+    def _holders(self, prefix: PrefixPages) -> np.ndarray:
+        """[L, K, P] whether the replicas of heads hold a prefix."""
+        slots = self._layout.slot_of_head
+        layers = np.arange(len(slots))[:, None, None]
+        return self._layout.replicas & (prefix.slot_lengths[layers, slots] > 0)
 
     def _pairs(self, row: int) -> np.ndarray:
         """The (layer, row, slot) of a row that have pages, as flat indices."""

@@ -160,9 +160,9 @@ class LLMEngine:
         page_bytes = self.runner.cache_spec.page_bytes
         retained = []
         for prefix in self.scheduler.prefixes.recently_used(most):
-            pages, kept = prefix.pages, prefix.head_lengths
-            if pages is not None and kept is not None:  # it has not been evicted meanwhile
-                size = len(pages.pages) * page_bytes
+            places, kept = prefix.places, prefix.head_lengths
+            if places and kept is not None:  # it has not been evicted meanwhile
+                size = sum(len(place.pages) for place in places) * page_bytes
                 users = len(prefix.users)
                 retained.append(RetainedPrefix(prefix.num_tokens, float(kept.mean()), size, users))
         return retained
@@ -445,8 +445,11 @@ class LLMEngine:
             return None
         prefixes = self.scheduler.prefixes
         begun = [each.prefix for each in self.scheduler.running.values() if each.prefix is not None]
-        size = int(prefixes.num_pages.sum()) * self.runner.cache_spec.page_bytes
-        return PrefixStats(len(prefixes), size, len(begun) / max(len(set(begun)), 1))
+        page_bytes = self.runner.cache_spec.page_bytes
+        size = int(prefixes.num_pages.sum()) * page_bytes
+        copies = sum(len(each.pages) for prefix in prefixes for each in prefix.copies)
+        sharing = len(begun) / max(len(set(begun)), 1)
+        return PrefixStats(len(prefixes), size, copies * page_bytes, sharing)
 
     def _whole_prompt(self, request: Request) -> Prefix | None:
         """What requests with the same prompt share; its pages go when none waits for them."""

@@ -149,6 +149,10 @@ class ModelRunner:
         for part in writes:
             table = self.programs.write_tables()(self.cache.page_table, part)
             self.cache = replace(self.cache, page_table=table)
+        for replication in output.replications:
+            for pages in self._inputs.page_replications(replication):
+                pool = self.programs.replicate_pages()(self.cache.pool, *pages)
+                self.cache = replace(self.cache, pool=pool)
         if output.insertion is not None:
             self._insert(output.insertion)
         prefill = None if output.prefill is None else self._prefill(output.prefill)

@@ -52,6 +52,18 @@ class PageCopies:
     target: np.ndarray
 
 
+@dataclass(frozen=True)
+class PageReplication:
+    """Pages to be copied from one device to another."""
+
+    source_devices: np.ndarray
+    """[n] the device that holds each page."""
+    source: np.ndarray
+    """[n] page numbers within that device."""
+    target_devices: np.ndarray
+    target: np.ndarray
+
+
 class PageTables:
     """Segments of page numbers for (layer, row, slot) pairs; it takes and frees no pages itself."""
 

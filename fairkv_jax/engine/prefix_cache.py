@@ -14,7 +14,9 @@ from typing import Any
 
 import numpy as np
 
-from fairkv_jax.engine.kv_cache_manager import KVCacheManager, PrefixPages
+from fairkv_jax.engine.kv_cache_manager import KVCacheManager
+from fairkv_jax.engine.page_tables import PageReplication
+from fairkv_jax.engine.prefix_pages import PrefixPages
 
 
 @dataclass(eq=False)
@@ -31,6 +33,8 @@ class Prefix:
     """[L, K] tokens kept; None before it has been computed once."""
     pages: PrefixPages | None = None
     """None while its cache is not there."""
+    copies: list[PrefixPages] = field(default_factory=list)
+    """Further places of some of its heads, on other devices; they go before `pages` do."""
     users: set[str] = field(default_factory=set)
     """Ids of the requests that need it to remain where it is."""
     is_deleted: bool = False
@@ -41,6 +45,11 @@ class Prefix:
     def is_unwanted(self) -> bool:
         """Whether it has been deleted, or a prefix before it."""
         return any(each.is_deleted for each in self.chain())
+
+    @property
+    def places(self) -> list[PrefixPages]:
+        """All that there is of its cache."""
+        return [] if self.pages is None else [self.pages, *self.copies]
 
     def chain(self) -> "Iterator[Prefix]":
         """Yields the prefix, then those that it goes on after, the shortest last."""
@@ -77,6 +86,7 @@ class PrefixCache:
         self._references = np.zeros((spec.num_devices, spec.pages_per_device), np.int32)
         """How many prefixes hold each page."""
         self._num_pages = np.zeros(spec.num_devices, np.int64)
+        self._replications: list[PageReplication] = []
 
     def __len__(self) -> int:
         return len(self._cached)
@@ -92,7 +102,7 @@ class PrefixCache:
     @property
     def has_unused(self) -> bool:
         """Whether there are pages that can be evicted without harm to any request."""
-        return any(not prefix.users for prefix in self._cached)
+        return any(prefix.copies or not prefix.users for prefix in self._cached)
 
     @property
     def num_pages(self) -> np.ndarray:
@@ -117,6 +127,25 @@ class PrefixCache:
         if prefix.pages is not None:
             self._touch(prefix)
 
+    def replicate(self, prefix: Prefix) -> None:
+        """Copies heads of a prefix to other devices, if the rows that share it overload one."""
+        made = self._kv_cache.replicate(prefix.places)
+        if made is None:
+            return
+        pages, replication = made
+        self._count(pages, 1)
+        if self._num_pages.max() > self._most_pages:
+            self._count(pages, -1)
+            self._kv_cache.release(pages)
+            return
+        prefix.copies.append(pages)
+        self._replications.append(replication)
+
+    def take_replications(self) -> tuple[PageReplication, ...]:
+        """What the devices are to copy before anything else, since the last call."""
+        taken, self._replications = tuple(self._replications), []
+        return taken
+
     def leave(self, prefix: Prefix, request_id: str) -> None:
         """Notes that a request needs a prefix no more."""
         prefix.users.discard(request_id)
@@ -133,9 +162,10 @@ class PrefixCache:
 
     def evict(self, prefix: Prefix) -> None:
         """Gives back the pages of a prefix, if they are there; rows keep those that they share."""
+        while prefix.copies:
+            self._give_back(prefix.copies.pop())
         if prefix.pages is not None:
-            self._kv_cache.release(prefix.pages)
-            self._count(prefix.pages, -1)
+            self._give_back(prefix.pages)
             prefix.pages = None
             del self._cached[prefix]
 
@@ -151,7 +181,14 @@ class PrefixCache:
         return taken
 
     def evict_unused(self) -> bool:
-        """Gives back the pages of the least recently used prefix that no request uses, if any."""
+        """Gives back the least recently used copies, else the prefix that no request uses.
+
+        False where there is neither.
+        """
+        for prefix in self._cached:
+            if prefix.copies:
+                self._give_back(prefix.copies.pop())
+                return True
         return self._evict_first(lambda prefix: not prefix.users)
 
     def evict_any(self) -> bool:
@@ -177,6 +214,10 @@ class PrefixCache:
             if each.pages is not None:
                 self._cached.pop(each, None)
                 self._cached[each] = None
+
+    def _give_back(self, pages: PrefixPages) -> None:
+        self._kv_cache.release(pages)
+        self._count(pages, -1)
 
     def _count(self, pages: PrefixPages, change: int) -> None:
         """Counts the pages of a prefix that is cached now (1), or no longer (-1)."""

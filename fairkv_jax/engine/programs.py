@@ -1,7 +1,8 @@
 """The compiled programs of an engine: one per step and size, compiled at the first use or before.
 
 The arguments of a step are declared beside its function, by a `lower_...` function; those of
-`sample_first`, `release_rows`, `write_tables` and `copy_pages` are declared here.
+`sample_first`, `release_rows`, `write_tables`, `copy_pages` and `replicate_pages` are declared
+here.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -12,7 +13,13 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 from jax.stages import Compiled, Lowered
 
-from fairkv_jax.cache import copy_pages, release_rows, write_tables
+from fairkv_jax.cache import (
+    REPLICATED_AT_ONCE,
+    copy_pages,
+    release_rows,
+    replicate_pages,
+    write_tables,
+)
 from fairkv_jax.compress.budgets import MaxKept
 from fairkv_jax.compress.contract import Method
 from fairkv_jax.compress.instruction import RepeatInstruction
@@ -96,6 +103,8 @@ class Programs:
         once = [self.sample_first, self.release_rows, self.write_tables]
         if suffix_buckets or forks:
             once.append(self.copy_pages)
+            if self._shapes.layout.has_copies:
+                once.append(self.replicate_pages)
         wanted = [(f"{n} rows", ("decode", n), partial(self.decode, n)) for n in batches]
         wanted += [
             (f"prompts of {n}", (step.__name__, n), partial(step, n))
@@ -226,6 +235,20 @@ class Programs:
             "copy_pages",
             0,
             lambda: shapes.lower(copy_pages, shapes.cache.pool, pages, pages, mesh=shapes.mesh),
+        )
+
+    def replicate_pages(self) -> Compiled:
+        """`replicate_pages` of at most `REPLICATED_AT_ONCE` pages."""
+        shapes = self._shapes
+        pages = shapes.array(
+            (shapes.spec.num_devices, REPLICATED_AT_ONCE), spec=PartitionSpec(TENSOR_AXIS)
+        )
+        return self._get(
+            "replicate_pages",
+            0,
+            lambda: shapes.lower(
+                replicate_pages, shapes.cache.pool, pages, pages, mesh=shapes.mesh
+            ),
         )
 
     def _get_prefill(

@@ -1,14 +1,14 @@
 """Gives requests rows of the batch with the pages that they need, and takes both back."""
 
 from collections.abc import Sequence
-from functools import partial
 
 import numpy as np
 
 from fairkv_jax.engine.decode_compression import DecodeCompression
-from fairkv_jax.engine.kv_cache_manager import KVCacheManager, PrefixPages
+from fairkv_jax.engine.kv_cache_manager import KVCacheManager
 from fairkv_jax.engine.page_tables import PageCopies
 from fairkv_jax.engine.prefix_cache import Prefix, PrefixCache
+from fairkv_jax.engine.prefix_pages import PrefixPages
 from fairkv_jax.engine.scheduled_request import ScheduledRequest
 from fairkv_jax.engine.scheduler_output import Fork, Insertion, RowPrefix
 
@@ -150,16 +150,23 @@ class Rows:
     ) -> tuple[int, PrefixPages, PageCopies] | None:
         """Takes a row that begins with a prefix; None if pages lack."""
         assert prefix.pages is not None
-        row, pages = min(self._free), prefix.pages
-        share = partial(self._kv_cache.share, row, pages, num_next_tokens=num_next_tokens)
-        copies = self._prefixes.evict_until(share)
-        if copies is None and is_alone:
-            copies = share(copies_last=False)
+        row = min(self._free)
+
+        def share(*, copies_last: bool = True) -> tuple[int, PrefixPages, PageCopies] | None:
+            pages = self._kv_cache.routed(prefix.places)
+            copies = self._kv_cache.share(
+                row, pages, copies_last=copies_last, num_next_tokens=num_next_tokens
+            )
+            return None if copies is None else (row, pages, copies)
+
+        self._prefixes.replicate(prefix)
+        shared = self._prefixes.evict_until(share)
+        if shared is None and is_alone:
+            shared = share(copies_last=False)
             self._prefixes.evict(prefix)
-        if copies is None:
-            return None
-        self._free.remove(row)
-        return row, pages, copies
+        if shared is not None:
+            self._free.remove(row)
+        return shared
 
     def _num_known(self, request: ScheduledRequest, prompt_lengths: np.ndarray) -> int:
         """Returns how many known tokens a row appends to its prompt before it is compressed."""

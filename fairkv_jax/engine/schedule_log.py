@@ -25,7 +25,7 @@ import numpy as np
 
 from fairkv_jax.checkpoint import Checkpoint
 from fairkv_jax.config import EngineConfig, KVConfig
-from fairkv_jax.engine.page_tables import PageCopies, PageTableUpdate
+from fairkv_jax.engine.page_tables import PageCopies, PageReplication, PageTableUpdate
 from fairkv_jax.engine.scheduler_output import (
     Decode,
     DecodeRow,
@@ -52,6 +52,7 @@ _CLASSES = {
         Insertion,
         NewRequest,
         PageCopies,
+        PageReplication,
         PageTableUpdate,
         PrefillChunks,
         RowCompression,

@@ -65,6 +65,9 @@ class Scheduler:
     is cached. A segment that follows another is prefilled in a row that begins with what is kept
     before it, as are the tokens that it keeps itself.
 
+    Rows that share a prefix use the same pages, and so the same devices, unless that would overload
+    one: then heads of the prefix are copied to their other replicas, in pages that are free.
+
     Of requests with the same `whole_prompt`, one is prefilled. The first tokens of all are sampled
     at its end; when it gets its row, the others share its pages, one after the other.
 
@@ -182,6 +185,7 @@ class Scheduler:
             prefill=prefill,
             decode=decode,
             compressions=compressions,
+            replications=self.prefixes.take_replications(),
         )
         self._index += 1
         self._finished, self._released, self._resets_cache = [], [], False
@@ -251,6 +255,7 @@ class Scheduler:
             self._rows.start_over(request)
             self._rows.leave_group(request)
         self.prefixes.clear()
+        self.prefixes.take_replications()
         self.waiting = [each for each in self.waiting if each.request_id in output_token_ids]
         for request in self.waiting:
             request.output_token_ids = list(output_token_ids[request.request_id])

@@ -2,15 +2,16 @@
 
 A `SchedulerOutput` says all that one execution does. The same sequence of outputs gives the same
 tokens on every process, so it can be logged, replayed and broadcast. An execution does its parts in
-this order: it releases rows, writes page tables, inserts a compressed prompt, or a segment of one,
-into a row, runs chunks of another prefill, compresses rows again, and decodes.
+this order: it releases rows, writes page tables, copies pages of prefixes to other devices, inserts
+a compressed prompt, or a segment of one, into a row, runs chunks of another prefill, compresses
+rows again, and decodes.
 """
 
 from dataclasses import dataclass
 
 import numpy as np
 
-from fairkv_jax.engine.page_tables import PageCopies, PageTableUpdate
+from fairkv_jax.engine.page_tables import PageCopies, PageReplication, PageTableUpdate
 from fairkv_jax.sampling_params import SamplingParams
 
 
@@ -154,6 +155,8 @@ class SchedulerOutput:
     decode: Decode | None
     compressions: tuple[RowCompression, ...] = ()
     """Rows that are compressed again, while they decode, before the steps of `decode`."""
+    replications: tuple[PageReplication, ...] = ()
+    """Heads of prefixes that are copied, so that other replicas can serve rows that share them."""
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,8 @@ class PrefixStats:
     count: int
     bytes: int
     """What their pages take over all devices; pages that several hold count once."""
+    copied_bytes: int
+    """The part of it that copies of heads on further devices take."""
     sharing: float
     """Mean number of running requests that begin with the same prefix; 0 where none does."""
 

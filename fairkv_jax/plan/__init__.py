@@ -6,9 +6,9 @@ from fairkv_jax.plan.head_scores import HeadScores, shipped_head_scores
 from fairkv_jax.plan.make import ROW_SPLITS, STRATEGIES, default_cost, make_plan
 from fairkv_jax.plan.plan import Plan, Replica
 from fairkv_jax.plan.profile import Profile, shipped_profile
-from fairkv_jax.plan.route import route, row_counts
+from fairkv_jax.plan.route import route, route_beyond, row_counts
 from fairkv_jax.plan.shape import SHAPES, ModelShape, find_shape
-from fairkv_jax.plan.simulate import Trace, Workload, simulate
+from fairkv_jax.plan.simulate import SharedDocument, Trace, Workload, simulate, simulate_document
 
 __all__ = [
     "HARDWARE",
@@ -23,6 +23,7 @@ __all__ = [
     "Plan",
     "Profile",
     "Replica",
+    "SharedDocument",
     "Step",
     "Trace",
     "Workload",
@@ -31,8 +32,10 @@ __all__ = [
     "find_shape",
     "make_plan",
     "route",
+    "route_beyond",
     "row_counts",
     "shipped_head_scores",
     "shipped_profile",
     "simulate",
+    "simulate_document",
 ]

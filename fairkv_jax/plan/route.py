@@ -2,6 +2,8 @@
 
 import numpy as np
 
+_LEAST_GAIN = 0.05
+
 
 def route(replicas: np.ndarray, lengths: np.ndarray, load: np.ndarray) -> np.ndarray:
     """Selects a replica for every head of one row, so that the load of the devices is balanced.
@@ -44,6 +46,30 @@ def route(replicas: np.ndarray, lengths: np.ndarray, load: np.ndarray) -> np.nda
     return owner
 
 
+def route_beyond(
+    replicas: np.ndarray, holders: np.ndarray, lengths: np.ndarray, load: np.ndarray
+) -> np.ndarray:
+    """Selects a replica for every head of a row that begins with a shared document.
+
+    Some replicas hold the document already. The others are selected too where that makes the
+    fullest device lighter, summed over layers, by more than a twentieth; the document must then be
+    copied there. The other arguments are those of `route`.
+
+    Args:
+        holders: bool [L, K, P], whether the replica of a head holds the document; at least one per
+            head.
+
+    Returns:
+        The device of every layer and head, int32 [L, K].
+    """
+    within = route(holders, lengths, load)
+    if (holders == replicas).all():
+        return within
+    beyond = route(replicas, lengths, load)
+    gains = _peak(within, lengths, load) > (1 + _LEAST_GAIN) * _peak(beyond, lengths, load)
+    return beyond if gains else within
+
+
 def row_counts(shares: np.ndarray, batch: int) -> np.ndarray:
     """Rounds shares to whole rows by the largest remainder.
 
@@ -66,6 +92,13 @@ def row_counts(shares: np.ndarray, batch: int) -> np.ndarray:
     order = np.argsort(-remainder, axis=-1, kind="stable")
     rank = np.argsort(order, axis=-1, kind="stable")
     return counts + (rank < batch - counts.sum(-1, keepdims=True))
+
+
+def _peak(owner: np.ndarray, lengths: np.ndarray, load: np.ndarray) -> float:
+    """Returns the tokens on the fullest device with one more row, summed over layers."""
+    load = load.astype(np.float64)
+    np.add.at(load, (np.arange(len(load))[:, None], owner), lengths)
+    return float(load.max(1).sum())
 
 
 def _least_loaded(candidates: np.ndarray, load: np.ndarray) -> np.ndarray:

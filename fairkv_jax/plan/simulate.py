@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from fairkv_jax.plan.plan import Plan
-from fairkv_jax.plan.route import route, row_counts
+from fairkv_jax.plan.route import route, route_beyond, row_counts
 
 
 @dataclass(frozen=True)
@@ -116,6 +116,49 @@ def simulate(plan: Plan, workload: Workload, batch: int, *, routed: bool = True)
         held[left == 0] = 0
         step += 1
     return Trace(*(np.array(column) for column in zip(*records, strict=True)))
+
+
+@dataclass(frozen=True)
+class SharedDocument:
+    """Rows that begin with the same cached document, as the devices hold them."""
+
+    utilization: float
+    """As in a plan."""
+    seconds: float
+    """Time of attention in one step."""
+    copied: float
+    """Tokens of copied heads, as a fraction of the document's."""
+
+
+def simulate_document(
+    plan: Plan, lengths: np.ndarray, rows: int, new_tokens: int, *, copies: bool = True
+) -> SharedDocument:
+    """Simulates rows that join one after the other and share a document's pages.
+
+    The document [L, K] is placed as a first row is. With `copies`, its heads are copied to other
+    replicas as the engine does, see `route_beyond`; otherwise, every row is served where the
+    document lies. Each row holds `new_tokens` more per head.
+    """
+    replicas = plan.replicas()
+    num_layers, num_heads, devices = replicas.shape
+    if lengths.shape != (num_layers, num_heads) or rows < 1:
+        raise ValueError(
+            f"a document {lengths.shape} and {rows} rows: the plan has {(num_layers, num_heads)} "
+            "layers and heads, and there must be a row"
+        )
+    load = np.zeros((num_layers, devices))
+    owner = route(replicas, lengths, load)
+    holders = owner[..., None] == np.arange(devices)
+    layers = np.arange(num_layers)[:, None]
+    for row in range(rows):
+        if row:  # the first is served where the document lies
+            choose = route_beyond if copies else lambda _, *others: route(*others)
+            owner = choose(replicas, holders, lengths, load)
+        holders |= owner[..., None] == np.arange(devices)
+        np.add.at(load, (layers, owner), lengths + new_tokens)
+    utilization, _, _, seconds, _ = _measure(plan, load, rows)
+    held = (holders.sum(-1) * lengths).sum()
+    return SharedDocument(utilization, seconds, float(held / lengths.sum() - 1))
 
 
 def _measure(plan: Plan, load: np.ndarray, rows: int) -> tuple[float, float, int, float, float]:

@@ -91,6 +91,10 @@ class Instruments:
         self.prefix_bytes = gauge(
             "fairkv:prefix_bytes", "Bytes of the KV pages of cached prefixes, over all devices."
         )
+        self.prefix_copy_bytes = gauge(
+            "fairkv:prefix_copy_bytes",
+            "Bytes of these that copies of heads take, for rows on other devices.",
+        )
         self.prefix_sharing = gauge(
             "fairkv:prefix_sharing",
             "Mean number of running requests that begin with the same cached prefix.",

@@ -154,6 +154,7 @@ class Metrics:
         if stats.prefixes is not None:
             self._all.prefixes().set(stats.prefixes.count)
             self._all.prefix_bytes().set(stats.prefixes.bytes)
+            self._all.prefix_copy_bytes().set(stats.prefixes.copied_bytes)
             self._all.prefix_sharing().set(stats.prefixes.sharing)
         self._set_queue_gauges()
 

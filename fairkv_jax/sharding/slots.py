@@ -53,6 +53,11 @@ class SlotLayout:
         """[L, K, P] bool: whether each device holds a replica of each head."""
         return self.slot_of_head != EMPTY
 
+    @property
+    def has_copies(self) -> bool:
+        """Whether a head has replicas on several devices."""
+        return bool((self.replicas.sum(-1) > 1).any())
+
     @cached_property
     def first_slot(self) -> np.ndarray:
         """[L, K]: the first slot that holds the head; its scores are used for all replicas."""

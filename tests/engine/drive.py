@@ -141,8 +141,9 @@ def check_references(scheduler: Scheduler) -> None:
         references[slot // spec.slots_per_device, pages] += 1
     held = np.zeros_like(references)
     for prefix in scheduler.prefixes:
-        assert prefix.pages is not None
-        np.add.at(held, (prefix.pages.devices, prefix.pages.pages), 1)
+        assert prefix.places
+        for place in prefix.places:
+            np.add.at(held, (place.devices, place.pages), 1)
     references += held
     np.testing.assert_array_equal(references, manager._pool.references)
     np.testing.assert_array_equal((references > 0).sum(1), manager.used_pages)

@@ -68,6 +68,10 @@ class FakeDevice:
         assert len(np.unique(update.entry_index)) == len(update.entry_index)
         self.entries.reshape(-1)[update.entry_index] = update.entry_value
         self.starts.flat[update.start_index] = update.start_value
+        for each in output.replications:
+            assert (each.source_devices != each.target_devices).all()
+            copied = self.pages[each.source_devices, each.source]
+            self.pages[each.target_devices, each.target] = copied
         if output.insertion is not None:
             self._insert(output)
         prefill = self._prefill(output.prefill) if output.prefill is not None else None

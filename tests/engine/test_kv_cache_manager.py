@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from fairkv_jax.engine.kv_cache_manager import KVCacheManager, PagePool
+from fairkv_jax.engine.kv_cache_manager import KVCacheManager
+from fairkv_jax.engine.page_pool import PagePool
 from fairkv_jax.engine.page_tables import PageTables
 from fairkv_jax.kv_cache_spec import KVCacheSpec
 from fairkv_jax.plan import Profile, make_plan

@@ -71,6 +71,26 @@ def test_a_prefix_kept_whole_changes_no_token(tiny_checkpoint: Path, num_devices
     check_only_prefixes_left(llm)
 
 
+@pytest.mark.parametrize("dtype", ["auto", "int8"])
+def test_copies_on_other_devices_change_no_token(tiny_checkpoint: Path, dtype: str):
+    """Rows that run at the same time are served by the copies, rows that run alone are not."""
+    llm = make_llm(tiny_checkpoint, 2, kv_cache_dtype=dtype)
+    prefix = llm.cache_prefix(DOCUMENT, **COMPRESSED)
+    alone = [tokens_of(llm, [question], prefix_id=prefix.id)[0] for question in QUESTIONS[:8]]
+    (cached,) = llm.engine.scheduler.prefixes
+    assert not cached.copies
+    llm.engine.warm_up([1], 4, suffix_lengths=range(1, 60))
+    compiled = llm.engine.stats().compilations
+    assert tokens_of(llm, QUESTIONS[:8], prefix_id=prefix.id) == alone
+    assert cached.copies
+    assert llm.engine.stats().compilations == compiled
+    stats = llm.engine.stats().prefixes
+    assert stats is not None
+    assert 0 < stats.copied_bytes < stats.bytes
+    llm.delete_prefix(prefix.id)
+    check_idle(llm.engine)
+
+
 @pytest.mark.parametrize("num_devices", [1, 3])
 def test_a_document_is_read_once(tiny_checkpoint: Path, num_devices: int):
     """Answers are those of asking each question of a document that was compressed for it alone."""

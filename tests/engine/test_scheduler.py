@@ -303,12 +303,12 @@ class SchedulerMachine(RuleBasedStateMachine):
 
 
 class TestScheduler(SchedulerMachine.TestCase):
-    settings = settings(max_examples=100, stateful_step_count=40, deadline=None)
+    settings = settings(max_examples=100, stateful_step_count=40)
 
 
 @pytest.mark.long
 class TestSchedulerLong(SchedulerMachine.TestCase):
-    settings = settings(max_examples=1500, stateful_step_count=80, deadline=None)
+    settings = settings(max_examples=1500, stateful_step_count=80)
 
 
 def test_nobody_overtakes_and_all_finish_under_pressure():
@@ -327,6 +327,29 @@ def test_nobody_overtakes_and_all_finish_under_pressure():
     assert driver.scheduler.num_preemptions > 0
     assert first_inserted == [str(i) for i in range(12)]
     assert len(driver.finished) == 12
+
+
+def test_a_document_that_many_rows_share_is_copied_to_other_replicas():
+    """So that its copied heads serve some of the rows there; under pressure, the copies go."""
+    balance = {}
+    for copies in (False, True):
+        scheduler = make_scheduler(2, num_rows=8, spare_pages=400, sharing=8)
+        document, driver = Prefix("b", 24), Driver(scheduler)
+        if not copies:
+            scheduler.prefixes.replicate = lambda prefix: None
+        for index in range(7):
+            driver.add(make_request(str(index), index, 2, 30, prefixes=[document]))
+        while len(scheduler.running) < 7:
+            driver.step()
+        loads = scheduler.kv_cache.tokens_per_device
+        balance[copies] = loads.max(1).sum() / loads.mean(1).sum()
+        check_references(scheduler)
+        assert bool(document.copies) is copies
+        driver.run()
+        scheduler.prefixes.delete(document)
+        assert not scheduler.kv_cache.used_pages.any()
+    assert balance[False] > 1.15
+    assert balance[True] < 1.05
 
 
 def test_choices_of_a_prompt_are_read_once():

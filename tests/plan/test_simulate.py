@@ -5,7 +5,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fairkv_jax.plan import CostModel, Profile, Workload, make_plan, row_counts, simulate
+from fairkv_jax.plan import (
+    CostModel,
+    Profile,
+    Workload,
+    make_plan,
+    row_counts,
+    simulate,
+    simulate_document,
+)
 
 COST = CostModel(a_seconds=0.0, b_seconds_per_token=1e-9, batch=16)
 
@@ -78,3 +86,19 @@ def test_bad_workloads_are_refused():
     plan = make_plan(Profile.uniform(2, 2, 4), 2)
     with pytest.raises(ValueError, match="but the plan has"):
         simulate(plan, Workload(lengths, ones, ones), 2)
+
+
+def test_rows_of_one_document_wait_for_the_device_where_it_lies():
+    """Two heads on two devices, and a third one on both: worked out by hand."""
+    profile = Profile("m", "p", None, ((40.0, 40.0, 60.0),))
+    plan = make_plan(profile, 2, "fair_copying", cost=COST)
+    assert plan.replicas()[0].sum(-1).tolist() == [1, 1, 2]
+    lengths = profile.array.astype(int)
+    pinned = simulate_document(plan, lengths, 4, 0, copies=False)
+    assert pinned.seconds == pytest.approx(4 * 100e-9)
+    assert (pinned.utilization, pinned.copied) == (pytest.approx(280 / 400), 0)
+    copied = simulate_document(plan, lengths, 4, 0)
+    assert copied.seconds == pytest.approx(280e-9)
+    assert (copied.utilization, copied.copied) == (pytest.approx(1), pytest.approx(60 / 140))
+    with pytest.raises(ValueError, match="layers and heads"):
+        simulate_document(plan, lengths[:, :2], 4, 0)

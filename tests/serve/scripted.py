@@ -150,7 +150,9 @@ class ScriptedEngine:
             pages_per_device=PAGES,
             kv_tokens=(32 * running, 16 * running),
             compilations=7,
-            prefixes=PrefixStats(count=12, bytes=5 << 20, sharing=1.5 * (running > 0)),
+            prefixes=PrefixStats(
+                count=12, bytes=5 << 20, copied_bytes=0, sharing=1.5 * (running > 0)
+            ),
         )
 
     def retained_prefixes(self, most: int) -> list[RetainedPrefix]:

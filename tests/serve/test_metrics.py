@@ -69,7 +69,7 @@ def test_tokens_are_looked_up_once_and_found(metrics: Metrics):
     """Only where prefixes are cached; a prompt counts when it has been read."""
     metrics.submitted([Request(name, [1] * 10) for name in "abc"])
     metrics.stepped([replace(output("a", 1), num_cached_tokens=4)], stats(1))
-    cached = stats(1, prefixes=PrefixStats(3, 4096, 2.0))
+    cached = stats(1, prefixes=PrefixStats(3, 4096, 1024, 2.0))
     metrics.stepped([], cached)
     for tokens in (0, 1, 2):
         found = [replace(output(name, tokens), num_cached_tokens=6) for name in "b"]
@@ -82,6 +82,7 @@ def test_tokens_are_looked_up_once_and_found(metrics: Metrics):
     assert now["vllm:gpu_prefix_cache_hits_total"] == 6
     assert now["fairkv:prefixes"] == 3
     assert now["fairkv:prefix_bytes"] == 4096
+    assert now["fairkv:prefix_copy_bytes"] == 1024
     assert now["fairkv:prefix_sharing"] == 2
 
 

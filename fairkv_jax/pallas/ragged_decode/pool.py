@@ -59,6 +59,19 @@ class Pool:
         """The pool with pages copied; a target past the end is left out."""
         return jax.tree.map(lambda x: x.at[target].set(x[source], mode="drop"), self)
 
+    def exchange(self, source: Int[Array, "n"], target: Int[Array, "n"], axis: str) -> "Pool":
+        """The pool with pages copied from other devices, inside `shard_map`.
+
+        At each place, one device has a source, and one a target; those of the others are past the
+        end.
+        """
+
+        def put(x: Array) -> Array:
+            sent = x.at[source].get(mode="fill", fill_value=0)
+            return x.at[target].set(jax.lax.psum(sent, axis), mode="drop")
+
+        return jax.tree.map(put, self)
+
 
 def tokens_of(k: Float[Array, "*n H"], v: Float[Array, "*n H"], pool: Pool) -> Pool:
     """Keys and values in the type of the pool's pages: [*n, H], and scales [*n]."""
