@@ -53,11 +53,12 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    _PROFILES = flags.DEFINE_string("profiles", None, "Folder of profiles, see benchmarks.balance.")
+    _PROFILES = flags.DEFINE_string(
+        "profiles", None, "Folder of profiles, see benchmarks.balance.", required=True
+    )
     _HARDWARE = flags.DEFINE_enum("hardware", "H100", list(HARDWARE), "Hardware of the cost model.")
     _KEPT = flags.DEFINE_integer(
         "kept", 2048, "Tokens that a head keeps of the document, on average."
     )
     _NEW = flags.DEFINE_integer("new_tokens", 260, "Tokens of each question and answer.")
-    flags.mark_flag_as_required("profiles")
     app.run(main, argv=[with_underscores(argument) for argument in sys.argv])
