@@ -1,0 +1,46 @@
+"""Damaged entries of the compilation cache: replaced once, and not warned of again."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PROGRAM = """
+import logging, os, sys
+logging.basicConfig(format="%(message)s")
+from fairkv_jax.serve.compile_cache import replace_damaged_entries
+replace_damaged_entries(os.environ["JAX_COMPILATION_CACHE_DIR"])
+import jax
+print(jax.jit(lambda x: x * 3 + 1)(2))
+"""
+
+
+def run(folder: Path) -> str:
+    settings = {
+        "JAX_COMPILATION_CACHE_DIR": str(folder),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+    }
+    result = subprocess.run(
+        [sys.executable, "-c", PROGRAM],
+        env={**os.environ, **settings},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert result.stdout == "7\n"
+    return result.stderr
+
+
+@pytest.mark.parametrize("damage", ["empty", "cut", "overwritten"])
+def test_damaged_entries_are_replaced(tmp_path: Path, damage: str):
+    assert "damaged" not in run(tmp_path)
+    (entry,) = tmp_path.glob("jit__lambda*-cache")
+    intact = entry.read_bytes()
+    half = intact[: len(intact) // 2]
+    entry.write_bytes({"empty": b"", "cut": half, "overwritten": b"\xff" * len(intact)}[damage])
+    assert "a damaged entry of the compilation cache is replaced: jit__lambda" in run(tmp_path)
+    assert len(entry.read_bytes()) > len(half)
+    assert "damaged" not in run(tmp_path)
