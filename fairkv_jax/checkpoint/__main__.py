@@ -40,6 +40,9 @@ def main(arguments: list[str] | None = None) -> int:
     except ValueError as error:  # CheckpointError, and errors of the planner
         print(f"error: {error}", file=sys.stderr)
         return 1
+    except MemoryError:
+        print("error: the process may not take more memory: raise its limit", file=sys.stderr)
+        return 1
     return 0
 
 

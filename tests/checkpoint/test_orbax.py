@@ -312,6 +312,15 @@ def test_a_disk_that_is_full_is_a_sentence_and_nothing_is_left(gguf, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_limit_of_memory_is_a_sentence(gguf, monkeypatch, capsys):
+    def out_of_memory(source: str) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr("fairkv_jax.checkpoint.__main__.open_checkpoint", out_of_memory)
+    assert main(["inspect", str(gguf)]) == 1
+    assert "the process may not take more memory" in capsys.readouterr().err
+
+
 def test_a_disk_without_room_is_refused_before_anything_is_written(gguf, tmp_path, monkeypatch):
     usage = shutil.disk_usage(tmp_path)._replace(free=1000)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
