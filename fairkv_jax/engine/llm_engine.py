@@ -248,7 +248,7 @@ class LLMEngine:
         self.output_processor.add(
             request,
             max_tokens=valid.max_tokens,
-            arrival_time=time.monotonic(),
+            arrival_time=valid.arrival_time,
             matcher=None if valid.matcher is None else valid.matcher.copy(),
         )
         self.scheduler.add(

@@ -1,5 +1,6 @@
 """Requests and outputs of the engine. The names of outputs are vLLM's."""
 
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -165,6 +166,8 @@ class ValidatedRequest:
     """The beginning of its grammar; None: any token may be generated."""
     parts: tuple[Part, ...] = ()
     """What follows that prefix: the segments that other prompts may share, then the last one."""
+    arrival_time: float = field(default_factory=time.monotonic)
+    """When it was validated, in seconds of `time.monotonic`."""
 
     @property
     def request_id(self) -> str:

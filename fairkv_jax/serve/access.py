@@ -19,7 +19,7 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from fairkv_jax.engine.request import RequestOutput
-from fairkv_jax.serve.async_engine import OutputStream
+from fairkv_jax.serve.output_stream import OutputStream
 
 log = logging.getLogger(__name__)
 

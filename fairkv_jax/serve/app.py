@@ -63,9 +63,9 @@ def create_app(service: Service) -> FastAPI:
 def _add_middleware(app: FastAPI, service: Service) -> None:
     """Adds the middleware; the one that is added last handles a request first."""
     options = service.options
-    app.add_middleware(Room, engine=service.engine)
+    app.add_middleware(Room, engine=service.engine, has_keys=bool(options.api_keys))
     if options.api_keys:
-        app.add_middleware(ApiKeys, keys=options.api_keys)
+        app.add_middleware(ApiKeys, keys=options.api_keys, open_metrics=options.open_metrics)
     app.add_middleware(BodyLimit, max_bytes=options.max_request_bytes)
     if options.allowed_origins:
         app.add_middleware(

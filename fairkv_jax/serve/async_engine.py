@@ -1,25 +1,34 @@
 """Connects the event loop, which serves the clients, with the thread that runs the engine.
 
-event loop                      engine thread
-submit() ── Add ──► mailbox ──► add_request()
-close()  ── Abort ►        ──► abort_request()
-OutputStream ◄── call_soon_threadsafe ── step()
+event loop                                  engine thread
+submit() ► Admission ── Add ────► mailbox ──► add_request()
+OutputStream.close() ── Abort ──►         ──► abort_request()
+OutputStream ◄── call_soon_threadsafe ─────── step()
 """
 
 import asyncio
 import logging
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from enum import Enum
 from queue import Empty, SimpleQueue
 
 from fairkv_jax.engine.prefix_registry import UnknownPrefix
-from fairkv_jax.engine.request import Request, RequestOutput, ValidatedRequest
+from fairkv_jax.engine.request import Request, RequestOutput
 from fairkv_jax.engine.stats import EngineStats
+from fairkv_jax.serve.admission import Admission, QueueLimits
 from fairkv_jax.serve.engine_protocol import Engine, Observer
+from fairkv_jax.serve.fair_queue import Group
+from fairkv_jax.serve.output_stream import (
+    EngineUnavailable,
+    GenerationFailed,
+    OutputStream,
+    QueueFull,
+    RequestRefused,
+)
 
 log = logging.getLogger(__name__)
 
@@ -35,25 +44,10 @@ class State(Enum):
     STOPPED = "stopped"
 
 
-class EngineUnavailable(Exception):
-    """The engine is not ready yet, has stopped or has failed."""
-
-
-class RequestRefused(Exception):
-    """The request is invalid and retrying cannot help; the message says what is wrong with it."""
-
-
-class GenerationFailed(Exception):
-    """The engine could not complete a request; the message says why. Other requests go on."""
-
-
-class QueueFull(Exception):
-    """The queue has reached its maximum number of requests."""
-
-
 @dataclass(frozen=True)
 class _Add:
-    request: ValidatedRequest
+    requests: Group
+    """They reach the engine in one step, so that they can share a prefill."""
 
 
 @dataclass(frozen=True)
@@ -74,76 +68,6 @@ class _Stop: ...
 _Message = _Add | _Abort | _DeletePrefix | _Stop
 
 
-class OutputStream:
-    """Streams the outputs of a group of requests, each with its index in the group.
-
-    Outputs are cumulative, so only the first and the latest one of each request are stored: a slow
-    client uses no extra memory and receives fewer, longer pieces, but the first token for itself.
-    `close` aborts the requests that still run.
-    """
-
-    def __init__(self, engine: "AsyncEngine", requests: Sequence[Request]):
-        self.requests = requests
-        self.latest: dict[int, RequestOutput] = {}
-        """The latest outputs by index in the group; requests without output are missing."""
-        self._engine = engine
-        self._indices = {request.request_id: index for index, request in enumerate(requests)}
-        self._unfinished = set(self._indices)
-        self._fresh: set[int] = set()
-        self._first: dict[int, RequestOutput] = {}
-        """First outputs that have not been read; the others are replaced by later ones."""
-        self._error: Exception | None = None
-        self._news = asyncio.Event()
-
-    def put(self, output: RequestOutput) -> None:
-        index = self._indices[output.request_id]
-        if index not in self.latest:
-            self._first[index] = output
-        self.latest[index] = output
-        self._fresh.add(index)
-        if output.finished:
-            self._unfinished.discard(output.request_id)
-        self._news.set()
-
-    def fail(self, error: Exception) -> None:
-        self._error = error
-        self._news.set()
-
-    def close(self) -> None:
-        self._engine.abort(self._unfinished)
-        self._engine.forget(self._indices)
-        self._unfinished = set()
-
-    async def __aiter__(self) -> AsyncIterator[tuple[int, RequestOutput]]:
-        """Yields (index, output) pairs.
-
-        Raises:
-            EngineUnavailable: the engine failed or stopped.
-            RequestRefused: the engine rejected the request.
-            GenerationFailed: the engine could not complete the request.
-        """
-        while True:
-            await self._news.wait()
-            self._news.clear()
-            for index in sorted(self._fresh):
-                first = self._first.pop(index, None)
-                if first is not None:
-                    yield index, first
-                # More may have come while the reader was busy; it is read now, and only once.
-                self._fresh.discard(index)
-                if first is not self.latest[index]:
-                    yield index, self.latest[index]
-            if self._error is not None:
-                raise self._error
-            if not self._unfinished and not self._fresh:
-                return
-
-    async def collect(self) -> list[RequestOutput]:
-        """Waits for all requests and returns their outputs in the order of the requests."""
-        outputs = {index: output async for index, output in self}
-        return [outputs[index] for index in range(len(self._indices))]
-
-
 class AsyncEngine:
     """Runs an engine in a thread of its own and hands its outputs to the event loop.
 
@@ -157,14 +81,14 @@ class AsyncEngine:
         self,
         load: Callable[[], Engine],
         observer: Observer,
+        limits: QueueLimits,
         *,
-        max_queued: int = 1024,
         on_ready: Callable[[Engine], None] = lambda engine: None,
         on_failure: Callable[[BaseException, bool], None] = lambda error, was_ready: None,
     ):
         self._load = load
         self._observer = observer
-        self._max_queued = max_queued
+        self._admission = Admission(limits)
         self._on_ready = on_ready
         self._on_failure = on_failure
         self._mailbox: SimpleQueue[_Message] = SimpleQueue()
@@ -192,7 +116,7 @@ class AsyncEngine:
             EngineUnavailable: the engine is still loading, has stopped or has failed.
         """
         if self._engine is None or self.state not in (State.READY, State.DRAINING):
-            raise EngineUnavailable(_WHY_NOT.get(self.state, "the engine is loading"))
+            raise EngineUnavailable(_WHY_NOT[self.state])
         return self._engine
 
     @property
@@ -210,29 +134,19 @@ class AsyncEngine:
         """Seconds since the last step ended, while there are requests; 0 without requests."""
         return time.monotonic() - self._last_progress if self._streams else 0.0
 
-    @property
-    def _limit(self) -> int:
-        """Maximum number of running and waiting requests."""
-        return self.engine.engine_config.max_num_seqs + self._max_queued
-
-    def check_room(self, count: int = 1) -> None:
-        """Checks that `count` more requests can be queued.
+    def check_room(self, client: str, count: int = 1) -> None:
+        """Checks that `count` more requests of a client can be queued.
 
         Raises:
             EngineUnavailable: the engine does not accept requests in its current state.
-            QueueFull: the queue has no room for `count` more requests.
+            QueueFull: see `Admission.check_room`.
         """
-        limit = self._limit
-        if self.state is State.DRAINING:
+        if self.state is not State.READY:
             raise EngineUnavailable(_WHY_NOT[self.state])
-        if self.num_requests + count > limit:
-            raise QueueFull(
-                f"{self.num_requests} requests are running or waiting, and {count} more would "
-                f"exceed the limit of {limit}: try again later, or raise --max-num-queued-reqs"
-            )
+        self._admission.check_room(client, count)
 
-    def submit(self, requests: Sequence[Request]) -> OutputStream:
-        """Queues requests, all of them or none. Their ids must be unique.
+    def submit(self, requests: Sequence[Request], client: str) -> OutputStream:
+        """Queues requests of a client, all of them or none. Their ids must be unique.
 
         Raises:
             EngineUnavailable: the engine does not accept requests in its current state.
@@ -250,20 +164,24 @@ class AsyncEngine:
         requests = [each.request for each in valid]
         for request in requests:
             self._check_context(request)
-        limit = self._limit
+        limit = self._admission.max_requests
         if len(requests) > limit:
             raise RequestRefused(
                 f"the request has {len(requests)} choices, but at most {limit} can be running or "
                 "waiting: send fewer prompts, lower n, or raise --max-num-queued-reqs"
             )
-        self.check_room(len(requests))
-        stream = OutputStream(self, requests)
+        self.check_room(client, len(requests))
+        for request_id in self._admission.requests_giving_way(client, len(requests)):
+            self._give_up(request_id, "the queue is full, and other clients have less in it")
+        stream = OutputStream(requests, self._close)
         if not self._streams:
             self._last_progress = time.monotonic()
-        for request in valid:
-            self._streams[request.request_id] = stream
-            self._mailbox.put(_Add(request))
+        self._streams |= {request.request_id: stream for request in requests}
+        self._admission.add(client, valid)
         self._observer.submitted(requests)
+        self._release()
+        if (seconds := self._admission.limits.max_wait_s) is not None:
+            self._loop.call_later(seconds, self._expire, requests[0].request_id)
         return stream
 
     def _check_context(self, request: Request) -> None:
@@ -277,10 +195,38 @@ class AsyncEngine:
                 f"at most {limit - prompt}"
             )
 
-    def abort(self, request_ids: Iterable[str]) -> None:
+    def _close(self, stream: OutputStream) -> None:
+        """Aborts the requests of a stream that are unfinished."""
+        request_ids = stream.unfinished_ids
         self._observer.dropped(request_ids)
-        for request_id in request_ids:
+        for request_id in self._admission.remove(request_ids):
             self._mailbox.put(_Abort(request_id))
+        for request_id in stream.request_ids:
+            self._streams.pop(request_id, None)
+        self._release()
+
+    def _release(self) -> None:
+        """Gives the engine what it can start soon."""
+        for group in self._admission.release():
+            self._mailbox.put(_Add(group))
+
+    def _expire(self, request_id: str) -> None:
+        """Ends the stream of a request that has waited for too long without being started."""
+        stream = self._streams.get(request_id)
+        if stream is None or stream.latest or self._admission.may_have_started(stream.request_ids):
+            return
+        seconds = self._admission.limits.max_wait_s
+        self._give_up(
+            request_id,
+            f"the request has waited for {seconds:g} seconds, the limit of --max-queue-wait",
+        )
+
+    def _give_up(self, request_id: str, why: str) -> None:
+        """Ends the stream of a request, if it has not ended yet, and all of its requests."""
+        stream = self._streams.get(request_id)
+        if stream is not None:
+            stream.fail(QueueFull(f"{why}: try again later", self._admission.expected_wait_s))
+            self._close(stream)
 
     async def delete_prefix(self, prefix_id: str, owner: str) -> None:
         """Deletes a prefix, see `LLMEngine.delete_prefix`.
@@ -295,10 +241,6 @@ class AsyncEngine:
         done.add_done_callback(self._deletions.discard)
         self._mailbox.put(_DeletePrefix(prefix_id, owner, done))
         await done
-
-    def forget(self, request_ids: Iterable[str]) -> None:
-        for request_id in request_ids:
-            self._streams.pop(request_id, None)
 
     def drain(self) -> None:
         """Rejects new requests from now on; running and waiting ones are finished."""
@@ -316,6 +258,7 @@ class AsyncEngine:
 
     def _loaded(self, engine: Engine, stats: EngineStats) -> None:
         self._engine = engine
+        self._admission.num_rows = engine.engine_config.max_num_seqs
         self.state = State.READY
         self._on_ready(engine)
         self._observer.stepped([], stats)
@@ -324,18 +267,22 @@ class AsyncEngine:
         self._last_progress = time.monotonic()
         self._observer.stepped(outputs, stats)
         for output in outputs:
+            self._admission.advance(output)
             stream = self._streams.get(output.request_id)
             if stream is not None:
                 stream.put(output)
                 if output.error is not None:
                     stream.fail(GenerationFailed(output.error))
                 if output.finished:
-                    self.forget([output.request_id])
+                    del self._streams[output.request_id]
+        self._release()
 
     def _refuse(self, request_id: str, error: Exception) -> None:
+        self._admission.remove({request_id})
         stream = self._streams.get(request_id)
         if stream is not None:
             stream.fail(error)
+        self._release()
 
     def _fail(self, error: BaseException) -> None:
         was_ready = self.state is not State.LOADING
@@ -350,6 +297,7 @@ class AsyncEngine:
     def _fail_all(self) -> None:
         """Ends every stream with an error that says why the engine is unavailable."""
         streams, self._streams = self._streams, {}
+        self._admission.clear()
         self._observer.dropped(streams)
         for stream in set(streams.values()):
             stream.fail(EngineUnavailable(_WHY_NOT[self.state]))
@@ -400,10 +348,11 @@ class AsyncEngine:
                 error = unknown
             self._post(_finish, message.done, error)
             return
-        try:
-            engine.add_request(message.request)
-        except ValueError as error:
-            self._post(self._refuse, message.request.request_id, RequestRefused(str(error)))
+        for request in message.requests:
+            try:
+                engine.add_request(request)
+            except ValueError as error:
+                self._post(self._refuse, request.request_id, RequestRefused(str(error)))
 
     def _post(self, function: Callable[..., None], *args: object) -> None:
         if not self._loop.is_closed():
@@ -421,6 +370,7 @@ def _finish(done: "asyncio.Future[None]", error: Exception | None) -> None:
 
 
 _WHY_NOT = {
+    State.LOADING: "the engine is loading",
     State.DRAINING: "the server is shutting down and does not accept new requests",
     State.FAILED: "the engine has failed: see the server's log, and restart the server",
     State.STOPPED: "the server is shutting down",

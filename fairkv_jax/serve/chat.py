@@ -9,10 +9,10 @@ from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
 
 from fairkv_jax.engine.request import RequestOutput
-from fairkv_jax.serve.async_engine import OutputStream
 from fairkv_jax.serve.inputs import compile_grammar, fan_out, render_chat
 from fairkv_jax.serve.logprobs import ShownTokens, chat_logprobs, prompt_logprobs
 from fairkv_jax.serve.message import MessageBuilder, MessageFormat
+from fairkv_jax.serve.output_stream import OutputStream
 from fairkv_jax.serve.protocol import ChatBody, token_names
 from fairkv_jax.serve.responses import EventStream, chunk_usage, collect, usage
 from fairkv_jax.serve.service import StrictRoute, owner_of, response_id, service_of

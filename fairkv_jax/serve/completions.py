@@ -8,9 +8,9 @@ from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
 
 from fairkv_jax.engine.request import Logprob, RequestOutput
-from fairkv_jax.serve.async_engine import OutputStream
 from fairkv_jax.serve.inputs import Prompt, compile_grammar, encode_prompts, fan_out
 from fairkv_jax.serve.logprobs import ShownTokens, completion_logprobs, prompt_logprobs
+from fairkv_jax.serve.output_stream import OutputStream
 from fairkv_jax.serve.protocol import CompletionBody, token_names
 from fairkv_jax.serve.responses import EventStream, chunk_usage, collect, usage
 from fairkv_jax.serve.service import StrictRoute, owner_of, response_id, service_of

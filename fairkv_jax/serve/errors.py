@@ -1,6 +1,7 @@
 """Turns every failure into a JSON body in the format of OpenAI and vLLM."""
 
 import logging
+import math
 from http import HTTPStatus
 from typing import Any
 
@@ -13,17 +14,17 @@ from starlette.requests import ClientDisconnect
 from starlette.routing import Match, Route
 
 from fairkv_jax.engine.prefix_registry import UnknownPrefix
-from fairkv_jax.serve.async_engine import (
+from fairkv_jax.serve.body import NotServed
+from fairkv_jax.serve.output_stream import (
     EngineUnavailable,
     GenerationFailed,
     QueueFull,
     RequestRefused,
 )
-from fairkv_jax.serve.body import NotServed
 
 log = logging.getLogger(__name__)
 
-RETRY_AFTER_S = "1"
+MIN_RETRY_AFTER_S, MAX_RETRY_AFTER_S = 1, 600
 CLIENT_CLOSED_REQUEST = 499
 """nginx's status for requests whose client has disconnected; it appears only in the log."""
 
@@ -79,8 +80,14 @@ def error_body(status: int, message: str, param: str | None = None) -> dict[str,
     return {"error": {"message": message, "type": kind, "param": param, "code": status}}
 
 
-def error_response(status: int, message: str, param: str | None = None) -> JSONResponse:
-    headers = {"Retry-After": RETRY_AFTER_S} if status == HTTPStatus.SERVICE_UNAVAILABLE else None
+def error_response(
+    status: int, message: str, param: str | None = None, *, retry_after_s: float = 0.0
+) -> JSONResponse:
+    """Returns an error; with status 503, it says when to try again."""
+    headers = None
+    if status == HTTPStatus.SERVICE_UNAVAILABLE:
+        seconds = min(max(MIN_RETRY_AFTER_S, math.ceil(retry_after_s)), MAX_RETRY_AFTER_S)
+        headers = {"Retry-After": str(seconds)}
     return JSONResponse(error_body(status, message, param), status, headers)
 
 
@@ -120,7 +127,10 @@ def message_of(error: Exception) -> str:
 def add_error_handlers(app: FastAPI) -> None:
     async def expected(request: Request, error: Exception) -> JSONResponse:
         response = error_response(
-            status_of(error), message_of(error), getattr(error, "param", None)
+            status_of(error),
+            message_of(error),
+            getattr(error, "param", None),
+            retry_after_s=getattr(error, "retry_after_s", 0.0),
         )
         # Starlette adds headers such as `Allow`, in which it lists the methods of one route only.
         response.headers.update(getattr(error, "headers", None) or {})

@@ -103,8 +103,11 @@ def _server_options(given: dict[str, Any], environ: Mapping[str, str]) -> Server
         ("max_request_bytes", 1),
         ("shutdown_timeout", 0),
         ("stall_timeout", 1),
+        ("max_num_queued_reqs_per_key", 1),
+        ("max_queue_wait", 1),
     ):
-        if getattr(options, name) < low:
+        value = getattr(options, name)
+        if value is not None and value < low:
             raise ValueError(
                 f"{as_flag(name)} must be at least {low}, got {getattr(options, name)}"
             )

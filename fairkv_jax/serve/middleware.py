@@ -11,10 +11,13 @@ from hashlib import sha256
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from fairkv_jax.serve.async_engine import AsyncEngine, EngineUnavailable, QueueFull
+from fairkv_jax.serve.async_engine import AsyncEngine
 from fairkv_jax.serve.errors import ApiError, error_response
+from fairkv_jax.serve.output_stream import EngineUnavailable, QueueFull
 
 GUARDED_PREFIXES = ("/v1/", "/tokenize", "/detokenize")
+MONITORING_PREFIXES = ("/metrics", "/stats", "/plan", "/docs", "/redoc", "/openapi.json")
+"""They tell of the load and of the model, and need a key unless --open-metrics is given."""
 
 GENERATING = ("/v1/completions", "/v1/chat/completions", "/v1/prefixes")
 
@@ -25,16 +28,18 @@ class Room:
     An overloaded server thus does not spend time on reading and tokenizing requests in vain.
     """
 
-    def __init__(self, app: ASGIApp, engine: AsyncEngine):
+    def __init__(self, app: ASGIApp, engine: AsyncEngine, has_keys: bool):
         self.app = app
         self.engine = engine
+        self.has_keys = has_keys
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http" and scope["method"] == "POST" and scope["path"] in GENERATING:
             try:
-                self.engine.check_room()
+                self.engine.check_room(client_name(scope, has_keys=self.has_keys))
             except (EngineUnavailable, QueueFull) as error:
-                await error_response(503, str(error))(scope, receive, send)
+                wait = getattr(error, "retry_after_s", 0.0)
+                await error_response(503, str(error), retry_after_s=wait)(scope, receive, send)
                 return
         await self.app(scope, receive, send)
 
@@ -73,12 +78,13 @@ class BodyLimit:
 class ApiKeys:
     """Responds with 401 if a guarded path is requested without one of the API keys."""
 
-    def __init__(self, app: ASGIApp, keys: Sequence[str]):
+    def __init__(self, app: ASGIApp, keys: Sequence[str], open_metrics: bool):
         self.app = app
+        self.guarded = GUARDED_PREFIXES + (() if open_metrics else MONITORING_PREFIXES)
         self.digests = [_digest(key) for key in keys]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        is_guarded = scope["type"] == "http" and scope["path"].startswith(GUARDED_PREFIXES)
+        is_guarded = scope["type"] == "http" and scope["path"].startswith(self.guarded)
         if is_guarded and not self._known(Headers(scope=scope)):
             refusal = error_response(
                 401, "the API key is missing or invalid: send 'Authorization: Bearer KEY'"
@@ -95,6 +101,15 @@ class ApiKeys:
             digest is not None
             and sum(secrets.compare_digest(digest, known) for known in self.digests) > 0
         )
+
+
+def client_name(scope: Scope, *, has_keys: bool) -> str:
+    """Returns who sends a request: its API key's hash if there are keys, else its address."""
+    digest = key_digest(Headers(scope=scope)) if has_keys else None
+    if digest is not None:
+        return digest.hex()
+    address = scope.get("client")
+    return address[0] if address else ""
 
 
 def key_digest(headers: Headers) -> bytes | None:

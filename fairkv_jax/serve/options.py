@@ -35,8 +35,8 @@ class ServerOptions:
     )
     api_keys: tuple[str, ...] = option(
         (),
-        "Comma-separated API keys. Requests to /v1 and to the tokenizer endpoints must contain one "
-        f"of them or of those in ${API_KEY_VARIABLE}.",
+        "Comma-separated API keys. Requests to /v1, the tokenizer endpoints, /metrics, /stats, "
+        f"/plan and /docs must contain one of them or of those in ${API_KEY_VARIABLE}.",
         name="api_key",
         group=_SERVER,
     )
@@ -48,6 +48,24 @@ class ServerOptions:
     ssl_certfile: str | None = option(None, "PEM file of the certificate.", group=_SERVER)
     max_num_queued_reqs: int = option(
         1024, "Maximum queued requests; more get HTTP 503.", group=_SERVER
+    )
+    max_num_queued_reqs_per_key: int | None = option(
+        None,
+        "Maximum queued requests of one API key, or of one address without keys; more get HTTP "
+        "503.",
+        group=_SERVER,
+        default_text="no limit of its own",
+    )
+    max_queue_wait: int | None = option(
+        None,
+        "Maximum seconds in the queue; requests that wait longer get HTTP 503.",
+        group=_SERVER,
+        default_text="no limit",
+    )
+    open_metrics: bool = option(
+        False,
+        "Serve /metrics, /stats, /plan and /docs without an API key although there are keys.",
+        group=_SERVER,
     )
     max_request_bytes: int = option(
         16 << 20, "Maximum bytes of a request body; longer ones get HTTP 413.", group=_SERVER

@@ -10,9 +10,9 @@ from fastapi.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from fairkv_jax.engine.request import RequestOutput
-from fairkv_jax.serve.async_engine import OutputStream
 from fairkv_jax.serve.client_work import unless_gone
 from fairkv_jax.serve.errors import error_body, message_of, status_of
+from fairkv_jax.serve.output_stream import OutputStream
 from fairkv_jax.serve.protocol import StreamOptions
 
 log = logging.getLogger(__name__)

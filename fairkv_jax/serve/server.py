@@ -14,6 +14,7 @@ from types import FrameType
 import uvicorn
 
 from fairkv_jax.engine.device_errors import DeviceError
+from fairkv_jax.serve.admission import QueueLimits
 from fairkv_jax.serve.app import create_app
 from fairkv_jax.serve.async_engine import AsyncEngine
 from fairkv_jax.serve.engine_protocol import Engine
@@ -63,7 +64,7 @@ def serve(load: Callable[[], Engine], options: ServerOptions) -> int:
     engine = AsyncEngine(
         load,
         metrics,
-        max_queued=options.max_num_queued_reqs,
+        queue_limits(options),
         on_ready=on_ready,
         on_failure=on_failure,
     )
@@ -77,6 +78,12 @@ def serve(load: Callable[[], Engine], options: ServerOptions) -> int:
         _exit_now(status)
     log.info("shut down")
     return status
+
+
+def queue_limits(options: ServerOptions) -> QueueLimits:
+    return QueueLimits(
+        options.max_num_queued_reqs, options.max_num_queued_reqs_per_key, options.max_queue_wait
+    )
 
 
 class _Server(uvicorn.Server):

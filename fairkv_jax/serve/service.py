@@ -13,12 +13,16 @@ from fairkv_jax.chat_template import NUM_WORKERS
 from fairkv_jax.engine import request as engine_request
 from fairkv_jax.engine.structured_output import GRAMMAR_WORKERS
 from fairkv_jax.serve.access import Work
-from fairkv_jax.serve.async_engine import AsyncEngine, OutputStream
+from fairkv_jax.serve.async_engine import AsyncEngine
 from fairkv_jax.serve.client_work import ClientWork
 from fairkv_jax.serve.errors import ApiError
 from fairkv_jax.serve.metrics import Metrics
-from fairkv_jax.serve.middleware import key_digest
+from fairkv_jax.serve.middleware import client_name, key_digest
 from fairkv_jax.serve.options import ServerOptions
+from fairkv_jax.serve.output_stream import OutputStream
+
+MAX_SHOWN_CHARACTERS = 200
+"""Characters of an unknown model's name that an error repeats."""
 
 
 @dataclass(frozen=True)
@@ -49,9 +53,9 @@ class Service:
         """
         names = self.model_names
         if name is not None and name not in names:
-            known = ", ".join(names)
+            known, shown = ", ".join(names), name[:MAX_SHOWN_CHARACTERS]
             raise ApiError(
-                404, f"The model `{name}` does not exist: this server serves {known}", "model"
+                404, f"The model `{shown}` does not exist: this server serves {known}", "model"
             )
 
     def submit(
@@ -64,7 +68,7 @@ class Service:
         Raises:
             EngineUnavailable, RequestRefused, QueueFull: see `AsyncEngine.submit`.
         """
-        outputs = self.engine.submit(requests)
+        outputs = self.engine.submit(requests, client_of(http))
         http.state.work = Work(outputs, choices)
         return outputs
 
@@ -90,7 +94,7 @@ def owner_of(request: Request) -> str:
 
 def client_of(request: Request) -> str:
     """Returns who sends a request: its API key if there are keys, and its address otherwise."""
-    return owner_of(request) or (request.client.host if request.client else "")
+    return client_name(request.scope, has_keys=bool(service_of(request).options.api_keys))
 
 
 class _StrictRequest(Request):

@@ -23,6 +23,7 @@ from fairkv_jax.serve.async_engine import AsyncEngine
 from fairkv_jax.serve.engine_protocol import Engine
 from fairkv_jax.serve.metrics import Metrics
 from fairkv_jax.serve.options import ServerOptions
+from fairkv_jax.serve.server import queue_limits
 from fairkv_jax.serve.service import Service
 
 ROOT = Path(__file__).parents[2]
@@ -53,7 +54,7 @@ def running(load: Callable[[], Engine], *, wait: bool = True, **options) -> Iter
     engine = AsyncEngine(
         load,
         metrics,
-        max_queued=settings.max_num_queued_reqs,
+        queue_limits(settings),
         on_ready=lambda engine: metrics.describe(engine.model_name, engine),
     )
     app = create_app(Service(engine, settings, metrics))

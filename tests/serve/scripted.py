@@ -115,10 +115,10 @@ class ScriptedEngine:
         if request.request.caches_prefix:
             assert request.prefix is not None
             self.caching[request.request_id] = request.prefix
-        request = request.request
+        request, arrival_time = request.request, request.arrival_time
         self.requests[request.request_id] = request
         self.generated[request.request_id] = []
-        self.times[request.request_id] = RequestMetrics(time.monotonic())
+        self.times[request.request_id] = RequestMetrics(arrival_time)
 
     def abort_request(self, request_id: str) -> None:
         if self.requests.pop(request_id, None) is not None:

@@ -61,7 +61,8 @@ def test_the_page_reads_only_fields_that_the_server_sends(server: Server):
 
 
 def test_prefixes_are_not_listed_where_they_belong_to_keys(checkpoint: Path):
-    with running(lambda: ScriptedEngine(checkpoint), api_keys=("one",)) as server:
+    options = {"api_keys": ("one",), "open_metrics": True}
+    with running(lambda: ScriptedEngine(checkpoint), **options) as server:
         prefixes = httpx.get(f"{server.url}/stats").json()["prefixes"]
     assert (prefixes["count"], prefixes["recent"]) == (12, [])
 
@@ -146,3 +147,9 @@ def test_the_page_shows_what_runs(checkpoint: Path, browser: Browser, width: int
         server.client.post(COMPLETIONS, json={"prompt": CRASH})
         eventually(lambda: text(browser, "#state") == "failed")
     eventually(lambda: text(browser, "#state") == "unreachable")
+
+
+def test_the_page_says_that_its_data_need_a_key(checkpoint: Path, browser: Browser):
+    with running(lambda: ScriptedEngine(checkpoint), api_keys=("one",)) as server:
+        browser.open(f"{server.url}/", width=1200, dark=False)
+        eventually(lambda: "--open-metrics" in text(browser, "#about"))

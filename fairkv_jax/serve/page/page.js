@@ -7,11 +7,13 @@ const ABOUT = {
   loading: "The model is being loaded and compiled.",
   failed: "The engine has failed. See the server's log.",
 };
+const NEEDS_KEY = "This page's data need an API key: start the server with --open-metrics to show them.";
 const samples = [];
 let stats = null, plan = null, planPrompts = -1, ticks = 0;
 
 async function get(path) {
   const response = await fetch(path, { cache: "no-store" });
+  if (response.status === 401) throw new Error(NEEDS_KEY);
   if (!response.ok) throw new Error(`${path}: ${response.status}`);
   return response.json();
 }
@@ -37,6 +39,7 @@ async function tick() {
     samples.length = 0;
     plan = null;
     showState("unreachable");
+    if (error.message === NEEDS_KEY) $("about").textContent = NEEDS_KEY;
   }
   ticks += 1;
   setTimeout(tick, 1000);
