@@ -103,6 +103,9 @@ def _server_options(given: dict[str, Any], environ: Mapping[str, str]) -> Server
         ("max_request_bytes", 1),
         ("shutdown_timeout", 0),
         ("stall_timeout", 1),
+        ("max_connections", 1),
+        ("request_read_timeout", 1),
+        ("response_write_timeout", 1),
         ("max_num_queued_reqs_per_key", 1),
         ("max_queue_wait", 1),
     ):

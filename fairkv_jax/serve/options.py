@@ -70,6 +70,20 @@ class ServerOptions:
     max_request_bytes: int = option(
         16 << 20, "Maximum bytes of a request body; longer ones get HTTP 413.", group=_SERVER
     )
+    max_connections: int = option(
+        4096,
+        "Maximum open connections. More close the one that waits longest for its client, or get "
+        "HTTP 503.",
+        group=_SERVER,
+    )
+    request_read_timeout: int = option(
+        60, "Seconds that a client has to send a whole request.", group=_SERVER
+    )
+    response_write_timeout: int = option(
+        60,
+        "Seconds that a client has to read 64 KiB of its response, or the rest of it.",
+        group=_SERVER,
+    )
     shutdown_timeout: int = option(
         25, "Seconds that running requests have to finish after SIGTERM.", group=_SERVER
     )

@@ -17,6 +17,7 @@ from fairkv_jax.engine.device_errors import DeviceError
 from fairkv_jax.serve.admission import QueueLimits
 from fairkv_jax.serve.app import create_app
 from fairkv_jax.serve.async_engine import AsyncEngine
+from fairkv_jax.serve.connections import ConnectionGuard, ConnectionLimits, within_file_limit
 from fairkv_jax.serve.engine_protocol import Engine
 from fairkv_jax.serve.metrics import Metrics
 from fairkv_jax.serve.options import ServerOptions
@@ -31,6 +32,11 @@ FAILED = 1
 ABORTED = 130
 FAILURE_GRACE_S = 2.0
 """Time between a failed step and the exit, in which clients and probes receive their errors."""
+OUT_OF_MEMORY = (
+    "the process may not take more memory (ulimit -v, or the limit of its container): raise the "
+    "limit, or lower kv_cache_memory_bytes, max_num_seqs or max_model_len"
+)
+MAX_HEADER_BYTES = 64 << 10
 THREAD_GRACE_S = 5.0
 """Maximum time to wait for the engine thread at the exit: longer than a step, not than loading."""
 
@@ -54,6 +60,8 @@ def serve(load: Callable[[], Engine], options: ServerOptions) -> int:
         log.info("ready: serving on %s", address)
 
     def on_failure(error: BaseException, was_ready: bool) -> None:
+        if isinstance(error, MemoryError) and not was_ready:
+            error = ValueError(OUT_OF_MEMORY)
         # Expected errors, such as invalid options, explain themselves without a traceback.
         foreseen = not was_ready and isinstance(error, _FORESEEN)
         what = "the engine failed" if was_ready else "the engine could not be loaded"
@@ -86,6 +94,28 @@ def queue_limits(options: ServerOptions) -> QueueLimits:
     )
 
 
+def http_config(service: Service) -> uvicorn.Config:
+    """Returns how uvicorn serves the application."""
+    options = service.options
+    max_connections, backlog = within_file_limit(options.max_connections, BACKLOG)
+    limits = ConnectionLimits(
+        max_connections, options.request_read_timeout, options.response_write_timeout
+    )
+    return uvicorn.Config(
+        create_app(service),
+        http=ConnectionGuard(limits).protocol,
+        ws="none",
+        backlog=backlog,
+        h11_max_incomplete_event_size=MAX_HEADER_BYTES,
+        log_config=None,
+        log_level=options.log_level,
+        access_log=False,  # `AccessLog` replaces it.
+        lifespan="on",
+        ssl_keyfile=options.ssl_keyfile,
+        ssl_certfile=options.ssl_certfile,
+    )
+
+
 class _Server(uvicorn.Server):
     """A uvicorn server that finishes running requests before it stops to listen.
 
@@ -95,16 +125,7 @@ class _Server(uvicorn.Server):
 
     def __init__(self, service: Service):
         options = service.options
-        config = uvicorn.Config(
-            create_app(service),
-            log_config=None,
-            log_level=options.log_level,
-            access_log=False,  # `AccessLog` replaces it.
-            lifespan="on",
-            ssl_keyfile=options.ssl_keyfile,
-            ssl_certfile=options.ssl_certfile,
-        )
-        super().__init__(config)
+        super().__init__(http_config(service))
         self._engine = service.engine
         self._shutdown_timeout = options.shutdown_timeout
         self._deadline: float | None = None

@@ -18,12 +18,11 @@ from typing import Any
 import httpx
 import uvicorn
 
-from fairkv_jax.serve.app import create_app
 from fairkv_jax.serve.async_engine import AsyncEngine
 from fairkv_jax.serve.engine_protocol import Engine
 from fairkv_jax.serve.metrics import Metrics
 from fairkv_jax.serve.options import ServerOptions
-from fairkv_jax.serve.server import queue_limits
+from fairkv_jax.serve.server import http_config, queue_limits
 from fairkv_jax.serve.service import Service
 
 ROOT = Path(__file__).parents[2]
@@ -47,8 +46,17 @@ def eventually(condition: Callable[[], object], patience_s: float = PATIENCE_S) 
 
 
 @contextmanager
-def running(load: Callable[[], Engine], *, wait: bool = True, **options) -> Iterator[Server]:
-    """A server in a thread, ready unless `wait` is false."""
+def running(
+    load: Callable[[], Engine],
+    *,
+    wait: bool = True,
+    send_buffer_bytes: int | None = None,
+    **options,
+) -> Iterator[Server]:
+    """A server in a thread, ready unless `wait` is false.
+
+    `send_buffer_bytes` is what the system buffers of a response; by default it is megabytes.
+    """
     settings = ServerOptions(**options)
     metrics = Metrics()
     engine = AsyncEngine(
@@ -57,10 +65,12 @@ def running(load: Callable[[], Engine], *, wait: bool = True, **options) -> Iter
         queue_limits(settings),
         on_ready=lambda engine: metrics.describe(engine.model_name, engine),
     )
-    app = create_app(Service(engine, settings, metrics))
+    config = http_config(Service(engine, settings, metrics))
     listener = socket.create_server(("127.0.0.1", 0))
+    if send_buffer_bytes is not None:  # The sockets that it accepts inherit this.
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, send_buffer_bytes)
     url = f"http://127.0.0.1:{listener.getsockname()[1]}"
-    config = uvicorn.Config(app, log_config=None, timeout_graceful_shutdown=1, lifespan="on")
+    config.timeout_graceful_shutdown = 1
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run, args=([listener],))
     thread.start()
@@ -91,13 +101,30 @@ def posted(
         yield connection
 
 
+def without_uvloop(folder: Path) -> str:
+    """A PYTHONPATH with which a server runs on asyncio's own loop, as it does for most users."""
+    (folder / "uvloop.py").write_text("raise ImportError")
+    return str(folder)
+
+
 class Process:
     """A server in a process of its own; what it logs is kept."""
 
-    def __init__(self, module: str, arguments: Sequence[str] = (), **environment: str):
+    def __init__(
+        self,
+        module: str,
+        arguments: Sequence[str] = (),
+        *,
+        max_files: int | None = None,
+        **environment: str,
+    ):
+        """`max_files` limits the files that it may have open."""
         self.lines: list[str] = []
+        command = [sys.executable, "-m", module, *arguments]
+        if max_files is not None:
+            command = ["bash", "-c", f'ulimit -n {max_files}; exec "$@"', "bash", *command]
         self._process = subprocess.Popen(
-            [sys.executable, "-m", module, *arguments],
+            command,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -121,6 +148,10 @@ class Process:
     @property
     def log(self) -> str:
         return "".join(self.lines)
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
 
     def address(self, patience_s: float = PATIENCE_S) -> str:
         """Where it listens; it may not be ready yet."""

@@ -1,7 +1,7 @@
 """The server's process with a scripted engine: `... tests.serve.scripted_server FILE STEP [flags]`.
 
-FILE is a tiny checkpoint; STEP is how many seconds a step takes, or "loading" for an engine that
-never loads. Flags are the server's.
+FILE is a tiny checkpoint; STEP is how many seconds a step takes, "loading" for an engine that never
+loads, or "out of memory" for one that finds no memory. Flags are the server's.
 """
 
 import logging
@@ -18,6 +18,8 @@ from tests.serve.scripted import ScriptedEngine
 def load() -> ScriptedEngine:
     if sys.argv[2] == "loading":
         time.sleep(600)
+    if sys.argv[2] == "out of memory":
+        raise MemoryError
     return ScriptedEngine(Path(sys.argv[1]), step_seconds=float(sys.argv[2]))
 
 

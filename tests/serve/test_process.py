@@ -129,6 +129,13 @@ def test_a_checkpoint_that_is_missing_is_a_sentence(tmp_path: Path):
         assert "Traceback" not in process.log
 
 
+def test_a_limit_of_memory_is_a_sentence(checkpoint: Path):
+    with Process(SCRIPTED, [str(checkpoint), "out of memory"]) as process:
+        assert process.status() == 1
+        assert "the engine could not be loaded: the process may not take more memory" in process.log
+        assert "Traceback" not in process.log
+
+
 def test_a_port_that_is_taken_is_a_sentence():
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = str(taken.getsockname()[1])
