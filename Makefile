@@ -30,7 +30,8 @@ notebooks: $(INSTALLED_NOTEBOOKS) $(CHECKPOINT)
 test: $(INSTALLED_DEV) $(CHECKPOINT)
 	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile $(ARGS)
 
-# Runs the long forms of suites that have a short form in `make test`.
+# Runs the long forms of suites that have a short form in `make test`. CHAOS_SECONDS is how long the
+# chaos suite runs; 1200 are what a release should pass.
 test-long: $(INSTALLED_DEV) $(CHECKPOINT)
 	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile --long $(ARGS)
 
