@@ -10,6 +10,9 @@ from matplotlib.ticker import FuncFormatter
 from fairkv_jax.viz.palette import PALETTE, SOFT
 from fairkv_jax.viz.style import MARKERS, hide_unused, new_figure, styled
 
+_BESIDE = 0.07
+"""Distance of the intervals that are drawn side by side."""
+
 
 @dataclass(frozen=True)
 class Curve:
@@ -34,11 +37,15 @@ def curves(
     columns: int = 3,
     share_y: bool = True,
     markers: bool = True,
+    x_ticks: Mapping[float, str] | None = None,
 ) -> Figure:
     """Draws panels of lines; a line's name has the same colour and marker in all panels.
 
+    Intervals are shaded; with `x_ticks`, they are bars, side by side.
+
     Args:
         log_x: base of a logarithmic x axis; by default it is linear. Its labels count in k, 1,024.
+        x_ticks: what the values of x are called, where they are a few choices.
         percent: whether y is a fraction, shown from 0 to 100 %.
         reference: a value of y to compare with, and its name.
     """
@@ -53,9 +60,14 @@ def curves(
             index = names.index(name)
             colour = PALETTE[index % len(PALETTE)]
             marker = MARKERS[index % len(MARKERS)] if markers else None
-            ax.plot(line.x, line.y, color=colour, marker=marker, label=name)
-            if line.low is not None and line.high is not None:
-                ax.fill_between(line.x, line.low, line.high, color=colour, alpha=0.15, linewidth=0)
+            x = line.x if x_ticks is None else line.x + _BESIDE * (index - (len(names) - 1) / 2)
+            ax.plot(x, line.y, color=colour, marker=marker, label=name)
+            if line.low is None or line.high is None:
+                continue
+            if x_ticks is None:
+                ax.fill_between(x, line.low, line.high, color=colour, alpha=0.15, linewidth=0)
+            else:
+                ax.vlines(x, line.low, line.high, color=colour, linewidth=1)
         if reference is not None:
             ax.axhline(reference[0], color=SOFT, linestyle="--", linewidth=1, label=reference[1])
         if log_x is not None:
@@ -64,6 +76,9 @@ def curves(
         if percent:
             ax.set_ylim(-0.03, 1.03)
             ax.yaxis.set_major_formatter("{x:.0%}")
+        if x_ticks is not None:
+            ax.set_xticks(list(x_ticks), list(x_ticks.values()))
+            ax.grid(False, axis="x")
         ax.set(title=panel, xlabel=x_label)
     for ax in axes[:, 0] if share_y else shown:
         ax.set_ylabel(y_label)
@@ -108,7 +123,7 @@ def timeline(
 ) -> Figure:
     """Draws quantities over time, one panel below another, with a common time axis."""
     figure, axes = new_figure(
-        title, len(series), 1, size=(7.6, 1.0 + 1.55 * len(series)), sharex=True
+        title, len(series), 1, size=(6.6, 1.0 + 1.55 * len(series)), sharex=True
     )
     for ax, (name, lines) in zip(axes[:, 0], series.items(), strict=True):
         for index, (label, values) in enumerate(lines.items()):
@@ -116,6 +131,13 @@ def timeline(
         ax.set(title=name)
         ax.set_ylim(bottom=0)
         if len(lines) > 1:
-            ax.legend(loc="upper right", ncols=len(lines), fontsize=8)
+            # Beside the panel's title, where no line can be.
+            ax.legend(
+                loc="lower right",
+                bbox_to_anchor=(1, 1),
+                borderaxespad=0,
+                ncols=len(lines),
+                fontsize=8,
+            )
     axes[-1, 0].set_xlabel("seconds")
     return figure

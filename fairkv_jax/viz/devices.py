@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
 from fairkv_jax.viz.palette import INK, LINE, PALETTE, PAPER, SEQUENTIAL, SOFT
-from fairkv_jax.viz.style import new_figure, styled
+from fairkv_jax.viz.style import CHARACTERS_PER_INCH, new_figure, styled
 
 
 @styled
@@ -147,7 +147,7 @@ def page_map(owners: np.ndarray, names: Sequence[str], title: str, width: int = 
     rows = -(-pages // width)
     grid = np.full((devices, rows * width), np.nan)
     grid[:, :pages] = np.where(owners >= 0, owners % len(PALETTE), np.nan)
-    size = (8.0, 1.3 + devices * (0.45 + 0.16 * rows))
+    size = (7.0, 1.3 + devices * (0.45 + 0.16 * rows))
     figure, axes = new_figure(title, devices, 1, size=size)
     colours = ListedColormap(PALETTE)
     for device, ax in enumerate(axes.flat):
@@ -161,5 +161,7 @@ def page_map(owners: np.ndarray, names: Sequence[str], title: str, width: int = 
     handles = [
         Patch(color=PALETTE[index % len(PALETTE)], label=name) for index, name in enumerate(names)
     ]
-    figure.legend(handles=handles, loc="outside lower left", ncols=min(6, len(names)))
+    longest = max(map(len, names)) + 6  # with the coloured patch
+    columns = max(1, min(len(names), int(size[0] * CHARACTERS_PER_INCH) // longest))
+    figure.legend(handles=handles, loc="outside lower left", ncols=columns)
     return figure

@@ -10,20 +10,22 @@ from fairkv_jax.viz.style import MARKERS, new_figure, styled
 
 
 @styled
-def head_maps(kept: Mapping[str, np.ndarray], title: str | None = None) -> Figure:
-    """Draws the tokens that every head keeps relative to the mean of all heads, a map per name.
+def head_maps(
+    kept: Mapping[str, np.ndarray],
+    title: str | None = None,
+    *,
+    label: str = "tokens kept / mean",
+) -> Figure:
+    """Draws a quantity of every head relative to the mean of all heads, a map per name.
 
     Args:
-        kept: [L, K] tokens; the maps share one scale.
-        title: by default, how far the largest head of a layer is from the layer's mean.
+        kept: [L, K] tokens, or another quantity that `label` names; the maps share one scale.
+        title: by default, by how much the largest head of a layer keeps more than its mean.
+        label: what the colours stand for.
     """
     relative = {name: np.asarray(each) / np.mean(each) for name, each in kept.items()}
     top = max(each.max() for each in relative.values())
-    spread = {name: np.median(each.max(1) / each.mean(1)) for name, each in relative.items()}
-    widest = max(spread, key=lambda name: spread[name])
-    title = title or (
-        f"{widest}: in the median layer, the largest head keeps {spread[widest]:.1f} times the mean"
-    )
+    title = title or _most_uneven(relative)
     layers = max(len(each) for each in relative.values())
     size = (max(5.0, 1.2 + 1.9 * len(kept)), 2.0 + 0.1 * layers)
     figure, axes = new_figure(title, 1, len(kept), size=size)
@@ -34,8 +36,17 @@ def head_maps(kept: Mapping[str, np.ndarray], title: str | None = None) -> Figur
         ax.grid(False)
     axes[0, 0].set_ylabel("layer")
     if image is not None:
-        figure.colorbar(image, ax=axes, label="tokens kept / mean", shrink=0.8)
+        figure.colorbar(image, ax=axes, label=label, shrink=0.8)
     return figure
+
+
+def _most_uneven(maps: Mapping[str, np.ndarray]) -> str:
+    """States how far the largest heads of the most uneven map are from their layers' means."""
+    spread = {name: np.median(each.max(1) / each.mean(1)) for name, each in maps.items()}
+    widest = max(spread, key=lambda name: spread[name])
+    return (
+        f"{widest}: in the median layer, the largest head keeps {spread[widest]:.1f} times the mean"
+    )
 
 
 @styled

@@ -69,7 +69,7 @@ def kept_positions(
             for each in fractions.values()
         ]
     )
-    figure, axes = new_figure(title, size=(7.6, 1.6 + 0.36 * len(rows)))
+    figure, axes = new_figure(title, size=(6.6, 1.6 + 0.36 * len(rows)))
     ax = axes[0, 0]
     image = ax.imshow(
         rows,

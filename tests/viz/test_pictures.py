@@ -43,6 +43,14 @@ def test_head_maps_share_one_scale_and_name_the_most_uneven():
     assert "1.2 times" in title_of(figure)
 
 
+def test_head_maps_of_other_quantities_say_what_they_show():
+    figure = head_maps({"scores": KEPT, "none": np.eye(2)}, "scored", label="score / mean")
+    *maps, bar = axes_of(figure)
+    assert [ax.get_title(loc="left") for ax in maps] == ["scores", "none"]
+    assert bar.get_ylabel() == "score / mean"
+    assert title_of(figure) == "scored"
+
+
 def test_the_lorenz_curve_orders_heads_by_what_they_keep():
     heads, tokens = lorenz_curve(np.array([[4.0, 1.0], [2.0, 3.0]]))
     assert heads == pytest.approx([0, 0.25, 0.5, 0.75, 1])
@@ -95,6 +103,15 @@ def test_pages_have_the_colours_of_their_owners():
     assert [text.get_text() for text in figure.legends[0].get_texts()] == ["row 0", "row 1"]
 
 
+def test_legends_of_long_names_stay_within_the_picture():
+    names = [f"row {row} of some request with a long name" for row in range(5)]
+    figure = page_map(np.arange(5)[None], names, "rows", width=5)
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    legend = figure.legends[0].get_window_extent(canvas.get_renderer())
+    assert legend.x1 <= figure.bbox.x1
+
+
 def test_a_curve_has_the_same_colour_in_all_panels():
     line = Curve(np.array([1024.0, 2048.0]), np.array([1.0, 2.0]))
     panels = {"first": {"a": line, "b": line}, "second": {"b": line}}
@@ -118,12 +135,36 @@ def test_unused_panels_are_left_out_and_intervals_are_drawn():
     assert (area[:, 1].min(), area[:, 1].max()) == (0, 2)
 
 
+def test_intervals_of_a_few_choices_stand_side_by_side():
+    line = Curve(np.arange(2), np.array([0.5, 1]), low=np.zeros(2), high=np.ones(2))
+    lines = {"a": line, "b": line}
+    figure = curves({"p": lines}, "t", x_label="x", y_label="y", x_ticks={0: "10%", 1: "all"})
+    ax = axes_of(figure)[0]
+    assert [label.get_text() for label in ax.get_xticklabels()] == ["10%", "all"]
+    starts = [each.get_segments()[0] for each in ax.collections]
+    assert [segment[:, 1].tolist() for segment in starts] == [[0, 1], [0, 1]]
+    assert starts[0][0, 0] == pytest.approx(-starts[1][0, 0])
+    assert starts[0][0, 0] < 0
+    assert [each.get_xdata()[0] for each in ax.lines] == [each[0, 0] for each in starts]
+
+
 def test_bars_and_timelines_show_their_values():
     figure = bars({"one": 0.25, "two": 1.0}, "t", y_label="y", percent=True)
     assert texts(axes_of(figure)[0]) == ["25%", "100%"]
     figure = timeline(np.arange(3), {"load": {"a": np.array([1, 2, 3])}}, "rising")
     assert axes_of(figure)[0].lines[0].get_ydata().tolist() == [1, 2, 3]
     assert title_of(figure) == "rising"
+    assert axes_of(figure)[0].get_legend() is None
+
+
+def test_a_timelines_legend_covers_no_line():
+    lines = {"running": np.array([0, 10, 10]), "waiting": np.array([10, 10, 10])}
+    figure = timeline(np.arange(3), {"requests": lines}, "all run")
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    (ax,) = axes_of(figure)
+    legend = ax.get_legend().get_window_extent(canvas.get_renderer())
+    assert legend.y0 >= ax.bbox.y1
 
 
 def test_kept_tokens_count_the_heads_that_keep_them():
