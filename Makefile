@@ -17,8 +17,8 @@ INSTALLED_DOCS := $(VENV)/.installed-docs
 INSTALLED_NOTEBOOKS := $(VENV)/.installed-notebooks
 CHECKPOINT := checkpoints/SmolLM2-135M-Instruct/SmolLM2-135M-Instruct.Q4_1.gguf
 
-.PHONY: serve notebooks test test-long check lint format types layers spelling option-table server-reference docs \
-	package clean
+.PHONY: serve notebooks notebook-outputs test test-long check lint format types layers spelling option-table \
+	server-reference docs package clean
 
 serve: $(CHECKPOINT)
 	$(BIN)/python -m fairkv_jax.serve $(ARGS)
@@ -26,6 +26,10 @@ serve: $(CHECKPOINT)
 # Opens the notebooks in JupyterLab.
 notebooks: $(INSTALLED_NOTEBOOKS) $(CHECKPOINT)
 	$(BIN)/jupyter lab --notebook-dir notebooks $(ARGS)
+
+# Runs the notebooks and writes their .ipynb files; ARGS may name some of them.
+notebook-outputs: $(INSTALLED_DEV) $(CHECKPOINT)
+	$(BIN)/python -m doc_tools.notebooks $(ARGS)
 
 test: $(INSTALLED_DEV) $(CHECKPOINT)
 	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile $(ARGS)

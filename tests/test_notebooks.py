@@ -7,11 +7,10 @@ from pathlib import Path
 import jupytext
 import nbformat
 import pytest
-from nbclient import NotebookClient
 
-FOLDER = Path(__file__).parents[1] / "notebooks"
-NOTEBOOKS = sorted(FOLDER.glob("*.py"))
-MINUTES = 6
+from doc_tools.notebooks import FOLDER, NOTEBOOKS, execute
+
+MAX_KILOBYTES = 400
 
 
 @pytest.fixture(params=NOTEBOOKS, ids=lambda path: path.stem)
@@ -30,8 +29,21 @@ def test_a_notebook_is_its_python_file_with_outputs(notebook: Path):
     assert all(cell.execution_count for cell in code)
     outputs = [output for cell in code for output in cell.outputs]
     assert not [output for output in outputs if output.output_type == "error"]
+    assert not [output for output in outputs if output.get("name") == "stderr"]
     pictures = [output for output in outputs if "image/png" in output.get("data", {})]
     assert len(pictures) >= 2
+
+
+def test_a_notebook_is_small(notebook: Path):
+    """`make notebook-outputs` writes pictures with few colours."""
+    assert notebook.with_suffix(".ipynb").stat().st_size <= 1000 * MAX_KILOBYTES
+
+
+def test_links_of_a_notebook_lead_to_files(notebook: Path):
+    cells = jupytext.read(notebook).cells
+    prose = "\n".join(cell.source for cell in cells if cell.cell_type == "markdown")
+    for target in re.findall(r"\]\(([^)\s#]+)", prose):
+        assert (FOLDER / target).is_file(), target
 
 
 def test_a_notebook_names_no_path_of_the_machine_that_ran_it(notebook: Path):
@@ -43,16 +55,9 @@ def test_a_notebook_names_no_path_of_the_machine_that_ran_it(notebook: Path):
 def test_a_notebook_runs(notebook: Path, monkeypatch: pytest.MonkeyPatch):
     """It runs from its own folder, as in JupyterLab, with the package of this source tree."""
     monkeypatch.setenv("PYTHONPATH", str(FOLDER.parent))
-    monkeypatch.delenv("XLA_FLAGS", raising=False)
+    for name in ("XLA_FLAGS", "JAX_DISABLE_MOST_OPTIMIZATIONS"):  # set by tests/conftest.py
+        monkeypatch.delenv(name, raising=False)
     cache = os.environ.get("JAX_COMPILATION_CACHE_DIR", str(Path.home() / ".cache/fairkv_jax"))
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", cache)
-    source = jupytext.read(notebook)
-    client = NotebookClient(
-        source,
-        timeout=60 * MINUTES,
-        kernel_name="python3",
-        resources={"metadata": {"path": str(FOLDER)}},
-    )
-    client.execute()
-    code = [cell for cell in source.cells if cell.cell_type == "code"]
+    code = [cell for cell in execute(notebook).cells if cell.cell_type == "code"]
     assert all(cell.execution_count for cell in code)
