@@ -1,12 +1,24 @@
-"""The examples in the docstrings of the public names run."""
+"""The examples in the docstrings of the public names run, in the order of the reference."""
 
 import doctest
+import re
+from pathlib import Path
 from typing import Any
 
-from fairkv_jax.plan import Plan, Profile, make_plan
-from fairkv_jax.sampling_params import SamplingParams, StructuredOutputsParams
+import pytest
 
-OBJECTS = (SamplingParams, StructuredOutputsParams, Profile, make_plan, Plan)
+import fairkv_jax
+from fairkv_jax import LLM, SamplingParams
+from fairkv_jax.engine.request import CachedPrefix, CompletionOutput, RequestOutput
+from fairkv_jax.plan import Plan, Profile, make_plan, simulate
+from fairkv_jax.sampling_params import StructuredOutputsParams
+
+OF_THE_PLANNER = (Profile, make_plan, Plan, simulate)
+OF_THE_ENGINE = (
+    SamplingParams, StructuredOutputsParams, LLM, LLM.generate, LLM.chat, LLM.cache_prefix,
+    RequestOutput, CompletionOutput, CachedPrefix, LLM.prefixes, LLM.delete_prefix,
+    LLM.prefill_logits, LLM.get_tokenizer,
+)  # fmt: skip
 
 
 def run(objects: tuple[Any, ...], names: dict[str, Any]) -> None:
@@ -21,5 +33,23 @@ def run(objects: tuple[Any, ...], names: dict[str, Any]) -> None:
         assert not failed, f"see above: {each.__qualname__}"
 
 
-def test_examples_without_an_engine():
-    run(OBJECTS, {})
+def test_examples_of_the_planner():
+    run(OF_THE_PLANNER, {})
+
+
+def test_examples_of_the_engine(tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch):
+    def tiny_llm(model: str, **options: Any) -> LLM:
+        assert model == "SmolLM2-135M-Instruct"
+        return LLM(tiny_checkpoint, progress=False, **options)
+
+    monkeypatch.setattr(fairkv_jax, "LLM", tiny_llm, raising=False)
+    run(OF_THE_ENGINE, {})
+
+
+def test_every_name_of_the_reference_has_an_example():
+    assert {"LLM", "SamplingParams"} == {*fairkv_jax.__all__} - {"__version__"}
+    reference = Path(__file__).parents[1] / "docs" / "reference" / "python.md"
+    listed = re.findall(r"^::: .*\.(\w+)$", reference.read_text(encoding="utf-8"), re.MULTILINE)
+    methods = [name for name in vars(LLM) if not name.startswith("_")]
+    run_here = {each.__qualname__ for each in (*OF_THE_PLANNER, *OF_THE_ENGINE)}
+    assert run_here == {*listed, *(f"LLM.{name}" for name in methods)}

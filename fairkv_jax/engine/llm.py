@@ -31,8 +31,9 @@ Messages = Sequence[Mapping[str, Any]]
 class LLM:
     """A model for offline inference, which generates outputs for lists of prompts.
 
-        llm = LLM(tensor_parallel_size=2, kv_policy="ada_snapkv", kv_budget=256)
-        llm.generate(["The capital of France is"], SamplingParams(temperature=0))
+    >>> from fairkv_jax import LLM, SamplingParams
+    >>> llm = LLM("SmolLM2-135M-Instruct", kv_policy="streaming_llm", kv_budget=64,
+    ...           enable_prefix_caching=True)
 
     `progress` shows progress bars. The other options are keyword arguments:
 
@@ -65,6 +66,13 @@ class LLM:
         With `prefix_id`, see `cache_prefix`, the prompts are what follows that prefix. The `kv_`
         options replace the engine's, and may not keep more. Returns the outputs in the order of
         the prompts.
+
+        >>> params = SamplingParams(max_tokens=4, ignore_eos=True)
+        >>> (output,) = llm.generate(["one two three " * 30], params)
+        >>> len(output.outputs[0].token_ids)
+        4
+        >>> float(output.kv_lengths.mean())  # kept tokens per layer and KV head
+        64.0
 
         Raises:
             ValueError: a prompt or a parameter is invalid. All prompts are checked before any is
@@ -100,6 +108,10 @@ class LLM:
         `kv_` options are those of `generate`. If the engine caches prefixes, the conversation so
         far is cached for the next turn, and messages or parts of them may have a mark
         `"cache_control": {"type": "ephemeral"}`, behind which another request may go on.
+
+        >>> (answer,) = llm.chat([{"role": "user", "content": "Hello!"}], params)
+        >>> answer.finished
+        True
         """
         if not isinstance(messages, Sequence) or not messages:
             raise ValueError(f"messages must be a list of messages, got {messages!r}")
@@ -135,8 +147,10 @@ class LLM:
     ) -> CachedPrefix:
         """Reads and compresses the beginning of prompts once, for any number of requests.
 
-            document = llm.cache_prefix(text, kv_policy="streaming_llm", kv_budget=256)
-            llm.generate(["\n\nQuestion: ..."], prefix_id=document.id)
+        >>> document = llm.cache_prefix("one two three " * 30)
+        >>> (answer,) = llm.generate(["Question: what follows?"], params, prefix_id=document.id)
+        >>> answer.num_cached_tokens == document.num_tokens
+        True
 
         It remains in the KV cache until its pages are needed, and is then computed again when a
         request needs it. An equal prefix is computed once.
@@ -180,11 +194,19 @@ class LLM:
         return output.cached_prefix
 
     def prefixes(self) -> list[CachedPrefix]:
-        """Returns the prefixes that `cache_prefix` has cached, the oldest first."""
+        """Returns the prefixes that `cache_prefix` has cached, the oldest first.
+
+        >>> [each.id == document.id for each in llm.prefixes()]
+        [True]
+        """
         return [self.engine.cached_prefix(record.id) for record in self.engine.prefixes.of_owner()]
 
     def delete_prefix(self, prefix_id: str) -> None:
         """Forgets a prefix and frees its pages.
+
+        >>> llm.delete_prefix(document.id)
+        >>> llm.prefixes()
+        []
 
         Raises:
             ValueError: there is none with this id.
@@ -192,7 +214,12 @@ class LLM:
         self.engine.delete_prefix(prefix_id)
 
     def prefill_logits(self, token_ids: list[int]) -> Float[np.ndarray, "V"]:
-        """Returns the float32 logits of the token after a prompt, to compare with other code."""
+        """Returns the float32 logits of the token after a prompt, to compare with other code.
+
+        >>> logits = llm.prefill_logits(llm.get_tokenizer().encode("one two three"))
+        >>> logits.ndim, logits.dtype.name
+        (1, 'float32')
+        """
         (prompt,) = _as_batch([token_ids])
         if isinstance(prompt, str):
             raise ValueError(f"prefill_logits takes token ids, got the text {prompt!r}")
@@ -201,6 +228,12 @@ class LLM:
         return np.asarray(self.engine.runner.prefill(prompt).logits)
 
     def get_tokenizer(self) -> Tokenizer:
+        """Returns the model's tokenizer.
+
+        >>> tokenizer = llm.get_tokenizer()
+        >>> tokenizer.decode(tokenizer.encode("one two three"))
+        'one two three'
+        """
         return self.engine.tokenizer
 
     def _encoded(self, prompt: Prompt, prefix_id: str | None) -> tuple[str | None, list[int]]:

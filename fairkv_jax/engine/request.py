@@ -27,7 +27,11 @@ class Logprob:
 
 @dataclass
 class CompletionOutput:
-    """The output of a request that has been generated so far."""
+    """The output of a request that has been generated so far.
+
+    >>> output.outputs[0].finish_reason
+    'length'
+    """
 
     text: str
     """While the request runs, text that may be the beginning of a stop string is held back."""
@@ -43,7 +47,12 @@ class CompletionOutput:
 
 @dataclass
 class RequestOutput:
-    """The state of a request after a step. The output is cumulative."""
+    """The state of a request after a step. The output is cumulative.
+
+    >>> (output,) = llm.generate(["one two three"], SamplingParams(max_tokens=4, ignore_eos=True))
+    >>> output.finished, output.prompt
+    (True, 'one two three')
+    """
 
     request_id: str
     prompt: str | None
@@ -127,7 +136,12 @@ class PrefixRecord:
 
 @dataclass(frozen=True)
 class CachedPrefix:
-    """A compressed prefix that requests can begin with, see `LLM.cache_prefix`."""
+    """A compressed prefix that requests can begin with, see `LLM.cache_prefix`.
+
+    >>> document = llm.cache_prefix("one two three " * 30)
+    >>> document.kept_tokens.shape, float(document.kept_tokens.mean())  # [L, K]
+    ((2, 3), 64.0)
+    """
 
     id: str
     num_tokens: int

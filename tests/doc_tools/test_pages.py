@@ -1,12 +1,15 @@
 """The documentation: links lead somewhere, commands have the flags that they are shown with."""
 
 import json
+import os
 import re
 import shlex
 import subprocess
 from functools import cache
 from pathlib import Path
+from typing import Any
 
+import jax
 import pytest
 
 from doc_tools.reference import help_page, openapi, with_generated
@@ -91,6 +94,24 @@ def test_bodies_sent_by_curl_are_valid():
 
 def test_readme_is_short():
     assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 150
+
+
+def test_the_readme_example_runs(
+    tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    (example,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    small = example.replace("SmolLM2-135M-Instruct", str(tiny_checkpoint))
+    small = small.replace("kv_budget=256", "kv_budget=64").replace("* 100", "* 4")
+    assert small.count(str(tiny_checkpoint)) == small.count("* 4") == small.count("=64") == 1
+    # The example sets XLA_FLAGS, which JAX has read by now, and other tests must not see.
+    assert len(jax.devices()) == 8
+    monkeypatch.setenv("XLA_FLAGS", os.environ["XLA_FLAGS"])
+    names: dict[str, Any] = {}
+    exec(small, names)
+    lengths = names["output"].kv_lengths
+    assert lengths.shape == (2, 3)
+    assert lengths.mean() == pytest.approx(64, abs=1)
+    assert "prompt tokens" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
