@@ -38,8 +38,9 @@ def route(replicas: np.ndarray, lengths: np.ndarray, load: np.ndarray) -> np.nda
     order = np.argsort(np.where(num_replicas == 1, np.inf, -lengths), axis=1, kind="stable")
     for rank in range(int((num_replicas > 1).sum(1).max())):
         heads = order[:, rank]
-        chosen = _least_loaded(replicas[layers, heads], load)
         free = num_replicas[layers, heads] > 1
+        added = np.where(free, lengths[layers, heads], 0)
+        chosen = _least_loaded(replicas[layers, heads], load, added)
         rows, heads, chosen = layers[free], heads[free], chosen[free]
         owner[rows, heads] = chosen
         load[rows, chosen] += lengths[rows, heads]
@@ -101,8 +102,18 @@ def _peak(owner: np.ndarray, lengths: np.ndarray, load: np.ndarray) -> float:
     return float(load.max(1).sum())
 
 
-def _least_loaded(candidates: np.ndarray, load: np.ndarray) -> np.ndarray:
-    """Returns the candidate with the least load in each layer; ties go by total, then by index."""
+def _least_loaded(candidates: np.ndarray, load: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    """Returns the candidate with the least load in each layer; ties go by total, then by index.
+
+    The totals include the `lengths` [L] that are assigned, once in the order of the layers: with
+    an empty cache every layer has a tie.
+    """
     candidates = np.where(candidates, load, np.inf)
     tied = candidates == candidates.min(1, keepdims=True)
-    return np.where(tied, load.sum(0), np.inf).argmin(1)
+    chosen, total = tied.argmax(1), load.sum(0)
+    is_open = tied.sum(1) > 1
+    np.add.at(total, chosen[~is_open], lengths[~is_open])
+    for layer in np.flatnonzero(is_open):
+        chosen[layer] = np.where(tied[layer], total, np.inf).argmin()
+        total[chosen[layer]] += lengths[layer]
+    return chosen

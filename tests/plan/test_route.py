@@ -10,7 +10,7 @@ from fairkv_jax.plan import route, route_beyond
 
 def _route_by_loops(replicas: np.ndarray, lengths: np.ndarray, load: np.ndarray) -> np.ndarray:
     load = load.astype(float)
-    num_layers, num_heads, devices = replicas.shape
+    num_layers, num_heads, _ = replicas.shape
     owner = np.zeros((num_layers, num_heads), int)
     for layer in range(num_layers):
         for head in range(num_heads):
@@ -25,17 +25,16 @@ def _route_by_loops(replicas: np.ndarray, lengths: np.ndarray, load: np.ndarray)
         for layer in range(num_layers)
     ]
     for rank in range(num_heads):
-        total = load.sum(0)
+        due = []
         for layer, heads in enumerate(ranked):
             if rank < len(heads):
-                head = heads[rank]
-                _, _, device = min(
-                    (load[layer, p], total[p], p)
-                    for p in range(devices)
-                    if replicas[layer, head, p]
-                )
-                owner[layer, head] = device
-                load[layer, device] += lengths[layer, head]
+                there = np.flatnonzero(replicas[layer, heads[rank]])
+                least = load[layer, there].min()
+                due.append((layer, heads[rank], [p for p in there if load[layer, p] == least]))
+        for layer, head, tied in sorted(due, key=lambda each: len(each[2]) > 1):
+            device = min(tied, key=lambda p: (load[:, p].sum(), p))
+            owner[layer, head] = device
+            load[layer, device] += lengths[layer, head]
     return owner
 
 
@@ -53,6 +52,14 @@ def test_follows_the_rule(seed, devices, heads):
     assert (owner == _route_by_loops(replicas, lengths, load)).all()
     assert np.take_along_axis(replicas, owner[..., None], 2).all()
     assert (load == before).all()
+
+
+def test_the_copied_heads_of_an_empty_cache_are_spread():
+    """Every layer has a tie, and no layer's time depends on it; memory does."""
+    replicas = np.zeros((12, 3, 2), bool)
+    replicas[:, 0, 0] = replicas[:, 1, 1] = replicas[:, 2] = True
+    owner = route(replicas, np.full((12, 3), 7), np.zeros((12, 2)))
+    assert np.bincount(owner.ravel()).tolist() == [18, 18]
 
 
 def test_a_head_without_a_replica_is_named():
