@@ -29,7 +29,7 @@ from fairkv_jax.engine.execution import (
     PendingPrefill,
     PrefillTask,
 )
-from fairkv_jax.engine.page_tables import PageCopies
+from fairkv_jax.engine.page_tables import PageCopies, PageReplication
 from fairkv_jax.engine.prefill_chunking import prefill_bucket
 from fairkv_jax.engine.prefill_runner import PrefillRunner
 from fairkv_jax.engine.programs import Programs
@@ -149,12 +149,10 @@ class ModelRunner:
         for part in writes:
             table = self.programs.write_tables()(self.cache.page_table, part)
             self.cache = replace(self.cache, page_table=table)
-        for replication in output.replications:
-            for pages in self._inputs.page_replications(replication):
-                pool = self.programs.replicate_pages()(self.cache.pool, *pages)
-                self.cache = replace(self.cache, pool=pool)
+        self._replicate_pages(output.replications_before_insertion)
         if output.insertion is not None:
             self._insert(output.insertion)
+        self._replicate_pages(output.replications_before_prefill)
         prefill = None if output.prefill is None else self._prefill(output.prefill)
         compressed = tuple(map(self._compress_row, output.compressions))
         sampled = None if output.decode is None else self._decode(output.decode, last)
@@ -373,6 +371,12 @@ class ModelRunner:
         pages = self._inputs.page_copies(copies)
         pool = self.programs.copy_pages()(self.cache.pool, *pages)
         self.cache = replace(self.cache, pool=pool)
+
+    def _replicate_pages(self, replications: Iterable[PageReplication]) -> None:
+        for replication in replications:
+            for pages in self._inputs.page_replications(replication):
+                pool = self.programs.replicate_pages()(self.cache.pool, *pages)
+                self.cache = replace(self.cache, pool=pool)
 
     def _compress_row(self, row: RowCompression) -> jax.Array:
         """Compresses a row again; returns the tokens that its heads have kept."""

@@ -142,9 +142,13 @@ class PrefixCache:
         self._replications.append(replication)
 
     def take_replications(self) -> tuple[PageReplication, ...]:
-        """What the devices are to copy before anything else, since the last call."""
+        """What the devices are to copy before they do what follows, since the last call."""
         taken, self._replications = tuple(self._replications), []
         return taken
+
+    def return_replications(self, replications: Sequence[PageReplication]) -> None:
+        """Takes back replications that have not been given to the devices."""
+        self._replications += replications
 
     def leave(self, prefix: Prefix, request_id: str) -> None:
         """Notes that a request needs a prefix no more."""

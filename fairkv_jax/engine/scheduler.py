@@ -162,9 +162,11 @@ class Scheduler:
         if not len(self) or self._must_wait():
             return None
         insertion = self._insert()
+        for_insertion = self.prefixes.take_replications()
         inserts_prefix = insertion is not None and not insertion.is_last
         # A prefix is shared only after it has been written, by the next output.
         request = None if inserts_prefix else self._next_to_prefill()
+        for_prefill = self.prefixes.take_replications()
         attempt = 0 if request is None else request.attempt
         is_awaited = inserts_prefix or request is not None or self._prefill_is_in_flight
         decode, preempted = self._decode(timings, one_step=is_awaited)
@@ -173,6 +175,7 @@ class Scheduler:
         if request is not None and (self.waiting[0], request.attempt) == (request, attempt):
             prefill = self._prefill(timings, request)  # decoding has not taken its pages
         if insertion is None and prefill is None and decode is None:
+            self.prefixes.return_replications(for_insertion + for_prefill)
             return None
         output = SchedulerOutput(
             index=self._index,
@@ -185,7 +188,8 @@ class Scheduler:
             prefill=prefill,
             decode=decode,
             compressions=compressions,
-            replications=self.prefixes.take_replications(),
+            replications_before_insertion=for_insertion,
+            replications_before_prefill=for_prefill,
         )
         self._index += 1
         self._finished, self._released, self._resets_cache = [], [], False

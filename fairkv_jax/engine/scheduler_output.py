@@ -2,9 +2,9 @@
 
 A `SchedulerOutput` says all that one execution does. The same sequence of outputs gives the same
 tokens on every process, so it can be logged, replayed and broadcast. An execution does its parts in
-this order: it releases rows, writes page tables, copies pages of prefixes to other devices, inserts
-a compressed prompt, or a segment of one, into a row, runs chunks of another prefill, compresses
-rows again, and decodes.
+this order: it releases rows, writes page tables, inserts a compressed prompt, or a segment of one,
+into a row, runs chunks of another prefill, compresses rows again, and decodes. Pages of prefixes
+are copied to other devices before the insertion or before the prefill that reads them.
 """
 
 from dataclasses import dataclass
@@ -155,8 +155,10 @@ class SchedulerOutput:
     decode: Decode | None
     compressions: tuple[RowCompression, ...] = ()
     """Rows that are compressed again, while they decode, before the steps of `decode`."""
-    replications: tuple[PageReplication, ...] = ()
+    replications_before_insertion: tuple[PageReplication, ...] = ()
     """Heads of prefixes that are copied, so that other replicas can serve rows that share them."""
+    replications_before_prefill: tuple[PageReplication, ...] = ()
+    """The same; their pages may be in use until the insertion is done."""
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ from fairkv_jax.serve.output_stream import OutputStream
 log = logging.getLogger(__name__)
 
 REQUEST_ID = "X-Request-Id"
-QUIET_PATHS = ("/health", "/ready", "/metrics", "/stats")
+QUIET_PATHS = ("/health", "/live", "/load", "/metrics", "/ping", "/ready", "/stats")
 """Paths that monitors poll. Successful requests to them are logged at level `debug` only."""
 
 WELL_FORMED_ID = r"[A-Za-z0-9_.:/+=-]{1,128}"

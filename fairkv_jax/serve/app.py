@@ -88,10 +88,18 @@ def _add_status_routes(app: FastAPI, service: Service) -> None:
             return JSONResponse({"status": state})
         return error_response(503, f"the engine is not ready: its state is {state!r}")
 
+    @app.head("/live", include_in_schema=False)
+    @app.get("/live")
+    async def live() -> JSONResponse:
+        """Liveness: returns 200 as long as the process answers, and says what state it is in."""
+        return status(True)
+
     @app.head("/health", include_in_schema=False)
+    @app.get("/ping")
+    @app.post("/ping", include_in_schema=False)
     @app.get("/health")
     async def health() -> JSONResponse:
-        """Liveness: returns 503 after a failure, or if requests make no progress."""
+        """For routers: returns 503 unless requests are accepted and make progress."""
         stalled = service.engine.seconds_stalled
         if stalled > service.options.stall_timeout:
             return error_response(
@@ -99,13 +107,18 @@ def _add_status_routes(app: FastAPI, service: Service) -> None:
                 f"no step of the engine has ended for {stalled:.0f} seconds although requests are "
                 "running: see the server's log, or raise --stall-timeout",
             )
-        return status(service.engine.is_alive)
+        return await ready()
 
     @app.head("/ready", include_in_schema=False)
     @app.get("/ready")
     async def ready() -> JSONResponse:
         """Readiness: returns 200 while the server accepts requests, and 503 otherwise."""
         return status(service.engine.state is State.READY)
+
+    @app.get("/load")
+    async def load() -> dict[str, int]:
+        """Returns the number of requests that run or wait."""
+        return {"server_load": service.metrics.num_running + service.metrics.num_waiting}
 
     @app.get("/metrics", response_class=PlainTextResponse)
     async def metrics(request: Request) -> Response:

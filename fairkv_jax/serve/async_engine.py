@@ -120,11 +120,6 @@ class AsyncEngine:
         return self._engine
 
     @property
-    def is_alive(self) -> bool:
-        """Whether the engine thread is running and has not failed."""
-        return self._thread.is_alive() and self.state not in (State.FAILED, State.STOPPED)
-
-    @property
     def num_requests(self) -> int:
         """Number of running and waiting requests."""
         return len(self._streams)

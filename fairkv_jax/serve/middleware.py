@@ -16,7 +16,7 @@ from fairkv_jax.serve.errors import ApiError, error_response
 from fairkv_jax.serve.output_stream import EngineUnavailable, QueueFull
 
 GUARDED_PREFIXES = ("/v1/", "/tokenize", "/detokenize")
-MONITORING_PREFIXES = ("/metrics", "/stats", "/plan", "/docs", "/redoc", "/openapi.json")
+MONITORING_PREFIXES = ("/load", "/metrics", "/stats", "/plan", "/docs", "/redoc", "/openapi.json")
 """They tell of the load and of the model, and need a key unless --open-metrics is given."""
 
 GENERATING = ("/v1/completions", "/v1/chat/completions", "/v1/prefixes")

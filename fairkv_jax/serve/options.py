@@ -64,7 +64,8 @@ class ServerOptions:
     )
     open_metrics: bool = option(
         False,
-        "Serve /metrics, /stats, /plan and /docs without an API key although there are keys.",
+        "Serve /load, /metrics, /stats, /plan and /docs without an API key although there are "
+        "keys.",
         group=_SERVER,
     )
     max_request_bytes: int = option(

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from fairkv_jax.engine.page_tables import PageCopies
+from fairkv_jax.engine.page_tables import PageCopies, PageReplication
 from fairkv_jax.engine.scheduler_output import (
     ExecutionResult,
     Fork,
@@ -68,12 +68,10 @@ class FakeDevice:
         assert len(np.unique(update.entry_index)) == len(update.entry_index)
         self.entries.reshape(-1)[update.entry_index] = update.entry_value
         self.starts.flat[update.start_index] = update.start_value
-        for each in output.replications:
-            assert (each.source_devices != each.target_devices).all()
-            copied = self.pages[each.source_devices, each.source]
-            self.pages[each.target_devices, each.target] = copied
+        self._replicate(output.replications_before_insertion)
         if output.insertion is not None:
             self._insert(output)
+        self._replicate(output.replications_before_prefill)
         prefill = self._prefill(output.prefill) if output.prefill is not None else None
         compressed = tuple(map(self._compress, output.compressions))
         return ExecutionResult(prefill, self._decode(output), compressed)
@@ -199,6 +197,12 @@ class FakeDevice:
 
     def _copy_pages(self, copies: PageCopies) -> None:
         self.pages[copies.devices, copies.target] = self.pages[copies.devices, copies.source]
+
+    def _replicate(self, replications: Sequence[PageReplication]) -> None:
+        for each in replications:
+            assert (each.source_devices != each.target_devices).all()
+            copied = self.pages[each.source_devices, each.source]
+            self.pages[each.target_devices, each.target] = copied
 
     def _last_segment(self, name: str) -> tuple[list[int], int]:
         """The prompt up to the end of its last segment, and where that starts."""

@@ -184,7 +184,7 @@ def test_retry_after_is_the_expected_wait(gated: Gated, shared: Server):
         gated.gate.set()
 
 
-MONITORING: Sequence[str] = ("/metrics", "/stats", "/plan", "/docs", "/openapi.json")
+MONITORING: Sequence[str] = ("/load", "/metrics", "/stats", "/plan", "/docs", "/openapi.json")
 
 
 def test_what_tells_of_the_load_needs_a_key(shared: Server):

@@ -36,8 +36,8 @@ def test_it_lives_while_it_loads_and_is_not_ready(slow: ScriptedEngine):
         return slow
 
     with running(load, wait=False) as server:
-        assert server.client.get("/health").json() == {"status": "loading"}
-        for path in ("/ready", "/v1/models", "/tokenizer_info"):
+        assert server.client.get("/live").json() == {"status": "loading"}
+        for path in ("/health", "/ping", "/ready", "/v1/models", "/tokenizer_info"):
             response = server.client.get(path)
             assert response.status_code == 503
             assert response.headers["Retry-After"]
@@ -45,7 +45,9 @@ def test_it_lives_while_it_loads_and_is_not_ready(slow: ScriptedEngine):
         assert server.client.post(COMPLETIONS, json=LONG).status_code == 503
         may_load.set()
         eventually(lambda: server.client.get("/ready").status_code == 200)
-        assert server.client.get("/ready").json() == {"status": "ready"}
+        for path in ("/health", "/live", "/ping", "/ready"):
+            assert server.client.get(path).json() == {"status": "ready"}
+        assert server.client.post("/ping").status_code == 200
         assert server.client.get("/v1/models").status_code == 200
 
 
@@ -56,6 +58,7 @@ def test_a_checkpoint_that_cannot_be_loaded(capsys: pytest.CaptureFixture[str]):
     with running(load, wait=False) as server:
         eventually(lambda: server.engine.state is State.FAILED)
         assert server.client.get("/health").status_code == 503
+        assert server.client.get("/live").json() == {"status": "failed"}
         assert server.client.post(COMPLETIONS, json=LONG).status_code == 503
 
 

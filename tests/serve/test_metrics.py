@@ -198,6 +198,7 @@ def test_a_server_counts_what_it_serves(checkpoint: Path):
             lines = response.iter_lines()  # which hangs up once it is forgotten
             next(lines)
             assert now(server)["vllm:num_requests_running"] == 1
+            assert server.client.get("/load").json() == {"server_load": 1}
         eventually(lambda: now(server)["vllm:num_requests_running"] == 0)
         assert now(server)["vllm:request_success_total finished_reason=abort"] == 1
 

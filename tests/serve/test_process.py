@@ -69,7 +69,8 @@ def test_a_signal_lets_running_requests_finish(process: Process, number: signal.
         refused = client.post("/v1/completions", json=LONG)
         assert refused.status_code == 503
         assert "shutting down" in refused.json()["error"]["message"]
-        assert client.get("/health").json() == {"status": "draining"}
+        assert client.get("/health").status_code == 503
+        assert client.get("/live").json() == {"status": "draining"}
     assert process.status() == 0
     asking.join(PATIENCE_S)
     assert asking.response is not None
@@ -107,7 +108,7 @@ def test_a_signal_while_loading_ends_it(checkpoint: Path):
     with Process(SCRIPTED, [str(checkpoint), "loading"]) as process:
         url = process.address()
         eventually(lambda: reachable(url))
-        assert httpx.get(f"{url}/health", timeout=PATIENCE_S).status_code == 200
+        assert httpx.get(f"{url}/live", timeout=PATIENCE_S).status_code == 200
         assert httpx.get(f"{url}/ready", timeout=PATIENCE_S).status_code == 503
         process.send(signal.SIGTERM)
         assert process.status() == 0
