@@ -2,6 +2,7 @@
 
 import zlib
 from collections.abc import Sequence
+from functools import lru_cache
 
 import numpy as np
 
@@ -51,6 +52,8 @@ class FakeDevice:
         """Where its segments end."""
         self._ends: dict[tuple[int, ...], list[int]] = {}
         """The same by the tokens, for prompts that begin with them."""
+        self._known: dict[tuple, np.ndarray] = {}
+        """The contents that have been computed; tests spend most of their time on them."""
         self.num_prefilled_tokens = 0
         self.prefilled: str | None = None
         """Whose compressed segment waits for a row."""
@@ -85,7 +88,7 @@ class FakeDevice:
     def _check_slot(self, layer: int, row: int, slot: int, expected: list[int]) -> None:
         device, pages, places = self._at(row, layer, slot, len(expected))
         assert ((pages >= 0) & (pages < self.spec.pages_per_device)).all()
-        np.testing.assert_array_equal(self.pages[device, pages, places], expected)
+        assert self.pages[device, pages, places].tolist() == expected
         assert self.lengths[layer, row, slot] in (0, len(expected))
 
     def _compress(self, compression: RowCompression) -> np.ndarray:
@@ -120,11 +123,16 @@ class FakeDevice:
         shape = (len(self.layout.head_of_slot), self.layout.num_heads)
         if self._keeps_all:
             return np.full(shape, len(prompt) - start, np.int32)
-        rng = np.random.default_rng([start, *prompt])
-        return rng.integers(1, len(prompt) - start + 1, shape).astype(np.int32)
+        return _random_lengths(start, tuple(prompt), shape)
 
     def _contents(self, name: str, layer: int, head: int) -> np.ndarray:
         """What stands for the tokens that a head keeps of a prompt."""
+        key = (tuple(self.prompts[name]), tuple(self.segments[name]), layer, head)
+        if key not in self._known:
+            self._known[key] = self._computed_contents(name, layer, head)
+        return self._known[key]
+
+    def _computed_contents(self, name: str, layer: int, head: int) -> np.ndarray:
         prompt, start, parts = self.prompts[name], 0, []
         for stop in self.segments[name]:
             kept = self._kept(prompt[:stop], start)[layer, head]
@@ -146,7 +154,7 @@ class FakeDevice:
             assert ((pages >= 0) & (pages < self.spec.pages_per_device)).all()
             found = self.pages[device, pages, places]
             prompt = self._contents(name, layer, int(self.layout.head_of_slot[layer, slot]))
-            np.testing.assert_array_equal(found, prompt)
+            assert found.tolist() == prompt.tolist()
 
     def _insert(self, output: SchedulerOutput) -> None:
         insertion = output.insertion
@@ -270,6 +278,14 @@ class FakeDevice:
             device, pages, places = self._at(row, layer, slot, self.lengths[layer, row, slot])
             self.pages[device, pages[-1], places[-1]] = value
             self.contents[layer, row, slot].append(value)
+
+
+@lru_cache(maxsize=10_000)
+def _random_lengths(start: int, prompt: tuple[int, ...], shape: tuple[int, int]) -> np.ndarray:
+    rng = np.random.default_rng([start, *prompt])
+    lengths = rng.integers(1, len(prompt) - start + 1, shape).astype(np.int32)
+    lengths.flags.writeable = False
+    return lengths
 
 
 def sampled(tokens: object) -> SampledTokens:
