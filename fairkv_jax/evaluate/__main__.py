@@ -233,8 +233,13 @@ def _runner(method: str, ratios: tuple[float, ...]) -> Iterator[Any]:
             yield runner
         return
     from fairkv_jax.evaluate.engine_runner import EngineRunner
+    from fairkv_jax.evaluate.results import FULL
 
-    runner = EngineRunner(method, ratios, **_engine_options())
+    options = _engine_options()
+    ratio, allocator = None if method == FULL else min(ratios), options.get("kv_allocator")
+    if not KVConfig(policy=method, ratio=ratio, allocator=allocator).uses_head_scores:
+        options.pop("kv_head_scores", None)  # such as the whole cache, which others are compared to
+    runner = EngineRunner(method, ratios, **options)
     try:
         yield runner
     finally:

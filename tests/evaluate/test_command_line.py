@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from fairkv_jax.engine.build import build_engine
+from fairkv_jax.plan import HeadScores
 from tests.serve.live import ROOT, running
 
 QUICK = ("--max-model-len=256", "--max-num-seqs=2", "--lengths=150", "--num-samples=2")
@@ -41,6 +42,21 @@ def own_data(tmp_path: Path) -> tuple[Path, Path]:
 def rows(folder: Path) -> list[dict[str, Any]]:
     records = map(json.loads, (folder / "results.jsonl").read_text().splitlines())
     return [record for record in records if "score" in record]
+
+
+def test_head_scores_go_with_the_methods_that_use_them(
+    tiny_checkpoint: Path, own_data: tuple[Path, Path], tmp_path: Path
+):
+    """The whole cache, which others are compared to, takes none."""
+    scores = tmp_path / "scores.json"
+    scores.write_text(HeadScores("", "", ((0.9, 0.1, 0.2), (0.3, 0.8, 0.1))).to_json())
+    given = run(
+        *(f"--model={tiny_checkpoint}", *QUICK, "--methods=retrieval_keydiff", "--ratios=0.5"),
+        *(f"--questions={own_data[0]}", "--question=in_view", f"--kv-head-scores={scores}"),
+        f"--output={tmp_path / 'out'}",
+    )
+    assert given.returncode == 0, given.stderr
+    assert {row["method"] for row in rows(tmp_path / "out")} == {"full", "retrieval_keydiff"}
 
 
 def test_a_sweep_from_end_to_end(
