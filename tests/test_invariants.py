@@ -83,15 +83,20 @@ def test_the_plans_copy_heads():
         assert [n > 0 for n in copies] == [strategy in STRATEGIES[2:] and n > 0 for n in range(5)]
 
 
+SHORT = {(1, "fair_copying"), (3, "fair_copying"), (8, "fair_copying")} | {
+    (2, strategy) for strategy in STRATEGIES
+}
+"""Replicas on some numbers of devices, and every strategy on two; the model has 3 KV heads."""
+
+
 @pytest.mark.parametrize(
     ("policy", "num_devices", "strategy"),
     [
-        # Every number of devices with replicas, every strategy on two (3 KV heads).
         pytest.param(
             policy,
             devices,
             strategy,
-            marks=[] if strategy == "fair_copying" or devices == 2 else [pytest.mark.long],
+            marks=[] if (devices, strategy) in SHORT else [pytest.mark.long],
         )
         for policy in POLICIES
         for devices in (1, 2, 3, 4, 8)

@@ -219,7 +219,7 @@ def short(tiny_checkpoint: Path) -> dict[str, LLM]:
             case,
             devices,
             id=f"{case.name}-{devices}",
-            marks=[] if devices in (2, 3) else [pytest.mark.long],
+            marks=[] if devices == 2 else [pytest.mark.long],
         )
         for case in CASES
         for devices in (1, 2, 3, 4)

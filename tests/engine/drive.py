@@ -110,8 +110,8 @@ def _check_pages(engine: LLMEngine, lengths: np.ndarray) -> None:
     manager, table = engine.scheduler.kv_cache, engine.runner.cache.page_table
     spec, starts = manager.spec, np.asarray(table.starts)
     entries = np.asarray(table.pages).reshape(spec.num_devices, -1)
-    prefixes = [each.pages for each in engine.scheduler.prefixes if each.pages is not None]
-    seen = {pair for each in prefixes for pair in zip(each.devices, each.pages, strict=True)}
+    places = [place for prefix in engine.scheduler.prefixes for place in prefix.places]
+    seen = {pair for each in places for pair in zip(each.devices, each.pages, strict=True)}
     shared = set(seen)
     for layer, row, slot in np.argwhere(lengths > 0):
         device, start = slot // spec.slots_per_device, starts[layer, row, slot]

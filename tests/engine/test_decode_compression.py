@@ -214,7 +214,7 @@ def expected(tiny_checkpoint: Path) -> list[list[int]]:
     return tokens
 
 
-@pytest.mark.parametrize("num_devices", [2, 3])
+@pytest.mark.parametrize("num_devices", [2, pytest.param(3, marks=pytest.mark.long)])
 def test_any_number_of_devices_gives_the_same_tokens(
     tiny_checkpoint: Path, expected: list[list[int]], num_devices: int
 ):

@@ -71,8 +71,18 @@ def oracle(demo_checkpoint: Path, token_ids: list[int]) -> Callable[[int], Forwa
     return get
 
 
-@pytest.mark.parametrize("num_devices", [1, 2])
-@pytest.mark.parametrize("length", LENGTHS)
+@pytest.mark.parametrize(
+    ("length", "num_devices"),
+    [
+        pytest.param(
+            length,
+            devices,
+            marks=[pytest.mark.long] if devices == 2 and length not in (33, 300) else [],
+        )
+        for length in LENGTHS
+        for devices in (1, 2)
+    ],
+)
 def test_prefill_logits(
     demo_llms: Callable[[int], LLM],
     oracle: Callable[[int], Forward],

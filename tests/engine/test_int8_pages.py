@@ -83,7 +83,7 @@ def test_tokens_are_those_of_numpy(tiny_checkpoint: Path, expected: dict[str, Re
     assert differs
 
 
-@pytest.mark.parametrize("num_devices", [3, 8])
+@pytest.mark.parametrize("num_devices", [3, pytest.param(8, marks=pytest.mark.long)])
 def test_the_number_of_devices_changes_no_token(
     tiny_checkpoint: Path, expected: dict[str, RequestOutput], num_devices: int
 ):

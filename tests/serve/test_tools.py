@@ -113,8 +113,11 @@ def test_the_model_decides_whether_it_calls_tools(sdk: OpenAI, talker: ScriptedE
     assert ask(sdk, tools=tools) == ([said("It is 4 < 5.")], ["stop"])
 
 
-def test_a_call_is_streamed_in_pieces(sdk: OpenAI, talker: ScriptedEngine):
+def test_a_call_is_streamed_in_pieces(
+    sdk: OpenAI, talker: ScriptedEngine, monkeypatch: pytest.MonkeyPatch
+):
     talker.says = HERMES
+    monkeypatch.setattr(talker, "step_seconds", 0.02)  # what comes together is sent together
     tools: list[Any] = [WEATHER]
     stream = sdk.chat.completions.create(model="scripted", messages=TURN, tools=tools, stream=True)
     calls = [c for chunk in stream for c in chunk.choices[0].delta.tool_calls or []]
