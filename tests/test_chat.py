@@ -97,7 +97,6 @@ def test_the_program(server: Server):
 
 
 def test_ctrl_c_stops_the_answer_and_not_the_program(server: Server, engine: ScriptedEngine):
-    engine.step_seconds = 0.05
     with start(server, "--max-tokens=400") as process:
         assert process.stdin is not None
         process.stdin.write("hello\n")
