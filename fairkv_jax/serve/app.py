@@ -96,7 +96,6 @@ def _add_status_routes(app: FastAPI, service: Service) -> None:
 
     @app.head("/health", include_in_schema=False)
     @app.get("/ping")
-    @app.post("/ping", include_in_schema=False)
     @app.get("/health")
     async def health() -> JSONResponse:
         """For routers: returns 503 unless requests are accepted and make progress."""
