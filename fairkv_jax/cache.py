@@ -17,6 +17,7 @@ one, so that the host need not see it in between; it never overwrites a known to
 account of the pages, see `KVCacheManager`, and sends what has changed in the page tables.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -172,18 +173,7 @@ def copy_pages(
 
     Page numbers count within the device; a target past the end is left out.
     """
-
-    def local(pool: Pool, source: Array, target: Array) -> Pool:
-        return pool.copy(source[0], target[0])
-
-    run = jax.shard_map(
-        local,
-        mesh=mesh,
-        in_specs=(_BY_DEVICE, _BY_DEVICE, _BY_DEVICE),
-        out_specs=_BY_DEVICE,
-        check_vma=False,
-    )
-    return run(pool, source, target)
+    return _on_each_device(Pool.copy, pool, source, target, mesh)
 
 
 REPLICATED_AT_ONCE = 64
@@ -195,12 +185,19 @@ def replicate_pages(
     pool: Pool, source: Int[Array, "P n"], target: Int[Array, "P n"], *, mesh: Mesh
 ) -> Pool:
     """Copies pages of keys and values between devices, see `Pool.exchange`."""
+    return _on_each_device(partial(Pool.exchange, axis=TENSOR_AXIS), pool, source, target, mesh)
 
-    def local(pool: Pool, source: Array, target: Array) -> Pool:
-        return pool.exchange(source[0], target[0], TENSOR_AXIS)
 
+def _on_each_device(
+    change: Callable[[Pool, Array, Array], Pool],
+    pool: Pool,
+    source: Array,
+    target: Array,
+    mesh: Mesh,
+) -> Pool:
+    """Changes every device's part of the pool, given its own sources and targets."""
     run = jax.shard_map(
-        local,
+        lambda pool, source, target: change(pool, source[0], target[0]),
         mesh=mesh,
         in_specs=(_BY_DEVICE, _BY_DEVICE, _BY_DEVICE),
         out_specs=_BY_DEVICE,

@@ -12,7 +12,8 @@ read back to know what is full. The scheduler asks it before it schedules:
     free             gives a row's pages back
     retain           keeps the pages of a row as a prefix, whatever happens to the row
     share            begins a row with the pages of a prefix
-    replicate        copies heads of a prefix to other devices, whose replicas then serve it too
+    routed           selects the places of a prefix that has been replicated
+    replicate        takes pages for copies of a prefix's heads on other devices
 """
 
 from collections.abc import Sequence
@@ -94,7 +95,7 @@ class KVCacheManager:
             the pages do not suffice.
         """
         owner = route(self._layout.replicas, head_lengths, self.tokens_per_device)
-        lengths = self._in_slots(owner, head_lengths)
+        lengths = self._slot_lengths(owner, head_lengths)
         self._room[:, row] = np.where(lengths > 0, 0, _NOT_OWNED)
         if not self._extend(row, lengths, num_known_tokens):
             self._room[:, row] = _NOT_OWNED
@@ -253,7 +254,7 @@ class KVCacheManager:
         whole = PrefixPages.joined(places, self.spec.page_size)
         lengths = self.head_lengths(whole.slot_lengths)
         owner = route(self._holders(whole), lengths, self.tokens_per_device)
-        return whole.in_slots(self._in_slots(owner, lengths) > 0, self.spec.page_size)
+        return whole.in_slots(self._slot_lengths(owner, lengths) > 0, self.spec.page_size)
 
     def replicate(
         self, places: Sequence[PrefixPages]
@@ -303,7 +304,7 @@ class KVCacheManager:
         """What has changed in the page tables since the last call."""
         return self._tables.take_update()
 
-    def _in_slots(self, owner: np.ndarray, head_lengths: np.ndarray) -> np.ndarray:
+    def _slot_lengths(self, owner: np.ndarray, head_lengths: np.ndarray) -> np.ndarray:
         """[L, P*C] tokens of every slot, where the devices `owner` [L, K] serve the heads."""
         slots = np.take_along_axis(self._layout.slot_of_head, owner[..., None], -1)[..., 0]
         lengths = np.zeros(self._layout.head_of_slot.shape, np.int32)

@@ -101,8 +101,8 @@ class PrefixCache:
 
     @property
     def has_unused(self) -> bool:
-        """Whether there are pages that can be evicted without harm to any request."""
-        return any(prefix.copies or not prefix.users for prefix in self._cached)
+        """Whether there is a prefix that can be evicted without harm to any request."""
+        return any(not prefix.users for prefix in self._cached)
 
     @property
     def num_pages(self) -> np.ndarray:
@@ -127,28 +127,30 @@ class PrefixCache:
         if prefix.pages is not None:
             self._touch(prefix)
 
-    def replicate(self, prefix: Prefix) -> None:
-        """Copies heads of a prefix to other devices, if the rows that share it overload one."""
+    def replicate(self, prefix: Prefix, share: Callable[[], Any]) -> Any:
+        """Copies heads of a prefix to other devices, if the rows that share it overload one.
+
+        That is undone if `share`, which begins the next row, then returns None for lack of pages,
+        or if prefixes would hold more than their share of the cache. Returns what `share` returned;
+        None where nothing has been copied.
+        """
         made = self._kv_cache.replicate(prefix.places)
         if made is None:
-            return
+            return None
         pages, replication = made
-        self._count(pages, 1)
-        if self._num_pages.max() > self._most_pages:
-            self._count(pages, -1)
-            self._kv_cache.release(pages)
-            return
         prefix.copies.append(pages)
-        self._replications.append(replication)
+        self._count(pages, 1)
+        shared = None if self._num_pages.max() > self._most_pages else share()
+        if shared is None:
+            self._give_back(prefix.copies.pop())
+        else:
+            self._replications.append(replication)
+        return shared
 
     def take_replications(self) -> tuple[PageReplication, ...]:
         """What the devices are to copy before they do what follows, since the last call."""
         taken, self._replications = tuple(self._replications), []
         return taken
-
-    def return_replications(self, replications: Sequence[PageReplication]) -> None:
-        """Takes back replications that have not been given to the devices."""
-        self._replications += replications
 
     def leave(self, prefix: Prefix, request_id: str) -> None:
         """Notes that a request needs a prefix no more."""

@@ -159,8 +159,9 @@ class Rows:
             )
             return None if copies is None else (row, pages, copies)
 
-        self._prefixes.replicate(prefix)
-        shared = self._prefixes.evict_until(share)
+        shared = self._prefixes.replicate(prefix, share)
+        if shared is None:
+            shared = self._prefixes.evict_until(share)
         if shared is None and is_alone:
             shared = share(copies_last=False)
             self._prefixes.evict(prefix)

@@ -175,7 +175,8 @@ class Scheduler:
         if request is not None and (self.waiting[0], request.attempt) == (request, attempt):
             prefill = self._prefill(timings, request)  # decoding has not taken its pages
         if insertion is None and prefill is None and decode is None:
-            self.prefixes.return_replications(for_insertion + for_prefill)
+            assert not for_insertion
+            assert not for_prefill
             return None
         output = SchedulerOutput(
             index=self._index,

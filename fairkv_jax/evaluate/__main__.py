@@ -237,8 +237,9 @@ def _runner(method: str, ratios: tuple[float, ...]) -> Iterator[Any]:
 
     options = _engine_options()
     ratio, allocator = None if method == FULL else min(ratios), options.get("kv_allocator")
+    # The whole cache, which the others are compared to, takes no scores.
     if not KVConfig(policy=method, ratio=ratio, allocator=allocator).uses_head_scores:
-        options.pop("kv_head_scores", None)  # such as the whole cache, which others are compared to
+        options.pop("kv_head_scores", None)
     runner = EngineRunner(method, ratios, **options)
     try:
         yield runner

@@ -3,6 +3,7 @@
 import numpy as np
 
 _LEAST_GAIN = 0.05
+"""How much lighter copies of a document must make the fullest device, as a fraction."""
 
 
 def route(replicas: np.ndarray, lengths: np.ndarray, load: np.ndarray) -> np.ndarray:
@@ -52,9 +53,9 @@ def route_beyond(
 ) -> np.ndarray:
     """Selects a replica for every head of a row that begins with a shared document.
 
-    Some replicas hold the document already. The others are selected too where that makes the
-    fullest device lighter, summed over layers, by more than a twentieth; the document must then be
-    copied there. The other arguments are those of `route`.
+    Only some replicas hold the document. If selecting among all of them makes the fullest device
+    lighter by more than 5 %, summed over layers, they are selected, and the heads must be copied
+    there; otherwise, only those that hold it. The other arguments are those of `route`.
 
     Args:
         holders: bool [L, K, P], whether the replica of a head holds the document; at least one per

@@ -161,10 +161,8 @@ def simulate_document(
     owner = route(replicas, lengths, load)
     holders = owner[..., None] == np.arange(devices)
     layers = np.arange(num_layers)[:, None]
-    for row in range(rows):
-        if row:  # the first is served where the document lies
-            choose = route_beyond if copies else lambda _, *others: route(*others)
-            owner = choose(replicas, holders, lengths, load)
+    for _ in range(rows):
+        owner = route_beyond(replicas if copies else holders, holders, lengths, load)
         holders |= owner[..., None] == np.arange(devices)
         np.add.at(load, (layers, owner), lengths + new_tokens)
     utilization, _, _, seconds, _ = _measure(plan, load, rows)

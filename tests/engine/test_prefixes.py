@@ -312,9 +312,10 @@ def test_a_log_with_prefixes_is_replayed(
     path = tmp_path / "schedule.jsonl"
     llm = make_llm(tiny_checkpoint, 2, schedule_log=path, schedule_log_prompts=has_prompts)
     prefix = llm.cache_prefix(DOCUMENT, **COMPRESSED)
-    answers = tokens_of(llm, QUESTIONS[:3], prefix_id=prefix.id)
+    answers = tokens_of(llm, QUESTIONS[:8], prefix_id=prefix.id)
     llm.engine.close()
     logged = path.read_text(encoding="utf-8")
+    assert "PageReplication" in logged
     assert (str(DOCUMENT[:20])[1:-1].replace(" ", "") in logged) == has_prompts
     counts = replay(*open_log(path))
     assert counts.num_tokens == (sum(map(len, answers)) if has_prompts else 0)

@@ -330,13 +330,13 @@ def test_nobody_overtakes_and_all_finish_under_pressure():
 
 
 def test_a_document_that_many_rows_share_is_copied_to_other_replicas():
-    """So that its copied heads serve some of the rows there; under pressure, the copies go."""
+    """So that its copied heads serve some of the rows there; the copies are evicted first."""
     balance = {}
     for copies in (False, True):
         scheduler = make_scheduler(2, num_rows=8, spare_pages=400, sharing=8)
         document, driver = Prefix("b", 24), Driver(scheduler)
         if not copies:
-            scheduler.prefixes.replicate = lambda prefix: None
+            scheduler.prefixes.replicate = lambda prefix, share: None
         for index in range(7):
             driver.add(make_request(str(index), index, 2, 30, prefixes=[document]))
         while len(scheduler.running) < 7:
@@ -345,11 +345,45 @@ def test_a_document_that_many_rows_share_is_copied_to_other_replicas():
         balance[copies] = loads.max(1).sum() / loads.mean(1).sum()
         check_references(scheduler)
         assert bool(document.copies) is copies
+        assert scheduler.prefixes.evict_unused() is copies
+        assert document.pages is not None
+        assert not document.copies
+        check_references(scheduler)
         driver.run()
         scheduler.prefixes.delete(document)
         assert not scheduler.kv_cache.used_pages.any()
     assert balance[False] > 1.15
     assert balance[True] < 1.05
+
+
+def test_a_copy_may_take_pages_that_the_same_execution_still_reads_before_it():
+    """The last of three choices gives up its prompt's pages, which a document's copy then takes."""
+    driver = Driver(make_scheduler(2, num_rows=3, spare_pages=142, sharing=4))
+    document, prompt = Prefix("b", 24), Prefix("choices", 5, is_deleted=True)
+    driver.add(make_request("0", 0, 18, 12, prefixes=[document]))
+    for name in "123":
+        driver.add(make_request(name, int(name), 5, 4, whole_prompt=prompt))
+    driver.add(make_request("4", 4, 14, 11, prefixes=[document]))
+    driver.run()
+    assert any(
+        output.insertion and output.insertion.fork and output.replications_before_prefill
+        for output in driver.outputs
+    )
+
+
+@pytest.mark.parametrize("spare_pages", [3, 9])
+def test_no_copy_is_made_that_leaves_too_few_pages_for_its_row(spare_pages: int):
+    driver = Driver(make_scheduler(2, num_rows=8, spare_pages=spare_pages, sharing=8))
+    document = Prefix("b", 24)
+    for index in range(7):
+        driver.add(make_request(str(index), index, 2, 30, prefixes=[document]))
+    driver.run()
+    num_copies = 0
+    for output in driver.outputs:
+        shares = output.prefill is not None and output.prefill.cached_prefix is not None
+        assert shares or not output.replications_before_prefill
+        num_copies += len(output.replications_before_prefill)
+    assert num_copies
 
 
 def test_choices_of_a_prompt_are_read_once():
