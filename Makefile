@@ -47,7 +47,8 @@ lint: $(INSTALLED_DEV)
 format: $(INSTALLED_DEV)
 	$(BIN)/ruff format --check .
 
-types: $(INSTALLED_DEV)
+# The tools of the documentation are checked with what they import.
+types: $(INSTALLED_DEV) $(INSTALLED_DOCS)
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
 layers: $(INSTALLED_DEV)

@@ -33,7 +33,7 @@ quick = "--xla_cpu_opt_preset=FAST_COMPILE"
 if version("jaxlib").startswith("0.10."):
     quick = "--xla_cpu_use_fusion_emitters=false"
 os.environ["XLA_FLAGS"] += f" {quick}"
-# A busy machine is no fault.
+# A busy machine must not fail tests.
 hypothesis.settings.register_profile("no deadline", deadline=None)
 hypothesis.settings.load_profile("no deadline")
 

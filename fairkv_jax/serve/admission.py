@@ -6,10 +6,11 @@ from itertools import groupby
 
 from fairkv_jax.engine.request import RequestOutput, ValidatedRequest
 from fairkv_jax.serve.fair_queue import FairQueue, Group
-from fairkv_jax.serve.output_stream import QueueFull
+from fairkv_jax.serve.output_stream import QueueFull, RequestRefused
 
 _LOOKAHEAD = 4
-"""Requests without output that the engine has, so that it never waits for the event loop."""
+"""Requests that the engine is given before it can start them, so that none of its rows stays free
+while the event loop is busy."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,23 @@ class Admission:
         """Maximum number of running and waiting requests."""
         return self.num_rows + self.limits.max_queued
 
+    def check_size(self, count: int) -> None:
+        """Checks that `count` requests can ever wait together.
+
+        Raises:
+            RequestRefused: they are more than may wait.
+        """
+        most, what = self.max_requests, "can be running or waiting"
+        option, per_client = "--max-num-queued-reqs", self.limits.max_queued_per_client
+        if per_client is not None and per_client < most:
+            most, what = per_client, "of one client can be waiting"
+            option = "--max-num-queued-reqs-per-key"
+        if count > most:
+            raise RequestRefused(
+                f"the request has {count} choices, but at most {most} {what}: send fewer prompts, "
+                f"lower n, or raise {option}"
+            )
+
     @property
     def expected_wait_s(self) -> float:
         """Time after which the requests that wait now will have been started."""
@@ -72,14 +90,13 @@ class Admission:
             )
 
     def requests_giving_way(self, client: str, count: int) -> list[str]:
-        """Returns the requests to end so that there is room for `count` requests of a client."""
-        groups = self._giving_way(client, count) or []
-        return [request.request_id for group in groups for request in group]
+        """Returns a request of every HTTP request to end, so that there is room for `count`."""
+        return [groups[0][0].request_id for groups in self._giving_way(client, count) or []]
 
     def add(self, client: str, requests: Sequence[ValidatedRequest]) -> None:
-        """Puts requests into the queue; the choices of a prompt are adjacent."""
-        for _, group in groupby(requests, lambda each: each.request.same_prompt or each.request_id):
-            self._queue.push(client, tuple(group))
+        """Puts an HTTP request into the queue; the choices of a prompt are adjacent."""
+        groups = groupby(requests, lambda each: each.request.same_prompt or each.request_id)
+        self._queue.push(client, [tuple(group) for _, group in groups])
 
     def release(self) -> list[Group]:
         """Takes from the queue what the engine is to be given now."""
@@ -128,7 +145,7 @@ class Admission:
     def _num_requests(self) -> int:
         return len(self._queue) + len(self._given)
 
-    def _giving_way(self, client: str, count: int) -> list[Group] | None:
-        """The groups that give way to `count` requests of a client; None if there is no room."""
+    def _giving_way(self, client: str, count: int) -> list[Sequence[Group]] | None:
+        """The HTTP requests that give way to `count` requests; None if there is no room."""
         missing = self._num_requests + count - self.max_requests
         return self._queue.newest(missing, more_than=self._queue.count(client) + count)

@@ -16,7 +16,7 @@ from fairkv_jax.serve.access import REQUEST_ID, AccessLog
 from fairkv_jax.serve.async_engine import State
 from fairkv_jax.serve.errors import DOCUMENTED, ApiError, add_error_handlers, error_response
 from fairkv_jax.serve.history import History
-from fairkv_jax.serve.middleware import ApiKeys, BodyLimit, Room
+from fairkv_jax.serve.middleware import ApiKeys, Room, SizeLimits
 from fairkv_jax.serve.page import page_routes
 from fairkv_jax.serve.service import Service
 from fairkv_jax.serve.unsupported import PATHS
@@ -66,7 +66,7 @@ def _add_middleware(app: FastAPI, service: Service) -> None:
     app.add_middleware(Room, engine=service.engine, has_keys=bool(options.api_keys))
     if options.api_keys:
         app.add_middleware(ApiKeys, keys=options.api_keys, open_metrics=options.open_metrics)
-    app.add_middleware(BodyLimit, max_bytes=options.max_request_bytes)
+    app.add_middleware(SizeLimits, max_bytes=options.max_request_bytes)
     if options.allowed_origins:
         app.add_middleware(
             CORSMiddleware,
@@ -95,6 +95,7 @@ def _add_status_routes(app: FastAPI, service: Service) -> None:
         return status(True)
 
     @app.head("/health", include_in_schema=False)
+    @app.head("/ping", include_in_schema=False)
     @app.get("/ping")
     @app.get("/health")
     async def health() -> JSONResponse:
@@ -116,8 +117,8 @@ def _add_status_routes(app: FastAPI, service: Service) -> None:
 
     @app.get("/load")
     async def load() -> dict[str, int]:
-        """Returns the number of requests that run or wait."""
-        return {"server_load": service.metrics.num_running + service.metrics.num_waiting}
+        """Returns the number of HTTP requests that run or wait."""
+        return {"server_load": service.engine.num_http_requests}
 
     @app.get("/metrics", response_class=PlainTextResponse)
     async def metrics(request: Request) -> Response:

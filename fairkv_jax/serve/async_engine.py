@@ -67,6 +67,9 @@ class _Stop: ...
 
 _Message = _Add | _Abort | _DeletePrefix | _Stop
 
+_SECONDS_BETWEEN_CHECKS = 1.0
+"""Time after which a request that should have expired is looked at again."""
+
 
 class AsyncEngine:
     """Runs an engine in a thread of its own and hands its outputs to the event loop.
@@ -125,6 +128,11 @@ class AsyncEngine:
         return len(self._streams)
 
     @property
+    def num_http_requests(self) -> int:
+        """Number of HTTP requests that run or wait; each may have several choices."""
+        return len(set(self._streams.values()))
+
+    @property
     def seconds_stalled(self) -> float:
         """Seconds since the last step ended, while there are requests; 0 without requests."""
         return time.monotonic() - self._last_progress if self._streams else 0.0
@@ -159,12 +167,7 @@ class AsyncEngine:
         requests = [each.request for each in valid]
         for request in requests:
             self._check_context(request)
-        limit = self._admission.max_requests
-        if len(requests) > limit:
-            raise RequestRefused(
-                f"the request has {len(requests)} choices, but at most {limit} can be running or "
-                "waiting: send fewer prompts, lower n, or raise --max-num-queued-reqs"
-            )
+        self._admission.check_size(len(requests))
         self.check_room(client, len(requests))
         for request_id in self._admission.requests_giving_way(client, len(requests)):
             self._give_up(request_id, "the queue is full, and other clients have less in it")
@@ -176,7 +179,7 @@ class AsyncEngine:
         self._observer.submitted(requests)
         self._release()
         if (seconds := self._admission.limits.max_wait_s) is not None:
-            self._loop.call_later(seconds, self._expire, requests[0].request_id)
+            stream.expiry = self._loop.call_later(seconds, self._expire, stream)
         return stream
 
     def _check_context(self, request: Request) -> None:
@@ -192,6 +195,8 @@ class AsyncEngine:
 
     def _close(self, stream: OutputStream) -> None:
         """Aborts the requests of a stream that are unfinished."""
+        if stream.expiry is not None:
+            stream.expiry.cancel()
         request_ids = stream.unfinished_ids
         self._observer.dropped(request_ids)
         for request_id in self._admission.remove(request_ids):
@@ -205,15 +210,20 @@ class AsyncEngine:
         for group in self._admission.release():
             self._mailbox.put(_Add(group))
 
-    def _expire(self, request_id: str) -> None:
-        """Ends the stream of a request that has waited for too long without being started."""
-        stream = self._streams.get(request_id)
-        if stream is None or stream.latest or self._admission.may_have_started(stream.request_ids):
+    def _expire(self, stream: OutputStream) -> None:
+        """Ends a stream that has waited for too long without output.
+
+        One whose prompt may be prefilled just now is looked at again later.
+        """
+        if stream.latest or not stream.unfinished_ids:
             return
-        seconds = self._admission.limits.max_wait_s
+        if self._admission.may_have_started(stream.unfinished_ids):
+            stream.expiry = self._loop.call_later(_SECONDS_BETWEEN_CHECKS, self._expire, stream)
+            return
         self._give_up(
-            request_id,
-            f"the request has waited for {seconds:g} seconds, the limit of --max-queue-wait",
+            next(iter(stream.unfinished_ids)),
+            f"the request has waited for {self._admission.limits.max_wait_s:g} seconds, the limit "
+            "of --max-queue-wait",
         )
 
     def _give_up(self, request_id: str, why: str) -> None:

@@ -14,7 +14,7 @@ from fairkv_jax.serve.logprobs import ShownTokens, chat_logprobs, prompt_logprob
 from fairkv_jax.serve.message import MessageBuilder, MessageFormat
 from fairkv_jax.serve.output_stream import OutputStream
 from fairkv_jax.serve.protocol import ChatBody, token_names
-from fairkv_jax.serve.responses import EventStream, chunk_usage, collect, usage
+from fairkv_jax.serve.responses import chunk_usage, collect, stream, usage
 from fairkv_jax.serve.service import StrictRoute, owner_of, response_id, service_of
 from fairkv_jax.tokenizer import Tokenizer
 
@@ -43,7 +43,9 @@ async def create_chat_completion(body: ChatBody, request: Request) -> Response:
     builder = partial(form.builder, prompt.text or "")
     if body.stream:
         head["object"] = "chat.completion.chunk"
-        return EventStream(_chunks(head, body, outputs, engine.tokenizer, builder), outputs)
+        return await stream(
+            request, outputs, _chunks(head, body, outputs, engine.tokenizer, builder)
+        )
     finished = await collect(request, outputs)
     choices = [
         _message(index, output, SentTokens(body, engine.tokenizer), builder())

@@ -12,7 +12,7 @@ from fairkv_jax.serve.inputs import Prompt, compile_grammar, encode_prompts, fan
 from fairkv_jax.serve.logprobs import ShownTokens, completion_logprobs, prompt_logprobs
 from fairkv_jax.serve.output_stream import OutputStream
 from fairkv_jax.serve.protocol import CompletionBody, token_names
-from fairkv_jax.serve.responses import EventStream, chunk_usage, collect, usage
+from fairkv_jax.serve.responses import chunk_usage, collect, stream, usage
 from fairkv_jax.serve.service import StrictRoute, owner_of, response_id, service_of
 from fairkv_jax.tokenizer import Tokenizer
 
@@ -47,7 +47,7 @@ async def create_completion(body: CompletionBody, request: Request) -> Response:
         for index in range(len(requests))
     ]
     if body.stream:
-        return EventStream(_chunks(head, body, outputs, choices), outputs)
+        return await stream(request, outputs, _chunks(head, body, outputs, choices))
     finished = await collect(request, outputs)
     answers = [choice.advance(output) for choice, output in zip(choices, finished, strict=True)]
     return JSONResponse({**head, "choices": answers, "usage": usage(finished, body.n or 1)})

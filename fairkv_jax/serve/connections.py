@@ -64,10 +64,9 @@ class ConnectionGuard:
                 "clients, or refusing new ones; see --max-connections and `ulimit -n`",
                 self.limits.max_connections,
             )
-        next(iter(self.waiting), newest).refuse(
-            503,
+        next(iter(self.waiting), newest).give_way(
             f"the server has {self.limits.max_connections} connections, its limit: try again "
-            "later, or raise --max-connections",
+            "later, or raise --max-connections"
         )
 
 
@@ -115,6 +114,16 @@ class BoundedConnection(H11Protocol):
         super().connection_lost(exc)
         self._stop_reading_timer()
         self._stop_writing_timer()
+
+    def give_way(self, message: str) -> None:
+        """Closes the connection for another one, with an error if the client expects a response.
+
+        If the client has not read its last response, that is lost: it would keep the connection.
+        """
+        has_unread = self.transport.get_write_buffer_size() > 0
+        self.refuse(503, message)
+        if has_unread:
+            self.transport.abort()
 
     def refuse(self, status: int, message: str) -> None:
         """Closes the connection, with an error if the client expects a response.
@@ -178,7 +187,7 @@ class BoundedConnection(H11Protocol):
     def _abort_if_unread(self, cycle: object, num_bytes: int) -> None:
         """Closes the connection, unless its client has read enough of what was buffered.
 
-        A client that has sent another request since has read all of it.
+        One that has sent another request since is given as much time again.
         """
         self._writing = None
         num_left = self.transport.get_write_buffer_size()

@@ -58,7 +58,7 @@ class Instruments:
         self.waiting = gauge("vllm:num_requests_waiting", "Requests waiting to be scheduled.")
         self.waiting_by_reason = gauge(
             "vllm:num_requests_waiting_by_reason",
-            "Requests waiting for capacity; nothing else defers one here.",
+            "Requests waiting to be scheduled, all of them for capacity.",
             "reason",
         )
         self.usage = gauge(
@@ -75,7 +75,7 @@ class Instruments:
             *_CACHE_CONFIG,
         )
         self.lora_requests = gauge(
-            "vllm:lora_requests_info", "LoRA adapters in use: never one.", *_LORA
+            "vllm:lora_requests_info", "LoRA adapters in use; this server has none.", *_LORA
         )
         self.kv_tokens = gauge(
             "fairkv:kv_tokens", "Cached tokens per device, summed over layers and heads.", "device"

@@ -124,8 +124,10 @@ class Metrics:
     def dropped(self, request_ids: Iterable[str]) -> None:
         """Records requests that were aborted or failed."""
         for request_id in request_ids:
-            if self._requests.pop(request_id, None) is not None:
+            progress = self._requests.pop(request_id, None)
+            if progress is not None:
                 self._all.success(finished_reason="abort").inc()
+                self._end_choice(progress)
         self._set_queue_gauges()
 
     def exposition(self, accept: str = "") -> tuple[bytes, str]:
@@ -223,15 +225,19 @@ class Metrics:
         self._all.whole().observe(now - progress.arrived)
         if progress.max_tokens is not None:
             self._all.params_max_tokens().observe(progress.max_tokens)
+        self._end_choice(progress)
+        if progress.num_tokens > 1:
+            self._all.per_token().observe((now - begun) / (progress.num_tokens - 1))
+        self._observe_phases(output, progress)
+
+    def _end_choice(self, progress: _Progress) -> None:
+        """Records what is said of all choices together, when the last of them has ended."""
         choices = progress.choices
         choices.unfinished -= 1
         choices.longest = max(choices.longest, progress.num_tokens)
         if not choices.unfinished:
             self._all.params_n().observe(choices.num)
             self._all.longest_output().observe(choices.longest)
-        if progress.num_tokens > 1:
-            self._all.per_token().observe((now - begun) / (progress.num_tokens - 1))
-        self._observe_phases(output, progress)
 
     def _observe_phases(self, output: RequestOutput, progress: _Progress) -> None:
         """Records the engine's times; time in the queue counts from the HTTP request's arrival."""

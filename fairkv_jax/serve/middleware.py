@@ -6,7 +6,9 @@ client has disconnected.
 
 import secrets
 from collections.abc import Sequence
+from contextlib import suppress
 from hashlib import sha256
+from ipaddress import IPv6Address, ip_address, ip_network
 
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -18,6 +20,8 @@ from fairkv_jax.serve.output_stream import EngineUnavailable, QueueFull
 GUARDED_PREFIXES = ("/v1/", "/tokenize", "/detokenize")
 MONITORING_PREFIXES = ("/load", "/metrics", "/stats", "/plan", "/docs", "/redoc", "/openapi.json")
 """They tell of the load and of the model, and need a key unless --open-metrics is given."""
+
+MAX_HEADER_BYTES = 64 << 10
 
 GENERATING = ("/v1/completions", "/v1/chat/completions", "/v1/prefixes")
 
@@ -44,8 +48,12 @@ class Room:
         await self.app(scope, receive, send)
 
 
-class BodyLimit:
-    """Responds with 413 if the body is longer than the limit, declared or actually received."""
+class SizeLimits:
+    """Responds with 413 to a body that is too long, declared or actually received, and with 431 to
+    headers that are.
+
+    uvicorn bounds headers only while they are incomplete.
+    """
 
     def __init__(self, app: ASGIApp, max_bytes: int):
         self.app = app
@@ -54,6 +62,10 @@ class BodyLimit:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
+            return
+        if sum(len(name) + len(value) for name, value in scope["headers"]) > MAX_HEADER_BYTES:
+            message = f"the headers exceed {MAX_HEADER_BYTES} bytes: send less"
+            await error_response(431, message)(scope, receive, send)
             return
         message = (
             f"the body exceeds {self.max_bytes} bytes: send less, or raise --max-request-bytes"
@@ -109,7 +121,16 @@ def client_name(scope: Scope, *, has_keys: bool) -> str:
     if digest is not None:
         return digest.hex()
     address = scope.get("client")
-    return address[0] if address else ""
+    return _network(address[0]) if address else ""
+
+
+def _network(address: str) -> str:
+    """Returns the address, or of an IPv6 address its first 64 bits: that many a host may have."""
+    with suppress(ValueError):
+        parsed = ip_address(address)
+        if isinstance(parsed, IPv6Address) and parsed.ipv4_mapped is None:
+            return str(ip_network((parsed, 64), strict=False))
+    return address
 
 
 def key_digest(headers: Headers) -> bytes | None:

@@ -35,8 +35,9 @@ class ServerOptions:
     )
     api_keys: tuple[str, ...] = option(
         (),
-        "Comma-separated API keys. Requests to /v1, the tokenizer endpoints, /metrics, /stats, "
-        f"/plan and /docs must contain one of them or of those in ${API_KEY_VARIABLE}.",
+        "Comma-separated API keys. Requests to /v1, the tokenizer endpoints, /load, /metrics, "
+        "/stats, /plan and /docs must contain one of them or of those in "
+        f"${API_KEY_VARIABLE}; see open_metrics.",
         name="api_key",
         group=_SERVER,
     )
@@ -47,7 +48,9 @@ class ServerOptions:
     )
     ssl_certfile: str | None = option(None, "PEM file of the certificate.", group=_SERVER)
     max_num_queued_reqs: int = option(
-        1024, "Maximum queued requests; more get HTTP 503.", group=_SERVER
+        1024,
+        "Maximum queued requests. More get HTTP 503, or those of a client that has more of them.",
+        group=_SERVER,
     )
     max_num_queued_reqs_per_key: int | None = option(
         None,
@@ -58,7 +61,7 @@ class ServerOptions:
     )
     max_queue_wait: int | None = option(
         None,
-        "Maximum seconds in the queue; requests that wait longer get HTTP 503.",
+        "Maximum seconds until the prefill of a request begins; others get HTTP 503.",
         group=_SERVER,
         default_text="no limit",
     )
@@ -73,8 +76,8 @@ class ServerOptions:
     )
     max_connections: int = option(
         4096,
-        "Maximum open connections. More close the one that waits longest for its client, or get "
-        "HTTP 503.",
+        "Maximum open connections. Beyond that, the one whose client has been silent longest is "
+        "closed; if all are being answered, the new one gets HTTP 503.",
         group=_SERVER,
     )
     request_read_timeout: int = option(

@@ -41,6 +41,8 @@ class OutputStream:
         self.requests = requests
         self.latest: dict[int, RequestOutput] = {}
         """The latest outputs by index; requests without output are missing."""
+        self.expiry: asyncio.TimerHandle | None = None
+        """The timer of --max-queue-wait."""
         self._on_close = on_close
         self._indices = {request.request_id: index for index, request in enumerate(requests)}
         self._unfinished = set(self._indices)
@@ -100,6 +102,18 @@ class OutputStream:
                 raise self._error
             if not self._unfinished and not self._fresh:
                 return
+
+    async def started(self) -> None:
+        """Waits for the first output.
+
+        Raises:
+            Exception: the requests have failed before it; see `__aiter__`.
+        """
+        while not self.latest:
+            await self._news.wait()
+            if self._error is not None and not self.latest:
+                raise self._error
+        self._news.set()  # for who reads it
 
     async def collect(self) -> list[RequestOutput]:
         """Waits for all requests and returns their outputs in the order of the requests."""

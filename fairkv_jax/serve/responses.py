@@ -80,7 +80,7 @@ class EventStream(StreamingResponse):
 
 
 async def _events(chunks: AsyncGenerator[dict[str, Any], None]) -> AsyncGenerator[bytes, None]:
-    """Sends an error as the last event, because the status has been sent with the first chunk."""
+    """Sends an error as the last event, because the status has been sent before."""
     try:
         async for chunk in chunks:
             yield _event(chunk)
@@ -93,6 +93,22 @@ async def _events(chunks: AsyncGenerator[dict[str, Any], None]) -> AsyncGenerato
 
 def _event(body: dict[str, Any]) -> bytes:
     return b"data: " + json.dumps(body, ensure_ascii=False, allow_nan=False).encode() + b"\n\n"
+
+
+async def stream(
+    request: Request, outputs: OutputStream, chunks: AsyncGenerator[dict[str, Any], None]
+) -> EventStream:
+    """Responds with chunks as soon as there is a first output: until then, an error has a status.
+
+    Raises:
+        ClientGone: the client disconnected, and its running requests were aborted.
+    """
+    try:
+        await unless_gone(request, outputs.started())
+    except BaseException:
+        outputs.close()
+        raise
+    return EventStream(chunks, outputs)
 
 
 async def collect(request: Request, outputs: OutputStream) -> list[RequestOutput]:

@@ -20,6 +20,7 @@ from fairkv_jax.serve.async_engine import AsyncEngine
 from fairkv_jax.serve.connections import ConnectionGuard, ConnectionLimits, within_file_limit
 from fairkv_jax.serve.engine_protocol import Engine
 from fairkv_jax.serve.metrics import Metrics
+from fairkv_jax.serve.middleware import MAX_HEADER_BYTES
 from fairkv_jax.serve.options import ServerOptions
 from fairkv_jax.serve.service import Service
 from fairkv_jax.serve.startup import describe
@@ -36,7 +37,6 @@ OUT_OF_MEMORY = (
     "the process may not take more memory (ulimit -v, or the limit of its container): raise the "
     "limit, or lower kv_cache_memory_bytes, max_num_seqs or max_model_len"
 )
-MAX_HEADER_BYTES = 64 << 10
 THREAD_GRACE_S = 5.0
 """Maximum time to wait for the engine thread at the exit: longer than a step, not than loading."""
 

@@ -161,7 +161,8 @@ class StrictRoute(APIRoute):
             if content_type.split(";")[0].strip().lower() != "application/json":
                 raise ApiError(
                     415,
-                    f"the content type is {content_type}: send 'Content-Type: application/json'",
+                    f"the content type is {content_type[:64]}: send 'Content-Type: "
+                    "application/json'",
                 )
             encoding = request.headers.get("content-encoding", "identity").strip().lower()
             if encoding != "identity":

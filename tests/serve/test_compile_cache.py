@@ -1,11 +1,14 @@
 """Damaged entries of the compilation cache: replaced once, and not warned of again."""
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from tests.serve.live import Process
 
 PROGRAM = """
 import logging, os, sys
@@ -32,6 +35,21 @@ def run(folder: Path) -> str:
     )
     assert result.stdout == "7\n"
     return result.stderr
+
+
+def test_the_server_replaces_them(checkpoint: Path, tmp_path: Path):
+    arguments = [f"--model={checkpoint}", "--port=0", "--max-model-len=64", "--max-num-seqs=1"]
+    arguments.append(f"--compilation-cache-dir={tmp_path}")
+    for is_damaged in (False, True):
+        with Process(
+            "fairkv_jax.serve", arguments, JAX_COMPILATION_CACHE_DIR=str(tmp_path), XLA_FLAGS=""
+        ) as process:
+            process.wait_ready(400.0)
+            assert ("a damaged entry" in process.log) == is_damaged
+            process.send(signal.SIGTERM)
+            assert process.status() == 0
+        for entry in tmp_path.glob("*-cache"):
+            entry.write_bytes(b"")
 
 
 @pytest.mark.parametrize("damage", ["empty", "cut", "overwritten"])

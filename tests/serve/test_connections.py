@@ -1,10 +1,12 @@
 """Clients that send slowly, read slowly, or open more connections than there may be."""
 
+import asyncio
 import json
 import re
 import signal
 import socket
 import time
+from asyncio import Queue
 from collections.abc import Iterator
 from contextlib import ExitStack, suppress
 from pathlib import Path
@@ -12,8 +14,9 @@ from typing import Any
 
 import httpx
 import pytest
+from starlette.types import Message, Receive, Scope, Send
 
-from fairkv_jax.serve.server import MAX_HEADER_BYTES
+from fairkv_jax.serve.middleware import MAX_HEADER_BYTES, SizeLimits
 from tests.serve.live import PATIENCE_S, Process, Server, eventually, running, without_uvloop
 from tests.serve.scripted import ScriptedEngine
 
@@ -105,8 +108,10 @@ def test_a_second_request_that_is_not_complete_in_time(bounded: Server):
 
 
 def test_an_idle_connection_is_closed_without_an_answer(bounded: Server):
+    began = time.monotonic()
     with connect(bounded.url, whole(SHORT)) as connection:
         answer = everything(connection)
+    assert time.monotonic() - began < 4, "uvicorn's own time-out has closed it"
     assert answer.count(b"HTTP/1.1 ") == answer.count(b"HTTP/1.1 200") == 1
 
 
@@ -195,6 +200,46 @@ def test_headers_have_a_limit(bounded: Server):
         assert everything(connection).startswith(b"HTTP/1.1 200")
     with connect_with_headers(2 * MAX_HEADER_BYTES) as connection, suppress(ConnectionResetError):
         assert everything(connection).startswith(b"HTTP/1.1 400")
+
+
+def test_headers_have_the_same_limit_if_they_arrive_at_once():
+    """uvicorn bounds headers only while they are incomplete."""
+    statuses = []
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        statuses.append(200)
+
+    async def send(message: Message) -> None:
+        statuses.append(message.get("status"))
+
+    for num_bytes in (MAX_HEADER_BYTES - 1, MAX_HEADER_BYTES + 1):
+        headers = [(b"x", b"x" * (num_bytes // 2)), (b"y", b"y" * (num_bytes - num_bytes // 2 - 2))]
+        scope = {"type": "http", "headers": headers}
+        asyncio.run(SizeLimits(app, max_bytes=10)(scope, Queue().get, send))
+    assert statuses == [200, 431, None]
+
+
+def test_connections_whose_responses_are_not_read_give_way(checkpoint: Path):
+    """They are closed at once, with what they have not read, and not when that times out."""
+    quick = ScriptedEngine(checkpoint, step_seconds=0.0)
+    bounded = running(lambda: quick, max_connections=4, send_buffer_bytes=BUFFER_BYTES)
+    with bounded as server, ExitStack() as stack:
+        server.client.close()
+        unread = []
+        for _ in range(4):
+            connection = connect(server.url, whole(LARGE), receive_bytes=BUFFER_BYTES)
+            unread.append(stack.enter_context(connection))
+            eventually(lambda: server.engine.num_requests > 0)
+            eventually(lambda: server.engine.num_requests == 0)
+        time.sleep(0.5)  # until the responses are written
+        for _ in range(4):
+            stack.enter_context(connect(server.url, HALF_HEAD))
+        assert httpx.get(f"{server.url}/health", timeout=PATIENCE_S).status_code == 200
+        for connection in unread:
+            received = b""
+            with suppress(ConnectionResetError):
+                received = everything(connection)
+            assert not is_whole(received)
 
 
 @pytest.mark.parametrize("loop", ["asyncio", "uvloop"])

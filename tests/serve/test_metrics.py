@@ -144,11 +144,14 @@ def test_choices_are_one_request(metrics: Metrics):
     metrics.stepped([output("a", 7, "length")], stats(1))
     assert "vllm:request_params_n_count" not in read(metrics.exposition()[0].decode())
     metrics.stepped([output("b", 3, "stop"), output("c", 1, "stop")], stats(0))
+    metrics.submitted([Request(name, [1] * 10, params, same_prompt="h") for name in "de"])
+    metrics.stepped([output("d", 5, "length")], stats(1))
+    metrics.dropped(["e"])
     now = read(metrics.exposition()[0].decode())
-    assert (now["vllm:request_params_n_sum"], now["vllm:request_params_n_count"]) == (3, 2)
-    assert now["vllm:request_max_num_generation_tokens_sum"] == 8
-    assert now["vllm:request_params_max_tokens_sum"] == 14
-    assert now["vllm:request_params_max_tokens_count"] == 2
+    assert (now["vllm:request_params_n_sum"], now["vllm:request_params_n_count"]) == (5, 3)
+    assert now["vllm:request_max_num_generation_tokens_sum"] == 7 + 1 + 5
+    assert now["vllm:request_params_max_tokens_sum"] == 3 * 7
+    assert now["vllm:request_params_max_tokens_count"] == 3
 
 
 def test_the_state_of_the_engine(metrics: Metrics):
@@ -193,14 +196,14 @@ def test_a_server_counts_what_it_serves(checkpoint: Path):
         assert counted["vllm:generation_tokens_total"] == 10
         assert counted["vllm:request_success_total finished_reason=length"] == 2
         assert counted["vllm:e2e_request_latency_seconds_count"] == 2
-        long = {"prompt": "x", "max_tokens": 500, "stream": True}
+        long = {"prompt": "x", "max_tokens": 250, "n": 2, "stream": True}
         with server.client.stream("POST", "/v1/completions", json=long) as response:
             lines = response.iter_lines()  # which hangs up once it is forgotten
             next(lines)
-            assert now(server)["vllm:num_requests_running"] == 1
+            eventually(lambda: now(server)["vllm:num_requests_running"] == 2)
             assert server.client.get("/load").json() == {"server_load": 1}
         eventually(lambda: now(server)["vllm:num_requests_running"] == 0)
-        assert now(server)["vllm:request_success_total finished_reason=abort"] == 1
+        assert now(server)["vllm:request_success_total finished_reason=abort"] == 2
 
 
 def test_metrics_are_there_before_the_model_is(client: httpx.Client):

@@ -99,7 +99,7 @@ def page_routes(service: Service, history: History) -> APIRouter:
 def _prefixes(service: Service) -> dict[str, Any] | None:
     """Returns the totals and the most recently used prefixes; None if none are cached at all.
 
-    Where there are API keys, only the totals: the page needs no key, and prefixes belong to keys.
+    Where there are API keys, only the totals: prefixes belong to keys.
     """
     stats = service.metrics.stats
     if stats is None or stats.prefixes is None:
