@@ -7,16 +7,12 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable
-from typing import Any
 
 from prometheus_client.metrics_core import Metric
 
 from fairkv_jax.options import Option, help_with_choices
-from fairkv_jax.serve.app import create_app
 from fairkv_jax.serve.instruments import Instruments
-from fairkv_jax.serve.metrics import Metrics
-from fairkv_jax.serve.options import SERVER_OPTIONS, ServerOptions
-from fairkv_jax.serve.service import Service
+from fairkv_jax.serve.options import SERVER_OPTIONS
 
 MARKER = re.compile(r"^<!-- generated: (.+?) -->$", re.MULTILINE)
 
@@ -68,61 +64,6 @@ def _default(option: Option) -> str:
     return f"`{option.shown_default}`"
 
 
-def openapi() -> dict[str, Any]:
-    """Returns the OpenAPI description that the server answers at /openapi.json."""
-    engine: Any = None  # routes are described without being called
-    return create_app(Service(engine, ServerOptions(), Metrics())).openapi()
-
-
-def routes() -> str:
-    """Returns the table of the server's routes."""
-    rows = []
-    for path, operations in openapi()["paths"].items():
-        for method, operation in operations.items():
-            text = (operation.get("description") or operation["summary"]).split("\n")[0]
-            rows.append((f"`{method.upper()} {path}`", text))
-    return _table(("route", "what it does"), rows)
-
-
-def bodies() -> str:
-    """Returns a table of fields for each request body, its nested objects included."""
-    schemas = openapi()["components"]["schemas"]
-    parts = []
-    for name, schema in schemas.items():
-        if "properties" not in schema or "Error" in name:
-            continue
-        needed = schema.get("required", ())
-        rows = [
-            (
-                f"`{field}`",
-                _type(facts),
-                "required" if field in needed else _json(facts.get("default")),
-                " ".join(facts.get("description", "").split()),
-            )
-            for field, facts in schema["properties"].items()
-        ]
-        parts.append(f"### {name}\n\n" + _table(("field", "type", "default", "meaning"), rows))
-    return "\n\n".join(parts)
-
-
-def _type(facts: dict[str, Any]) -> str:
-    """Names a JSON schema in a few words; null is left out, since most fields accept it."""
-    if "$ref" in facts:
-        return facts["$ref"].rsplit("/", 1)[-1]
-    if "enum" in facts:
-        return " or ".join(f"`{value}`" for value in facts["enum"])
-    if "anyOf" in facts:
-        names = [_type(each) for each in facts["anyOf"] if each.get("type") != "null"]
-        return " or ".join(dict.fromkeys(names))
-    if facts.get("type") == "array":
-        return f"list of {_type(facts.get('items', {}))}"
-    return facts.get("type", "any")
-
-
-def _json(value: Any) -> str:
-    return "" if value is None else f"`{value}`"
-
-
 def metrics() -> str:
     """Returns the table of the Prometheus metrics."""
     families: list[Metric] = list(Instruments().registry.collect())
@@ -142,7 +83,5 @@ def _table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
 
 TABLES: dict[str, Callable[[], str]] = {
     "server options": server_options,
-    "routes": routes,
-    "bodies": bodies,
     "metrics": metrics,
 }

@@ -32,7 +32,7 @@ os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "true")
 quick = "--xla_cpu_opt_preset=FAST_COMPILE"
 if version("jaxlib").startswith("0.10."):
     quick = "--xla_cpu_use_fusion_emitters=false"
-os.environ["XLA_FLAGS"] += f" {quick}"
+os.environ["XLA_FLAGS"] += f" {quick} --xla_cpu_parallel_codegen_split_count=1"
 # A busy machine must not fail tests.
 hypothesis.settings.register_profile("no deadline", deadline=None)
 hypothesis.settings.load_profile("no deadline")
@@ -63,6 +63,20 @@ def few_memory_maps() -> Iterator[None]:
     if "jax" in sys.modules and maps.exists() and maps.read_bytes().count(b"\n") > _MANY_MAPS:
         sys.modules["jax"].clear_caches()
         gc.collect()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def optimised(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Files marked `slow` run large models, and compile with XLA's usual optimisations."""
+    if request.node.get_closest_marker("slow") is None:
+        yield
+        return
+    import jax
+
+    jax.config.update("jax_disable_most_optimizations", False)
+    yield
+    usual = os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] == "true"
+    jax.config.update("jax_disable_most_optimizations", usual)
 
 
 @pytest.fixture(scope="session")

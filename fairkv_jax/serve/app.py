@@ -128,6 +128,7 @@ def _add_status_routes(app: FastAPI, service: Service) -> None:
 
     @app.get("/version")
     async def version() -> dict[str, str]:
+        """Returns the version of the server."""
         return {"version": __version__}
 
     @app.get("/tokenizer_info")
@@ -144,6 +145,7 @@ def _add_status_routes(app: FastAPI, service: Service) -> None:
 
     @app.get("/v1/models/{name:path}")
     async def model(name: str) -> dict[str, Any]:
+        """Shows the served model under one of its names."""
         service.check_model(name)
         return card(name)
 

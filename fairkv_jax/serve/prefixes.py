@@ -96,6 +96,7 @@ async def list_prefixes(request: Request) -> dict[str, Any]:
 
 @router.get("/v1/prefixes/{prefix_id}")
 async def show_prefix(prefix_id: str, request: Request) -> dict[str, Any]:
+    """Shows a prefix of the API key."""
     engine = service_of(request).engine.engine
     return _as_json(engine.cached_prefix(prefix_id, owner_of(request)))
 

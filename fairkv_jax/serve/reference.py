@@ -6,11 +6,15 @@ from pathlib import Path
 from typing import Any
 
 from fairkv_jax.serve import unsupported
+from fairkv_jax.serve.app import create_app
 from fairkv_jax.serve.body import Body
 from fairkv_jax.serve.messages import Message
+from fairkv_jax.serve.metrics import Metrics
+from fairkv_jax.serve.options import ServerOptions
 from fairkv_jax.serve.output_format import ResponseFormat, StructuredOutputs
 from fairkv_jax.serve.prefixes import PrefixBody
 from fairkv_jax.serve.protocol import ChatBody, CompletionBody, GenerationBody, StreamOptions
+from fairkv_jax.serve.service import Service
 from fairkv_jax.serve.tokenization import DetokenizeBody, TokenizeBody
 
 BEGIN = "<!-- reference: written by `make server-reference` from the lists in fairkv_jax/ -->"
@@ -45,7 +49,7 @@ def with_reference(page: str) -> str:
 
 
 def _reference() -> str:
-    parts = ["## Fields that are served"]
+    parts = [f"## Routes\n\n{_routes()}", "## Fields that are served"]
     for heading, body in BODIES.items():
         shared = GenerationBody if issubclass(body, GenerationBody) else None
         named = "" if body is GenerationBody or shared is None else "Besides the fields above:\n\n"
@@ -62,6 +66,17 @@ def _reference() -> str:
         + _table("path", "reason", unsupported.PATHS.items())
     )
     return "\n\n".join(parts)
+
+
+def _routes() -> str:
+    engine: Any = None  # routes are described without being called
+    app = create_app(Service(engine, ServerOptions(), Metrics()))
+    lines = ["| route | what it does |", "|---|---|"]
+    for path, operations in app.openapi()["paths"].items():
+        for method, operation in operations.items():
+            about = operation.get("description") or operation["summary"]
+            lines.append(f"| `{method.upper()} {path}` | {about.splitlines()[0]} |")
+    return "\n".join(lines)
 
 
 def _served(body: type[Body], shared: type[Body] | None) -> str:

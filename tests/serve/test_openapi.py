@@ -16,7 +16,7 @@ from tests.serve.chromium import browsing, find_chromium
 from tests.serve.live import ROOT, Server, eventually, running
 from tests.serve.scripted import ScriptedEngine
 
-CASES = 4
+CASES, MANY_CASES = 4, 1000
 """Drawn for each of the operations, beside those at the limits of every field."""
 EXCEPTIONS = Path(__file__).with_name("schemathesis.toml")
 """The checks that are not made, with the reasons."""
@@ -83,11 +83,14 @@ def test_the_page_shows_every_operation(server: Server, tmp_path: Path):
         assert all(address.startswith(server.url) for address in browser.addresses)
 
 
-def test_what_is_drawn_from_the_description_breaks_nothing(checkpoint: Path, tmp_path: Path):
+@pytest.mark.parametrize("cases", [CASES, pytest.param(MANY_CASES, marks=pytest.mark.long)])
+def test_what_is_drawn_from_the_description_breaks_nothing(
+    checkpoint: Path, tmp_path: Path, cases: int
+):
     """Valid and invalid data, other methods, missing fields; all checks but those in the file."""
     quick = ScriptedEngine(checkpoint, step_seconds=0.0)
     with running(lambda: quick) as server:
-        fuzz(server.url, tmp_path, CASES)
+        fuzz(server.url, tmp_path, cases)
         assert server.client.get("/health").status_code == 200
         eventually(lambda: not quick.requests)
 

@@ -11,8 +11,9 @@ from fairkv_jax.serve.protocol import ChatBody
 from fairkv_jax.serve.tool_calls.forced import RequiredParser
 from fairkv_jax.serve.tool_calls.parser import ToolParser
 
+pytestmark = pytest.mark.slow
 
-@pytest.mark.slow
+
 def test_the_demo_model_calls_a_required_tool(demo_checkpoint: Path):
     parameters = {
         "type": "object",
