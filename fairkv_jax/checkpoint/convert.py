@@ -44,7 +44,6 @@ from fairkv_jax.checkpoint.orbax_checkpoint import (
 
 _SYSTEM_REASON = re.compile(r"([^:]+) \[os_error_code=")
 """How tensorstore's messages quote an error of the system."""
-_ATTEMPTS, _SECONDS_BETWEEN_ATTEMPTS = 50, 0.1
 CHUNK_BYTES = 2 << 20
 """The approximate size of a chunk of the MLP or the vocabulary; each head is its own chunk."""
 
@@ -67,26 +66,26 @@ def convert(checkpoint: Checkpoint, target: Path, dtype: str | None = None) -> P
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with _locked(target), _without_tracebacks():
+            shutil.rmtree(partial, ignore_errors=True)  # left by an interrupted conversion
+            partial.mkdir()
             try:
-                _remove(partial)  # left by an interrupted conversion
-                partial.mkdir()
                 tensors = _write_params(checkpoint, partial / PARAMS, dtype)
                 _write_record(checkpoint, partial, tensors)
                 os.replace(partial, target)
-            finally:
-                _remove(partial)
+            except BaseException:
+                _remove_for_good(partial)
+                raise
     except OSError as error:
         raise CheckpointError(f"cannot write {target}: {error.strerror or error}") from error
     return target
 
 
-def _remove(folder: Path) -> None:
-    """Removes a folder. After a failure tensorstore creates files in it for a moment."""
-    for _ in range(_ATTEMPTS):
+def _remove_for_good(folder: Path) -> None:
+    """Removes a folder in which tensorstore may create files for a moment after a failure."""
+    for _ in range(10):
         shutil.rmtree(folder, ignore_errors=True)
-        if not folder.exists():
-            return
-        time.sleep(_SECONDS_BETWEEN_ATTEMPTS)
+        time.sleep(0.1)
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 @contextmanager

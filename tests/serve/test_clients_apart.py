@@ -1,4 +1,4 @@
-"""Clients whose requirements exclude those of the development extra: each has its own environment."""
+"""Clients that do not go with the development extra: each has an environment of its own."""
 
 import json
 import subprocess
