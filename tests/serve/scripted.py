@@ -55,6 +55,7 @@ class ScriptedEngine:
         checkpoint: Path,
         *,
         max_num_seqs: int = 4,
+        max_model_len: int = 512,
         step_seconds: float = 0.001,
         grammar_limits: GrammarLimits | None = None,
     ):
@@ -62,7 +63,7 @@ class ScriptedEngine:
         self.model_config: ModelConfig = opened.config
         self.tokenizer: Tokenizer = opened.tokenizer()
         self.engine_config = EngineConfig(
-            tensor_parallel_size=2, max_model_len=512, max_num_seqs=max_num_seqs
+            tensor_parallel_size=2, max_model_len=max_model_len, max_num_seqs=max_num_seqs
         )
         self.kv_config = KVConfig("snapkv", budget=64)
         self.kv_capacity_tokens = 60_000

@@ -42,7 +42,7 @@ def run(client: str, *arguments: str) -> str:
 
 @pytest.mark.parametrize("mode", ANSWERS)
 def test_instructor_gets_structures(checkpoint: Path, mode: str):
-    engine = ScriptedEngine(checkpoint)
+    engine = ScriptedEngine(checkpoint, max_model_len=4096)
     engine.says = ANSWERS[mode]
     options = {"enable_auto_tool_choice": True, "tool_call_parser": "hermes"}
     with running(lambda: engine, **options) as server:

@@ -5,6 +5,7 @@
 """Asks the server at the address that is given for a city, in one of Instructor's modes."""
 
 import sys
+from collections.abc import Iterable
 
 import instructor
 from openai import OpenAI
@@ -28,7 +29,7 @@ question = {
     "max_retries": 0,
 }
 if mode == "PARALLEL_TOOLS":
-    found = client.chat.completions.create(response_model=list[City], **question)
+    found = client.chat.completions.create(response_model=Iterable[City], **question)
     assert [each.city for each in found] == ["Rome"]
 else:
     city, completion = client.chat.completions.create_with_completion(
