@@ -3,12 +3,8 @@
 from collections.abc import Sequence
 from html import escape
 
-INK, MUTED, PAPER, LINE = "#1f2933", "#52606d", "#ffffff", "#cbd2d9"
-# Okabe and Ito's palette, which the colour-blind can tell apart.
-PALETTE = (
-    "#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#f0e442", "#7f7f7f",
-)  # fmt: skip
-ALERT = "#b3261e"
+from fairkv_jax.viz.palette import INK, PAPER, SOFT
+
 _FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, Helvetica, Arial, sans-serif"
 
 
@@ -36,7 +32,7 @@ def line(
     y1: float,
     x2: float,
     y2: float,
-    stroke: str = MUTED,
+    stroke: str = SOFT,
     *,
     dashed: bool = False,
     arrow: bool = False,
@@ -76,7 +72,7 @@ def document(width: int, height: int, title: str, parts: Sequence[str]) -> str:
             f'font-family="{_FONT}" role="img" aria-label="{escape(title)}">',
             f"<title>{escape(title)}</title>",
             '<defs><marker id="arrow" viewBox="0 0 8 8" refX="7" refY="4" markerWidth="7" '
-            f'markerHeight="7" orient="auto"><path d="M0 0 L8 4 L0 8 z" fill="{MUTED}"/>'
+            f'markerHeight="7" orient="auto"><path d="M0 0 L8 4 L0 8 z" fill="{SOFT}"/>'
             "</marker></defs>",
             f'<rect width="{width}" height="{height}" rx="6" fill="{PAPER}"/>',
             *parts,

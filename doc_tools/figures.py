@@ -10,9 +10,10 @@ from pathlib import Path
 
 import numpy as np
 
-from doc_tools.drawing import ALERT, INK, LINE, MUTED, PALETTE, document, line, rect, text
+from doc_tools.drawing import document, line, rect, text
 from fairkv_jax.plan import Plan, Profile, find_shape, make_plan
 from fairkv_jax.profile.published import read_retention
+from fairkv_jax.viz.palette import INK, LINE, PALETTE, SOFT
 
 ASSETS = Path(__file__).parents[1] / "docs" / "assets"
 MODEL, SCORER, DEVICES = "Llama-3.1-8B-Instruct", "Expected Attention", 8
@@ -44,11 +45,11 @@ def balance_figure(profile: Profile, model: str, scorer: str, num_devices: int) 
     panel = 370
     title = (
         f"KV cache of {model} on {num_devices} devices: standard tensor parallelism uses "
-        f"{utilization(static):.0%} of what it waits for, Fair-Copying {utilization(fair):.0%}"
+        f"{utilization(static):.0%} of the devices' time, Fair-Copying {utilization(fair):.0%}"
     )
     parts = [
         text(left - 32, 30, title.split(": ")[0] + f", one layer ({scorer})", size=16, bold=True),
-        text(left - 32, 52, "Cached tokens per device. Each colour is one KV head.", fill=MUTED),
+        text(left - 32, 52, "Cached tokens per device. Each colour is one KV head.", fill=SOFT),
     ]
     panels = (
         ("Standard tensor parallelism", static, "every step waits for this device"),
@@ -58,7 +59,7 @@ def balance_figure(profile: Profile, model: str, scorer: str, num_devices: int) 
         x0 = left + index * (panel + 40)
         parts += _bars(tokens[layer], top, x0, base, tall, panel)
         fullest = base - tall * float(tokens[layer].sum(0).max()) / top
-        colour = ALERT if index == 0 else PALETTE[2]
+        colour = PALETTE[1] if index == 0 else PALETTE[2]
         parts += [
             line(x0 - 8, fullest, x0 + panel, fullest, colour, dashed=True),
             text(x0 + panel, fullest - 6, note, fill=colour, anchor="end"),
@@ -71,9 +72,9 @@ def balance_figure(profile: Profile, model: str, scorer: str, num_devices: int) 
     parts.append(
         text(
             left - 32, 371,
-            "Computed for the mean of 28 long prompts (a profile published by aiha-lab/TANGRAM). "
-            "Cached tokens only; single prompts vary, and weights take time too.",
-            size=11, fill=MUTED,
+            "The mean of 28 long prompts (published by aiha-lab/TANGRAM), cached tokens only: "
+            "single prompts vary, and weights take time too.",
+            size=11, fill=SOFT,
         )
     )  # fmt: skip
     return document(width, height, title, parts)
@@ -93,7 +94,7 @@ def _bars(
             colour = PALETTE[head % len(PALETTE)]
             parts.append(rect(x0 + device * step, y, step - 8, part, colour, stroke="#ffffff"))
         middle = x0 + device * step + (step - 8) / 2
-        parts.append(text(middle, base + 17, f"GPU {device}", size=11, fill=MUTED, anchor="middle"))
+        parts.append(text(middle, base + 17, f"GPU {device}", size=11, fill=SOFT, anchor="middle"))
     return parts
 
 
@@ -105,7 +106,7 @@ def lengths_figure() -> str:
     parts.append(text(560, 28, "The pages that hold it", size=15, bold=True))
     for head, positions in enumerate(kept):
         y = 50 + head * 42
-        parts.append(text(20, y + 17, f"head {head}", fill=MUTED))
+        parts.append(text(20, y + 17, f"head {head}", fill=SOFT))
         for token in range(24):
             fill = PALETTE[head] if token in positions else "#eef1f4"
             parts.append(rect(74 + token * 19, y, 17, 24, fill))
@@ -120,7 +121,7 @@ def lengths_figure() -> str:
         text(
             20, 236,
             "Kept keys keep their positions. Generated tokens are appended to every head.",
-            size=12, fill=MUTED,
+            size=12, fill=SOFT,
         )
     )  # fmt: skip
     return document(860, 250, title, parts)
@@ -136,13 +137,13 @@ def slots_figure() -> str:
     for device, heads in enumerate(places):
         x0 = 20 + device * 290
         parts.append(rect(x0, 44, 270, 74, "#f5f7fa", stroke=LINE))
-        parts.append(text(x0 + 10, 62, f"device {device}", fill=MUTED, size=12))
+        parts.append(text(x0 + 10, 62, f"device {device}", fill=SOFT, size=12))
         for slot, head in enumerate(heads):
             x = x0 + 10 + slot * 85
             if head is None:
                 parts += [
-                    rect(x, 72, 80, 36, stroke=MUTED, dashed=True),
-                    text(x + 40, 95, "empty", anchor="middle", size=12, fill=MUTED),
+                    rect(x, 72, 80, 36, stroke=SOFT, dashed=True),
+                    text(x + 40, 95, "empty", anchor="middle", size=12, fill=SOFT),
                 ]
                 continue
             parts += [
@@ -155,7 +156,7 @@ def slots_figure() -> str:
     rows = (("row 0", 900, 0), ("row 1", 0, 640), ("row 2", 0, 580), ("row 3", 410, 0))
     for index, (name, first, second) in enumerate(rows):
         y = 172 + index * 26
-        parts.append(text(20, y + 14, name, fill=MUTED, size=12))
+        parts.append(text(20, y + 14, name, fill=SOFT, size=12))
         for device, length in enumerate((first, second)):
             x = 70 + device * 290
             parts.append(rect(x, y, max(length / 4.6, 2), 18, PALETTE[0] if length else LINE))
@@ -165,7 +166,7 @@ def slots_figure() -> str:
             20, 296,
             "A replica that does not serve a row has length 0 there: it reads nothing and adds 0 "
             "to the sum.",
-            size=12, fill=MUTED,
+            size=12, fill=SOFT,
         )
     )  # fmt: skip
     return document(600, 312, title, parts)
@@ -186,7 +187,7 @@ def prefix_figure() -> str:
         rect(435, 48, 44, 32, PALETTE[0]),
         rect(435, 48, 88, 32, stroke=PALETTE[0]),
         text(20, 69, "cached prefix", size=13),
-        text(540, 69, "page 3 is half full", size=12, fill=MUTED),
+        text(540, 69, "page 3 is half full", size=12, fill=SOFT),
     ]
     for row in range(2):
         y = 122 + row * 52
@@ -198,10 +199,10 @@ def prefix_figure() -> str:
             rect(435, y, 44, 32, PALETTE[0]),
             rect(479, y, 44, 32, colour),
             rect(530, y, 88, 32, colour),
-            text(632, y + 21, "copy of page 3, then its own", size=12, fill=MUTED),
+            text(632, y + 21, "copy of page 3, then its own", size=12, fill=SOFT),
         ]
     parts.append(
-        text(20, 240, "A page is free when nothing refers to it any more.", size=12, fill=MUTED)
+        text(20, 240, "A page is free when nothing refers to it any more.", size=12, fill=SOFT)
     )
     return document(830, 254, title, parts)
 

@@ -2,13 +2,16 @@
 
 Pages link to files of the repository by relative paths, so that they work where the repository is
 read. On the site, a linked Markdown file becomes a page, and any other file is copied; a link to
-something that does not exist fails the build (`mkdocs build --strict`).
+something that does not exist fails the build (`mkdocs build --strict`), and so do two files that
+would have one address.
 """
 
 import re
+from collections import Counter
 from pathlib import Path
 
 from mkdocs.config.defaults import MkDocsConfig
+from mkdocs.exceptions import PluginError
 from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 from mkdocs.utils import get_relative_url
@@ -55,20 +58,37 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
             files.append(_outside(target, config))
             if target.suffix == ".md":
                 waiting.append(target)
+    counts = Counter(file.dest_uri for file in files)
+    if twice := [uri for uri, count in counts.items() if count > 1]:
+        raise PluginError(f"several files would be {', '.join(twice)} on the site")
     return files
 
 
 def _outside(path: Path, config: MkDocsConfig) -> File:
-    return File.generated(config, _site_uri(path), abs_src_path=str(path))
+    uri = site_uri(path)
+    if not _has_twin(path):
+        return File.generated(config, uri, abs_src_path=str(path))
+    twin = f'href="{path.stem}.md"'
+    content = path.read_text(encoding="utf-8").replace(twin, twin.replace(".md", ".html"))
+    return File.generated(config, uri, content=content)
 
 
-def _site_uri(path: Path) -> str:
-    """Returns where a file is on the site, relative to docs/; README.md is its first page."""
+def site_uri(path: Path) -> str:
+    """Returns where a file is on the site, relative to docs/; README.md is its first page.
+
+    A page X.html beside a file X.md gets another name, since X.md becomes X.html.
+    """
     if path == ROOT / "README.md":
         return "index.md"
     if DOCS in path.parents:
         return path.relative_to(DOCS).as_posix()
+    if _has_twin(path):
+        path = path.with_stem(f"{path.stem}-page")
     return f"{OUTSIDE}/{path.relative_to(ROOT).as_posix()}"
+
+
+def _has_twin(path: Path) -> bool:
+    return path.suffix == ".html" and path.with_suffix(".md").is_file()
 
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
@@ -87,7 +107,7 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
         if path.is_dir():
             index = path / "README.md"
             path = index if index.is_file() else path
-        return f"{before}{get_relative_url(_site_uri(path), own)}{after}"
+        return f"{before}{get_relative_url(site_uri(path), own)}{after}"
 
     parts = _CODE.split(with_generated(markdown))
     return "".join(part if part.startswith("`") else LINK.sub(moved, part) for part in parts)

@@ -8,12 +8,15 @@ import numpy as np
 from fairkv_jax.plan.plan import Plan
 from fairkv_jax.plan.profile import Profile
 from fairkv_jax.plan.table import plan_name
+from fairkv_jax.viz.palette import INK, LINE, PALETTE, PAPER, SOFT
 
 CELL_HEIGHT, MARGIN, HEADER = 13, 34, 18
 WIDE, WIDEST_CELL, NARROWEST_CELL = 260, 64, 14
-STYLE = """
-:root { color-scheme: light dark; --ink: #1d2430; --soft: #5d6675; --line: #d9dee6;
-  --paper: #ffffff; --panel: #f5f7fa; --heat: #1f5fbf; --mark: #d9480f; --cell: #e9eef5; }
+STYLE = f"""
+:root {{ color-scheme: light dark; --ink: {INK}; --soft: {SOFT}; --line: {LINE};
+  --paper: {PAPER}; --panel: #f5f7fa; --cell: #e9eef5;
+  --heat: {PALETTE[0]}; --mark: {PALETTE[1]}; }}"""
+STYLE += """
 @media (prefers-color-scheme: dark) { :root { --ink: #e6e9ef; --soft: #9aa4b2; --line: #333b47;
   --paper: #14181f; --panel: #1c222b; --heat: #6aa5ff; --mark: #ff9257; --cell: #232b36; } }
 body { font: 15px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--paper);
