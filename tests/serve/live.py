@@ -115,12 +115,14 @@ class Process:
         module: str,
         arguments: Sequence[str] = (),
         *,
+        python: str = sys.executable,
+        folder: Path = ROOT,
         max_files: int | None = None,
         **environment: str,
     ):
-        """`max_files` limits the files that it may have open."""
+        """It runs in `folder`; `max_files` limits the files that it may have open."""
         self.lines: list[str] = []
-        command = [sys.executable, "-m", module, *arguments]
+        command = [python, "-m", module, *arguments]
         if max_files is not None:
             command = ["bash", "-c", f'ulimit -n {max_files}; exec "$@"', "bash", *command]
         self._process = subprocess.Popen(
@@ -129,7 +131,7 @@ class Process:
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
-            cwd=ROOT,
+            cwd=folder,
             env={**os.environ, **environment},
         )
         self._reader = threading.Thread(target=self._read, daemon=True)
