@@ -5,6 +5,7 @@ import os
 import re
 import shlex
 import subprocess
+import sys
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,8 @@ PAGES = sorted(
 CODE = re.compile(r"^```.*?^```$|^ {4}.*?$|`[^`\n]+`", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"\]\(([^)\s]+)\)")
 COMMAND = re.compile(r"python -m fairkv_jax\.(\w+)((?:\\\n|[^\n`|#])*)")
+BENCHMARK = re.compile(r"python -m (benchmarks\.[\w.]*\w)((?:\\\n|[^\n`|#)])*)")
+NEEDS_TORCH = "benchmarks.kvpress_parity.record"
 SUBCOMMANDS = {
     "profile": ("measure", "learn", "import"),
     "checkpoint": ("fetch", "convert", "inspect"),
@@ -80,6 +83,24 @@ def test_commands_have_the_flags_they_are_shown_with(page: Path):
     for command, flags in commands_of(page):
         unknown = [flag for flag in flags if flag.removeprefix("no_") not in known_flags(command)]
         assert not unknown, f"{ids(page)} shows {command} with {unknown}"
+
+
+@pytest.mark.long
+def test_benchmarks_have_the_flags_they_are_shown_with():
+    shown: dict[str, set[str]] = {}
+    for page in PAGES:
+        for module, rest in BENCHMARK.findall(page.read_text(encoding="utf-8")):
+            shown.setdefault(module, set()).update(re.findall(r"--([a-z][\w-]*)", rest))
+    assert len(shown) > 10
+    for module, flags in shown.items():
+        if module == NEEDS_TORCH:
+            continue
+        program = [sys.executable, "-m", module, "--helpfull"]
+        done = subprocess.run(program, cwd=ROOT, capture_output=True, text=True, check=False)
+        known = set(re.findall(r"--(?:\[no\])?([a-z][\w-]*)", done.stdout))
+        assert known, f"{module} has no help: {done.stderr[-1000:]}"
+        unknown = {flag.replace("-", "_") for flag in flags} - {k.replace("-", "_") for k in known}
+        assert not unknown, f"{module} is shown with {unknown}"
 
 
 def test_bodies_sent_by_curl_are_valid():
