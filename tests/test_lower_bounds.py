@@ -15,6 +15,7 @@ SUITE = (
     "tests/engine/test_llm.py",
     "tests/checkpoint/test_orbax.py",
     "tests/serve/test_answers.py",
+    "tests/serve/test_startup.py",
 )
 
 

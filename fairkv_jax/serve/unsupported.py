@@ -46,7 +46,7 @@ GENERATION: Mapping[str, Refused] = {
     "length_penalty": Refused("there is no beam search", (1,)),
     "logits_processors": Refused("requests cannot bring code", ([],)),
     "logprob_token_ids": Refused("use logprobs, for the most likely tokens"),
-    "priority": Refused("requests are served in the order of arrival", (0,)),
+    "priority": Refused("clients take turns; there are no priorities", (0,)),
     "repetition_detection": Refused("use stop, or repetition_penalty"),
     "return_mm_kwargs": Refused(_NO_MEDIA, (True, False)),
     "return_token_offsets": Refused("use logprobs, whose text_offset tells them", (False,)),
@@ -93,8 +93,6 @@ CHAT: Mapping[str, Refused] = (
         "web_search_options": Refused("it has no web search"),
     }
 )
-
-TOKENIZE: Mapping[str, Refused] = TEMPLATE
 
 MESSAGE: Mapping[str, Refused] = {
     "audio": Refused(_NO_MEDIA),
