@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import faulthandler
 import logging
 import math
 import sys
@@ -165,4 +166,5 @@ def _describe_mesh(checkpoint: Checkpoint, options: argparse.Namespace) -> str:
 
 
 if __name__ == "__main__":
+    faulthandler.enable()  # the weights are mapped files: one that is cut short ends the process
     sys.exit(main())

@@ -1,5 +1,6 @@
 """Start the server: `python -m fairkv_jax.serve --help`."""
 
+import faulthandler
 import logging
 import os
 import sys
@@ -99,6 +100,7 @@ def _run(engine: Engine, requests: Sequence[Request]) -> None:
 
 
 if __name__ == "__main__":
+    faulthandler.enable()  # the weights are mapped files: one that is cut short ends the process
     try:
         sys.exit(main())
     except KeyboardInterrupt:

@@ -1,7 +1,8 @@
 """POST /v1/chat/completions."""
 
 import time
-from collections.abc import AsyncGenerator, Callable
+from bisect import bisect_left
+from collections.abc import AsyncGenerator, Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -14,14 +15,14 @@ from fairkv_jax.serve.logprobs import ShownTokens, chat_logprobs, prompt_logprob
 from fairkv_jax.serve.message import MessageBuilder, MessageFormat
 from fairkv_jax.serve.output_stream import OutputStream
 from fairkv_jax.serve.protocol import ChatBody, token_names
-from fairkv_jax.serve.responses import chunk_usage, collect, stream, usage
+from fairkv_jax.serve.responses import MAY_STREAM, chunk_usage, collect, stream, usage
 from fairkv_jax.serve.service import StrictRoute, owner_of, response_id, service_of
 from fairkv_jax.tokenizer import Tokenizer
 
 router = APIRouter(route_class=StrictRoute)
 
 
-@router.post("/v1/chat/completions")
+@router.post("/v1/chat/completions", responses=MAY_STREAM)
 async def create_chat_completion(body: ChatBody, request: Request) -> Response:
     """Generates the assistant's next message of a conversation."""
     service = service_of(request)
@@ -48,27 +49,15 @@ async def create_chat_completion(body: ChatBody, request: Request) -> Response:
         )
     finished = await collect(request, outputs)
     choices = [
-        _message(index, output, SentTokens(body, engine.tokenizer), builder())
-        for index, output in enumerate(finished)
+        _Choice(index, SentTokens(body, engine.tokenizer), builder())
+        for index in range(len(finished))
     ]
+    messages = [choice.whole(output) for choice, output in zip(choices, finished, strict=True)]
     told = _prompt_fields(body, finished[0].prompt_token_ids)
-    answer = {**head, "object": "chat.completion", "choices": choices, **told}
+    answer = {**head, "object": "chat.completion", "choices": messages, **told}
     if body.prompt_logprobs is not None:
         answer["prompt_logprobs"] = prompt_logprobs(finished[0])
-    return JSONResponse({**answer, "usage": usage(finished, body.n or 1)})
-
-
-def _message(
-    index: int, output: RequestOutput, tokens: "SentTokens", builder: MessageBuilder
-) -> dict[str, Any]:
-    done = output.outputs[0]
-    return {
-        "index": index,
-        "message": builder.message(done.text),
-        **tokens.advance(output),
-        "finish_reason": builder.finish_reason(done.finish_reason),
-        "stop_reason": done.stop_reason,
-    }
+    return JSONResponse({**answer, "usage": _usage(choices, finished)})
 
 
 class SentTokens:
@@ -96,6 +85,10 @@ class SentTokens:
             self._num_ids = len(done.token_ids)
         return fields
 
+    def num_before(self, output: RequestOutput, end: int) -> int:
+        """Returns how many tokens begin before a place in the text that has been reached."""
+        return bisect_left(self._shown.offsets(output), end) if end else 0
+
 
 async def _chunks(
     head: dict[str, Any],
@@ -111,28 +104,43 @@ async def _chunks(
         choice = _delta(index, opening, {"logprobs": None}, None)
         yield {**head, **told, "choices": [choice], **no_usage}
         told = {}
-    choices: dict[int, _StreamedChoice] = {}
+    choices: dict[int, _Choice] = {}
     latest: dict[int, RequestOutput] = {}
     async for index, output in outputs:
         latest[index] = output
         if index not in choices:
-            choices[index] = _StreamedChoice(index, SentTokens(body, tokenizer), new_builder())
-        choice = choices[index].advance(output)
-        if choice is not None:
-            yield {**head, "choices": [choice], **chunk_usage(body.stream_options, output)}
+            choices[index] = _Choice(index, SentTokens(body, tokenizer), new_builder())
+        choice = choices[index]
+        delta = choice.advance(output)
+        if delta is not None:
+            so_far = chunk_usage(body.stream_options, output, choice.num_reasoning(output))
+            yield {**head, "choices": [delta], **so_far}
     if body.include_usage:
-        finished = [latest[index] for index in sorted(latest)]
-        yield {**head, "choices": [], "usage": usage(finished, body.n or 1)}
+        order = sorted(latest)
+        of_all = _usage([choices[index] for index in order], [latest[index] for index in order])
+        yield {**head, "choices": [], "usage": of_all}
 
 
-class _StreamedChoice:
-    """Follows what has been sent of a choice."""
+class _Choice:
+    """Makes the message of a choice, or its deltas, and follows what has been sent of it."""
 
     def __init__(self, index: int, tokens: SentTokens, builder: MessageBuilder):
         self._index = index
         self._tokens = tokens
         self._builder = builder
         self._num_characters = 0
+        self._num_reasoning = 0
+
+    def whole(self, output: RequestOutput) -> dict[str, Any]:
+        """Returns the choice of a finished output."""
+        done = output.outputs[0]
+        return {
+            "index": self._index,
+            "message": self._builder.message(done.text),
+            **self._tokens.advance(output),
+            "finish_reason": self._builder.finish_reason(done.finish_reason),
+            "stop_reason": done.stop_reason,
+        }
 
     def advance(self, output: RequestOutput) -> dict[str, Any] | None:
         """Returns what is new of the choice; None if there is nothing to send yet.
@@ -148,6 +156,25 @@ class _StreamedChoice:
             return None
         reason = self._builder.finish_reason(done.finish_reason)
         return _delta(self._index, delta, self._tokens.advance(output), reason)
+
+    def num_reasoning(self, output: RequestOutput) -> int | None:
+        """Returns how many tokens belong to the reasoning; None if nothing separates it."""
+        reasoning = self._builder.reasoning
+        if reasoning is None:
+            return None
+        if reasoning.end is None:
+            return len(output.outputs[0].token_ids)
+        if not self._num_reasoning:
+            self._num_reasoning = self._tokens.num_before(output, reasoning.end)
+        return self._num_reasoning
+
+
+def _usage(choices: Sequence[_Choice], outputs: Sequence[RequestOutput]) -> dict[str, Any]:
+    """Counts the tokens of all choices, which have one prompt."""
+    pairs = zip(choices, outputs, strict=True)
+    counts = [choice.num_reasoning(output) for choice, output in pairs]
+    known = [count for count in counts if count is not None]
+    return usage(outputs, len(outputs), sum(known) if known else None)
 
 
 def _delta(

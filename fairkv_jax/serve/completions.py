@@ -12,14 +12,14 @@ from fairkv_jax.serve.inputs import Prompt, compile_grammar, encode_prompts, fan
 from fairkv_jax.serve.logprobs import ShownTokens, completion_logprobs, prompt_logprobs
 from fairkv_jax.serve.output_stream import OutputStream
 from fairkv_jax.serve.protocol import CompletionBody, token_names
-from fairkv_jax.serve.responses import chunk_usage, collect, stream, usage
+from fairkv_jax.serve.responses import MAY_STREAM, chunk_usage, collect, stream, usage
 from fairkv_jax.serve.service import StrictRoute, owner_of, response_id, service_of
 from fairkv_jax.tokenizer import Tokenizer
 
 router = APIRouter(route_class=StrictRoute)
 
 
-@router.post("/v1/completions")
+@router.post("/v1/completions", responses=MAY_STREAM)
 async def create_completion(body: CompletionBody, request: Request) -> Response:
     """Generates continuations of one or more prompts."""
     service = service_of(request)

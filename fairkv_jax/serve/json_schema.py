@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from typing import Any
+from urllib.parse import unquote
 
 MAX_SCHEMA_DEPTH = 64
 _SHOWN_CHARACTERS = 100
@@ -11,7 +12,10 @@ _SCHEMA_MEMBERS = ("items", "additionalProperties", "not", "if", "then", "else",
 _LIST_MEMBERS = ("anyOf", "oneOf", "allOf", "prefixItems")
 _NAMED_MEMBERS = ("properties", "patternProperties", "$defs", "definitions")
 """Members of a JSON schema that are a schema, a list of schemas, and schemas by name."""
-_CLOSING_MEMBERS = ("additionalProperties", "unevaluatedProperties", "patternProperties")
+_SAME_VALUE = ("allOf", "anyOf", "oneOf", "not", "if", "then", "else")
+"""Members whose schemas describe the same value as the schema that they are in."""
+_OBJECT_MEMBERS = ("properties", "patternProperties")
+_CLOSING_MEMBERS = ("additionalProperties", "unevaluatedProperties")
 
 
 def check_schema(schema: Any) -> None:
@@ -35,9 +39,10 @@ def closed(schema: Any) -> Any:
     """Returns a schema whose objects have only the members that it names, unless it allows others.
 
     vLLM does so by default. JSON Schema itself allows any other members, with which small models go
-    on and on. Schemas with `allOf` stay as they are, because its parts describe the same object.
+    on and on. Objects that `allOf` describes in several parts stay open, because each part would
+    exclude the members of the others; objects inside them are closed.
     """
-    return schema if _uses_all_of(schema) else _closed(schema)
+    return _closed(schema, _parts(schema))
 
 
 def moved(schema: Any, place: str) -> Any:
@@ -72,29 +77,66 @@ def _members(schema: dict[str, Any]) -> Iterator[tuple[tuple[Any, ...], Any]]:
             yield (name, key), each
 
 
-def _uses_all_of(schema: Any) -> bool:
-    schemas = [schema]
+def _parts(root: Any) -> set[int]:
+    """Returns the identities of the schemas that describe a part of an object."""
+    parts: set[int] = set()
+    seen: set[tuple[int, bool]] = set()
+    schemas = [(root, False)]
     while schemas:
-        schema = schemas.pop()
-        if isinstance(schema, dict):
-            if "allOf" in schema:
-                return True
-            schemas += [inner for _, inner in _members(schema)]
-    return False
+        schema, is_part = schemas.pop()
+        if not isinstance(schema, dict) or (id(schema), is_part) in seen:
+            continue
+        seen.add((id(schema), is_part))
+        if any(_faults(schema)):  # a reference may lead to what is no schema
+            continue
+        is_part = is_part or _has_parts(schema)
+        if is_part:
+            parts.add(id(schema))
+            schemas.append((_target(root, schema.get("$ref")), True))
+        for (name, *_), member in _members(schema):
+            schemas.append((member, is_part and name in _SAME_VALUE))
+    return parts
 
 
-def _closed(schema: Any) -> Any:
+def _has_parts(schema: dict[str, Any]) -> bool:
+    """Returns whether `allOf` has several parts of an object.
+
+    Some clients write a reference as an `allOf` of one, to put a description or a default beside.
+    """
+    beside = {"$ref", *_OBJECT_MEMBERS, *_SAME_VALUE} - {"allOf"}
+    return "allOf" in schema and (len(schema["allOf"]) > 1 or not beside.isdisjoint(schema))
+
+
+def _target(root: Any, reference: Any) -> Any:
+    """Returns what a reference inside the schema stands for; None if there is no such place."""
+    if not isinstance(reference, str) or not reference.startswith("#"):
+        return None
+    place = root
+    for key in unquote(reference[1:]).split("/")[1:]:
+        key = key.replace("~1", "/").replace("~0", "~")
+        if isinstance(place, list):
+            is_index = key.isdecimal() and len(key) <= len(str(len(place)))
+            place = place[int(key)] if is_index and int(key) < len(place) else None
+        else:
+            place = place.get(key) if isinstance(place, dict) else None
+    return place
+
+
+def _closed(schema: Any, parts: set[int]) -> Any:
+    """Closes all objects but those that the schemas of `parts` describe."""
     if not isinstance(schema, dict):
         return schema
     result = dict(schema)
     for (name, *inner), member in _members(schema):
         if not inner:
-            result[name] = _closed(member)
+            result[name] = _closed(member, parts)
             continue
         if result[name] is schema[name]:
             result[name] = schema[name].copy()
-        result[name][inner[0]] = _closed(member)
-    if "properties" in schema and not any(name in schema for name in _CLOSING_MEMBERS):
+        result[name][inner[0]] = _closed(member, parts)
+    names_members = any(name in schema for name in _OBJECT_MEMBERS)
+    is_said = any(name in schema for name in _CLOSING_MEMBERS)
+    if names_members and not is_said and id(schema) not in parts:
         result["additionalProperties"] = False
     return result
 

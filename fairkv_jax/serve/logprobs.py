@@ -1,7 +1,9 @@
 """Log-probabilities in responses: how tokens are named, and where they stand in the text.
 
 Tokens need not be whole characters: an emoji can take four. The bytes of all tokens, joined, are
-the text in UTF-8, and every token's offset is that of the character in which it begins.
+the text in UTF-8, and every token's offset is that of the character in which it begins. The tokens
+of a stop string that is cut off the text are listed too, as in vLLM: their offsets are the text's
+end at most.
 """
 
 from bisect import bisect_left

@@ -141,6 +141,11 @@ class MessageBuilder:
         self._has_started = False
         self._is_dropping = False
 
+    @property
+    def reasoning(self) -> ReasoningParser | None:
+        """What separates the reasoning; None if nothing does."""
+        return self._reasoning
+
     def delta(self, text: str, *, is_last: bool = False) -> dict[str, Any]:
         """Reads more of the output, and returns what it adds to the message.
 

@@ -148,6 +148,13 @@ class TemplateOptions(ToolList):
     templates write their own."""
     chat_template_kwargs: dict[str, Any] | None = None
     """Further variables of the chat template, such as `enable_thinking`."""
+    documents: list[dict[str, str]] | None = None
+    """Documents for templates that support retrieval-augmented generation."""
+    reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None = (
+        None
+    )
+    """For templates of reasoning models: sets the variable of that name, and `enable_thinking`
+    unless chat_template_kwargs do."""
 
     RESERVED: ClassVar[tuple[str, ...]] = _OF_THE_SERVER
 
@@ -174,4 +181,10 @@ class TemplateOptions(ToolList):
     @property
     def template_variables(self) -> dict[str, Any]:
         """Further variables of the template."""
-        return {"tools": self.template_tools, **(self.chat_template_kwargs or {})}
+        variables: dict[str, Any] = {}
+        if self.documents is not None:
+            variables["documents"] = self.documents
+        if self.reasoning_effort is not None:
+            thinks = self.reasoning_effort != "none"
+            variables |= {"reasoning_effort": self.reasoning_effort, "enable_thinking": thinks}
+        return {**variables, "tools": self.template_tools, **(self.chat_template_kwargs or {})}

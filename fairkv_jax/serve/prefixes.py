@@ -17,13 +17,12 @@ from fairkv_jax.serve.inputs import encode_prompts, render_chat
 from fairkv_jax.serve.messages import Message, TemplateOptions
 from fairkv_jax.serve.responses import collect
 from fairkv_jax.serve.service import StrictRoute, owner_of, service_of
-from fairkv_jax.serve.tool_calls.tools import ToolList
 
 creation = APIRouter(route_class=StrictRoute)
 router = APIRouter()
 
 
-class PrefixBody(ToolList):
+class PrefixBody(TemplateOptions):
     """POST /v1/prefixes: either a prompt or a conversation."""
 
     model: str | None = None
@@ -33,6 +32,8 @@ class PrefixBody(ToolList):
     kv_budget: OptionalInteger = Field(None, ge=1)
     kv_ratio: float | None = Field(None, ge=0, lt=1)
     cache_salt: str | None = None
+    add_generation_prompt: bool | None = None
+    """Whether the prefix ends where the assistant's turn begins. Default: no."""
 
     @field_validator("prompt")
     @classmethod
@@ -47,6 +48,10 @@ class PrefixBody(ToolList):
             raise ValueError("give either prompt or messages")
         return self
 
+    @property
+    def opens_answer(self) -> bool:
+        return bool(self.add_generation_prompt)
+
 
 @creation.post("/v1/prefixes")
 async def create_prefix(body: PrefixBody, request: Request) -> Response:
@@ -57,14 +62,10 @@ async def create_prefix(body: PrefixBody, request: Request) -> Response:
     messages = None
     if body.messages is not None:
         messages = tuple(flat_message(message.as_dict()) for message in body.messages)
-        prompt = await render_chat(
-            request,
-            body.messages,
-            TemplateOptions(add_generation_prompt=False, tools=body.tools),
-            divides=False,
-        )
+        prompt = await render_chat(request, body.messages, body, divides=False)
     else:
-        (prompt,) = await encode_prompts(engine, [body.prompt or ""])
+        adds = body.add_special_tokens is not False
+        (prompt,) = await encode_prompts(engine, [body.prompt or ""], add_special_tokens=adds)
     wanted = engine_request.Request(
         f"prefix-{uuid4().hex}",
         prompt.token_ids,

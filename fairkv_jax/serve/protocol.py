@@ -2,7 +2,7 @@
 
 from abc import abstractmethod
 from dataclasses import replace
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 from pydantic import Field, PrivateAttr, WithJsonSchema, field_validator, model_validator
 
@@ -309,13 +309,6 @@ class ChatBody(GenerationBody, TemplateOptions, ToolOptions):
     max_completion_tokens: OptionalInteger = Field(None, ge=1, le=2**31 - 1)
     logprobs: bool | None = None
     top_logprobs: OptionalInteger = Field(None, ge=0, le=MAX_LOGPROBS)
-    documents: list[dict[str, str]] | None = None
-    """Documents for templates that support retrieval-augmented generation."""
-    reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None = (
-        None
-    )
-    """For templates of reasoning models: sets the variable of that name, and `enable_thinking`
-    unless chat_template_kwargs do."""
     include_reasoning: bool | None = None
     """Whether the message has the reasoning that --reasoning-parser finds. Default: yes."""
 
@@ -326,16 +319,6 @@ class ChatBody(GenerationBody, TemplateOptions, ToolOptions):
         if self.top_logprobs and not self.logprobs:
             raise ValueError("top_logprobs needs logprobs: set logprobs to true")
         return self
-
-    @property
-    def template_variables(self) -> dict[str, Any]:
-        variables: dict[str, Any] = {}
-        if self.documents is not None:
-            variables["documents"] = self.documents
-        if self.reasoning_effort is not None:
-            thinks = self.reasoning_effort != "none"
-            variables |= {"reasoning_effort": self.reasoning_effort, "enable_thinking": thinks}
-        return variables | super().template_variables
 
     @property
     def constraining_fields(self) -> list[str]:

@@ -48,6 +48,14 @@ class ReasoningParser:
         self._state = state
         self._is_assumed = is_assumed
         self._held = ""
+        self._num_read = 0
+        self._end = 0 if state == "content" else None
+
+    @property
+    def end(self) -> int | None:
+        """How much of the output belongs to the reasoning: the characters up to the end of its
+        `</think>`, 0 without reasoning, None if it has not ended."""
+        return 0 if self._state == "unknown" and not self._is_assumed else self._end
 
     @property
     def precedes(self) -> str | None:
@@ -59,6 +67,7 @@ class ReasoningParser:
     def push(self, text: str) -> tuple[str, str]:
         """Reads more of the output, and returns what it adds to the reasoning and the content."""
         self._held += text
+        self._num_read += len(text)
         if self._state == "unknown":
             self._recognise()
         if self._state == "reasoning":
@@ -82,11 +91,13 @@ class ReasoningParser:
             self._state = "reasoning"
         elif not START.startswith(beginning):
             self._state = "reasoning" if self._is_assumed else "content"
+            self._end = None if self._is_assumed else 0
 
     def _read_reasoning(self) -> tuple[str, str]:
         reasoning, end, content = self._held.partition(END)
         if end:
             self._state, self._held = "content", ""
+            self._end = self._num_read - len(content)
             return reasoning, content
         num_held = next(
             size for size in range(len(END) - 1, -1, -1) if self._held.endswith(END[:size])

@@ -129,7 +129,7 @@ def _refused() -> list[tuple[str, Mapping[str, unsupported.Refused]]]:
         ("Only chat completions", further(unsupported.CHAT)),
         ("Messages of a conversation", unsupported.MESSAGE),
         ("`structured_outputs`", unsupported.STRUCTURED_OUTPUTS),
-        ("POST /tokenize", unsupported.TOKENIZE),
+        ("POST /tokenize and POST /v1/prefixes", unsupported.TEMPLATE),
     ]
 
 

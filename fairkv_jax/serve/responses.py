@@ -17,13 +17,19 @@ from fairkv_jax.serve.protocol import StreamOptions
 
 log = logging.getLogger(__name__)
 
+MAY_STREAM: dict[int | str, dict[str, Any]] = {200: {"content": {"text/event-stream": {}}}}
+"""What the OpenAPI schema says of operations that answer in chunks if the request says `stream`."""
 
-def usage(outputs: Iterable[RequestOutput], choices: int) -> dict[str, Any]:
+
+def usage(
+    outputs: Iterable[RequestOutput], choices: int, num_reasoning: int | None = None
+) -> dict[str, Any]:
     """Counts the tokens of all prompts, once each, and of all outputs.
 
     `kept_prompt_tokens` is an extension: prompt tokens kept per head, averaged over layers and
     heads. Of the details, those are given that are known: there are only text tokens, and no
-    predicted ones.
+    predicted ones. `num_reasoning` is how many tokens belong to the reasoning, None if nothing
+    separates it.
     """
     outputs = list(outputs)
     once = outputs[::choices]
@@ -31,6 +37,7 @@ def usage(outputs: Iterable[RequestOutput], choices: int) -> dict[str, Any]:
     completion = sum(len(output.outputs[0].token_ids) for output in outputs)
     kept = sum(float(o.kv_lengths.mean()) for o in once if o.kv_lengths is not None)
     cached = sum(output.num_cached_tokens or 0 for output in once)
+    reasoning = {} if num_reasoning is None else {"reasoning_tokens": num_reasoning}
     return {
         "prompt_tokens": prompt,
         "completion_tokens": completion,
@@ -46,12 +53,17 @@ def usage(outputs: Iterable[RequestOutput], choices: int) -> dict[str, Any]:
             "audio_tokens": 0,
             "accepted_prediction_tokens": 0,
             "rejected_prediction_tokens": 0,
+            **reasoning,
         },
         "kept_prompt_tokens": round(kept, 2),
     }
 
 
-def chunk_usage(options: StreamOptions | None, output: RequestOutput | None) -> dict[str, Any]:
+def chunk_usage(
+    options: StreamOptions | None,
+    output: RequestOutput | None,
+    num_reasoning: int | None = None,
+) -> dict[str, Any]:
     """Returns the `usage` field of a streamed chunk as the stream options ask for it.
 
     There is no field without `include_usage`. Otherwise it is null before the last chunk, unless
@@ -61,7 +73,7 @@ def chunk_usage(options: StreamOptions | None, output: RequestOutput | None) -> 
         return {}
     if not options.continuous_usage_stats or output is None:
         return {"usage": None}
-    return {"usage": usage([output], 1)}
+    return {"usage": usage([output], 1, num_reasoning)}
 
 
 class EventStream(StreamingResponse):

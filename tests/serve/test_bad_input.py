@@ -1,7 +1,10 @@
 """What a client can get wrong: always 4xx, in OpenAI's shape, and the server goes on."""
 
 import json
+import secrets
 import socket
+from hashlib import sha256
+from secrets import compare_digest
 from typing import Any
 
 import httpx
@@ -143,6 +146,17 @@ def test_a_wrong_field_of_a_completion(client: httpx.Client, field: str, value: 
 def test_a_wrong_field_of_a_chat_is_named(client: httpx.Client, field: str, value: Any, param: str):
     body = {"messages": TURN, "max_tokens": 2, field: value}
     assert refused(client.post(CHAT, json=body))["param"] == param
+
+
+@pytest.mark.parametrize("path", [COMPLETIONS, CHAT])
+def test_stop_strings_are_few_and_short(client: httpx.Client, path: str):
+    body = {"prompt": "hello", "messages": TURN, "max_tokens": 2}
+    for stop in (["?"] * 65, "x" * 1001, ["?", "x" * 1001]):
+        error = refused(client.post(path, json={**body, "stop": stop}))
+        assert error["param"] == "stop"
+        assert "at most 64 stop strings of 1000 characters" in error["message"]
+    for stop in (["?"] * 64, "x" * 1000):
+        assert client.post(path, json={**body, "stop": stop}).status_code == 200
 
 
 @pytest.mark.parametrize(
@@ -326,3 +340,22 @@ def test_keys_are_asked_for(scripted: ScriptedEngine):
             assert response.status_code == 200
         assert server.client.get("/health").status_code == 200
         refused(server.client.get("/v1/models"), 401)
+
+
+def test_keys_are_compared_in_constant_time_with_every_one(
+    scripted: ScriptedEngine, monkeypatch: pytest.MonkeyPatch
+):
+    compared: list[bytes] = []
+
+    def compare(one: bytes, other: bytes) -> bool:
+        compared.append(other)
+        return compare_digest(one, other)
+
+    monkeypatch.setattr(secrets, "compare_digest", compare)
+    keys = ("one", "zwei", "trois")
+    with running(lambda: scripted, api_keys=keys) as server:
+        for key, status in (("one", 200), ("trois", 200), ("four", 401)):
+            compared.clear()
+            headers = {"Authorization": f"Bearer {key}"}
+            assert server.client.get("/v1/models", headers=headers).status_code == status
+            assert compared == [sha256(each.encode()).digest() for each in keys]

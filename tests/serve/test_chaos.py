@@ -116,6 +116,8 @@ class Chaos:
             if slowly:
                 await asyncio.sleep(0.01)
         if not answer:
+            if not may_be_cut:
+                self.wrong.append("closed without an answer")
             return
         status = int(answer.split(b" ", 2)[1])
         self.statuses[status] += 1

@@ -15,6 +15,7 @@ from fairkv_jax.serve import unsupported
 from fairkv_jax.serve.body import Body
 from fairkv_jax.serve.messages import Message
 from fairkv_jax.serve.output_format import JsonSchema, ResponseFormat, StructuredOutputs
+from fairkv_jax.serve.prefixes import PrefixBody
 from fairkv_jax.serve.protocol import ChatBody, CompletionBody, StreamOptions
 from fairkv_jax.serve.tokenization import DetokenizeBody, TokenizeBody
 from fairkv_jax.tokenizer import Tokenizer
@@ -29,6 +30,7 @@ BODIES: dict[str, type[Body]] = {
     "chat": ChatBody,
     "completion": CompletionBody,
     "tokenize": TokenizeBody,
+    "prefix": PrefixBody,
     "detokenize": DetokenizeBody,
     "message": Message,
     "stream_options": StreamOptions,
@@ -40,6 +42,7 @@ REQUESTS: dict[str, tuple[str, dict[str, Any]]] = {
     "chat": (CHAT, {"messages": TURN, "max_tokens": 1}),
     "completion": (COMPLETIONS, {"prompt": "hello", "max_tokens": 1}),
     "tokenize": ("/tokenize", {"messages": TURN}),
+    "prefix": ("/v1/prefixes", {"messages": TURN, "kv_policy": "streaming_llm"}),
 }
 
 
@@ -240,9 +243,8 @@ def test_what_the_template_renders(checkpoint: Path, fields: dict[str, Any], tex
         answer = server.client.post(CHAT, json={**body, "max_tokens": 1, "return_token_ids": True})
         assert answer.status_code == 200, answer.text
         assert engine.tokenizer.decode(answer.json()["prompt_token_ids"]) == text
-        if not {"documents", "reasoning_effort"} & set(fields):
-            tokenized = server.client.post("/tokenize", json=body).json()
-            assert tokenized["tokens"] == answer.json()["prompt_token_ids"]
+        tokenized = server.client.post("/tokenize", json=body).json()
+        assert tokenized["tokens"] == answer.json()["prompt_token_ids"]
 
 
 def test_a_message_is_either_begun_or_continued(client: httpx.Client):
@@ -269,3 +271,6 @@ def test_special_tokens_are_added_as_asked(tmp_path: Path):
             body = {"prompt": "hello", "max_tokens": 1, "return_token_ids": True}
             answer = server.client.post(COMPLETIONS, json={**body, "add_special_tokens": adds})
             assert answer.json()["choices"][0]["prompt_token_ids"] == wanted
+            body = {"prompt": "hello", "add_special_tokens": adds}
+            prefix = server.client.post("/v1/prefixes", json=body).json()
+            assert prefix["num_tokens"] == len(wanted)

@@ -14,6 +14,7 @@ from tests.serve.scripted import ScriptedEngine
 
 PREFIXES = "/v1/prefixes"
 DOCUMENT = [8, 9, 10] * 10
+TURN = {"role": "user", "content": "the wall"}
 POLICY = {"kv_policy": "streaming_llm", "kv_budget": 20}
 
 
@@ -84,6 +85,10 @@ def test_a_prompt_is_only_what_follows_the_prefix(client: httpx.Client, chat: bo
         ({"prompt": "a", "kv_ratio": 1.0}, "kv_ratio"),
         ({"prompt": DOCUMENT * 4}, "can only share prefixes that are kept whole"),
         ({"prompt": "a", "model": "other"}, "does not exist"),
+        (
+            {"messages": [TURN], "chat_template_kwargs": {"tools": []}},
+            "chat_template_kwargs.tools is not supported",
+        ),
     ],
 )
 def test_bad_prefixes_are_refused(client: httpx.Client, body: dict[str, Any], said: str):

@@ -11,7 +11,7 @@ import httpx
 import pytest
 
 from tests.serve.live import PATIENCE_S, ROOT, Process, eventually
-from tests.serve.scripted import CRASH
+from tests.serve.scripted import CRASH, NO_MEMORY
 
 LONG = {"prompt": "a private text", "max_tokens": 100}
 SCRIPTED = "tests.serve.scripted_server"
@@ -135,6 +135,25 @@ def test_a_limit_of_memory_is_a_sentence(checkpoint: Path):
         assert process.status() == 1
         assert "the engine could not be loaded: the process may not take more memory" in process.log
         assert "Traceback" not in process.log
+
+
+def test_a_limit_of_memory_that_a_step_reaches_is_a_sentence_too(process: Process):
+    url = process.wait_ready(PATIENCE_S)
+    body = {"prompt": NO_MEMORY}
+    answer = httpx.post(f"{url}/v1/completions", json=body, timeout=PATIENCE_S)
+    assert answer.status_code == 503
+    assert process.status() == 1
+    assert "the engine failed: the process may not take more memory" in process.log
+
+
+def test_a_signal_of_the_memory_is_not_silent(checkpoint: Path):
+    """It comes when a file of weights is cut short while it is read."""
+    arguments = [f"--model={checkpoint}", "--port=0"]
+    with Process("fairkv_jax.serve", arguments) as process:
+        process.address()
+        process.send(signal.SIGBUS)
+        assert process.status() == -signal.SIGBUS
+    assert "Fatal Python error: Bus error" in process.log
 
 
 def test_a_port_that_is_taken_is_a_sentence():

@@ -46,6 +46,28 @@ def test_reasoning(name: str, prompt: str, output: str, reasoning: str, content:
 
 
 @pytest.mark.parametrize(
+    ("name", "prompt", "output", "end"),
+    [
+        ("deepseek_r1", OPEN, "Two.</think>4</think>", len("Two.</think>")),
+        ("deepseek_r1", PLAIN, "cut </thin", None),
+        ("deepseek_r1", PLAIN, "<th", None),
+        ("deepseek_r1", SHUT, "4", 0),
+        ("qwen3", PLAIN, "\n<think></think>\n4", len("\n<think></think>")),
+        ("qwen3", OPEN, "Two.", None),
+        ("qwen3", PLAIN, "<thin ice>", 0),
+        ("qwen3", PLAIN, "<th", 0),
+    ],
+)
+def test_where_the_reasoning_ends(name: str, prompt: str, output: str, end: int | None):
+    for pieces in [[output], *divisions(output)]:
+        parser = REASONING_FORMATS[name].parser(prompt)
+        for piece in pieces:
+            parser.push(piece)
+        parser.finish()
+        assert parser.end == end
+
+
+@pytest.mark.parametrize(
     ("name", "prompt", "precedes"),
     [
         ("deepseek_r1", PLAIN, "required"),

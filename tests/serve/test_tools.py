@@ -21,7 +21,8 @@ TEMPLATE = """
 {%- for m in messages %}{{ m.role }}: {{ m.content }}
 {%- for call in m.tool_calls or [] %}<{{ call.id }} {{ call.function | tojson }}>{% endfor %}
 {%- if m.tool_call_id %}<{{ m.tool_call_id }}>{% endif %}{{ '\\n' }}{% endfor %}
-{%- if add_generation_prompt %}assistant: {{ '<think>' if think else '' }}{% endif %}"""
+{%- if add_generation_prompt %}assistant: {{ '<think>' if think else '' }}
+{{- reasoning_effort }}{{ documents | tojson if documents else '' }}{% endif %}"""
 WEATHER: dict[str, Any] = {
     "type": "function",
     "function": {
@@ -215,6 +216,28 @@ def test_a_prefix_with_tools_is_continued_by_chats_with_the_same_tools(
     assert "differently" in other.json()["error"]["message"]
 
 
+def test_a_prefix_is_rendered_with_the_variables_of_its_template(served: Server):
+    def tokens(path: str, **fields: Any) -> int:
+        answer = served.client.post(path, json={"messages": TURN, **fields})
+        assert answer.status_code == 200, answer.text
+        return answer.json()["num_tokens" if path == "/v1/prefixes" else "count"]
+
+    policy = {"kv_policy": "streaming_llm"}
+    think = {"chat_template_kwargs": {"think": True}}
+    variants: list[dict[str, Any]] = [
+        {"add_generation_prompt": False},
+        {"add_generation_prompt": True},
+        {"add_generation_prompt": True, **think},
+        {"add_generation_prompt": True, "reasoning_effort": "high"},
+        {"add_generation_prompt": True, "documents": [{"title": "a long title"}]},
+        {"continue_final_message": True},
+    ]
+    counts = [tokens("/v1/prefixes", **policy, **fields) for fields in variants]
+    assert counts == [tokens("/tokenize", **fields) for fields in variants]
+    assert len(set(counts)) == len(counts)
+    assert tokens("/v1/prefixes", **policy) == counts[0]
+
+
 def test_reasoning_is_told_from_the_answer(sdk: OpenAI, talker: ScriptedEngine):
     talker.says = f"<think>\nHm.\n</think>\n\n{HERMES}"
     thought, answer = "\nHm.\n", f"\n\n{HERMES}"
@@ -226,6 +249,52 @@ def test_reasoning_is_told_from_the_answer(sdk: OpenAI, talker: ScriptedEngine):
     talker.says = "Hm.</think>4"
     opened = {"chat_template_kwargs": {"think": True}}
     assert ask(sdk, extra_body=opened) == ([said("4", reasoning="Hm.")], ["stop"])
+
+
+def reasoning_tokens(sdk: OpenAI, **fields: Any) -> int | None:
+    """What the usage of two choices says, which is the same when they are streamed."""
+    fields = {"model": "scripted", "messages": TURN, "n": 2, **fields}
+    usage = sdk.chat.completions.create(**fields).usage
+    assert usage is not None
+    assert usage.completion_tokens_details is not None
+    fields["stream_options"] = {"include_usage": True, "continuous_usage_stats": True}
+    chunks = list(sdk.chat.completions.create(**fields, stream=True))
+    assert chunks.pop().usage == usage
+    counts: list[list[int]] = [[], []]
+    for chunk in chunks:
+        choice = chunk.choices[0]
+        if chunk.usage is not None and "role" not in choice.delta.model_dump(exclude_unset=True):
+            assert chunk.usage.completion_tokens_details is not None
+            counts[choice.index].append(chunk.usage.completion_tokens_details.reasoning_tokens or 0)
+    for each in counts:
+        assert each == sorted(each)
+    assert sum(each[-1] for each in counts) == usage.completion_tokens_details.reasoning_tokens
+    return usage.completion_tokens_details.reasoning_tokens
+
+
+def test_tokens_of_the_reasoning_are_counted(sdk: OpenAI, talker: ScriptedEngine):
+    """Those of the end marker too; a token that reaches into the answer is counted."""
+    talker.says = "<think>\nHm, 漢字.\n</think>\n\n4 < 5."
+    tokenizer = talker.tokenizer
+    token_ids = tokenizer.encode(talker.says)
+    until = next(
+        count
+        for count in range(len(token_ids))
+        if "</think>" in tokenizer.decode(token_ids[:count], skip_special_tokens=False)
+    )
+    assert until < len(token_ids)
+    assert reasoning_tokens(sdk) == 2 * until
+    assert reasoning_tokens(sdk, logprobs=True) == 2 * until
+    assert reasoning_tokens(sdk, extra_body={"include_reasoning": False}) == 2 * until
+    assert reasoning_tokens(sdk, max_tokens=until - 1) == 2 * (until - 1)
+    talker.says = "4 < 5."
+    assert reasoning_tokens(sdk) == 0
+
+
+def test_nothing_is_said_of_reasoning_where_nothing_looks_for_it(client: httpx.Client):
+    body = {"messages": TURN, "max_tokens": 2}
+    usage = client.post("/v1/chat/completions", json=body).json()["usage"]
+    assert "reasoning_tokens" not in usage["completion_tokens_details"]
 
 
 DEEP: dict[str, Any] = {"type": "object"}

@@ -26,6 +26,8 @@ class Function(Body):
     parameters: dict[str, Any] | None = None
     """A JSON schema of the type object; without it, the function has no parameters."""
     strict: bool | None = None
+    """False lets the arguments have members that the schema does not name, as JSON Schema has
+    it."""
 
 
 class Tool(Body):
@@ -157,7 +159,9 @@ def required_schema(tools: Sequence[Tool], *, is_parallel: bool) -> dict[str, An
 
 def _parameters(function: Function) -> dict[str, Any]:
     if function.parameters:
-        return {"type": "object", **closed(function.parameters)}
+        is_closed = function.strict is not False
+        given = closed(function.parameters) if is_closed else function.parameters
+        return {"type": "object", **given}
     return {"type": "object", "properties": {}, "additionalProperties": False}
 
 

@@ -86,6 +86,35 @@ def test_named_calls(compiler: GrammarCompiler):
     assert is_allowed(compiler, named("stay"), "{}")
 
 
+@pytest.mark.parametrize("choice", ["required", {"function": {"name": "go"}}])
+@pytest.mark.parametrize("strict", [None, True, False])
+def test_a_function_that_is_not_strict_may_get_other_members(
+    compiler: GrammarCompiler, choice: Any, strict: bool | None
+):
+    tool = {"function": {"name": "go", "parameters": GO, "strict": strict}}
+    params = constraint(tools=[tool], tool_choice=choice)
+    for arguments, allowed in (
+        ({"at": "Rome"}, True),
+        ({"at": "Rome", "x": 1}, strict is False),
+        ({"at": "Oslo"}, False),
+    ):
+        said = [call("go", **arguments)] if choice == "required" else arguments
+        assert is_allowed(compiler, params, json.dumps(said)) == allowed
+
+
+def test_parts_of_one_object_do_not_exclude_each_other(compiler: GrammarCompiler):
+    number = {"type": "integer"}
+    base = {"type": "object", "properties": {"a": number}, "required": ["a"]}
+    more = {"properties": {"b": {"properties": {"c": number}}}, "required": ["b"]}
+    parameters = {"$defs": {"Base": base}, "allOf": [{"$ref": "#/$defs/Base"}, more]}
+    tool = {"function": {"name": "go", "parameters": parameters}}
+    params = constraint(tools=[tool], tool_choice={"function": {"name": "go"}})
+    assert is_allowed(compiler, params, '{"a": 1, "b": {"c": 2}}')
+    assert is_allowed(compiler, params, '{"a": 1, "b": {}, "d": 3}')
+    assert not is_allowed(compiler, params, '{"a": 1, "b": {"d": 3}}')
+    assert not is_allowed(compiler, params, '{"a": 1}')
+
+
 def test_choices_that_force_nothing():
     body = {"messages": [{"role": "user", "content": "x"}], "tools": TOOLS}
     for choice in (None, "auto", "none"):
