@@ -37,6 +37,7 @@ def run(folder: Path) -> str:
     return result.stderr
 
 
+@pytest.mark.long
 def test_the_server_replaces_them(checkpoint: Path, tmp_path: Path):
     arguments = [f"--model={checkpoint}", "--port=0", "--max-model-len=64", "--max-num-seqs=1"]
     arguments.append(f"--compilation-cache-dir={tmp_path}")
