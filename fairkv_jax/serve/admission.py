@@ -50,11 +50,11 @@ class Admission:
         Raises:
             RequestRefused: they are more than may wait.
         """
-        most, what = self.max_requests, "can be running or waiting"
-        option, per_client = "--max-num-queued-reqs", self.limits.max_queued_per_client
-        if per_client is not None and per_client < most:
-            most, what = per_client, "of one client can be waiting"
-            option = "--max-num-queued-reqs-per-key"
+        limits = [(self.max_requests, "can be running or waiting", "--max-num-queued-reqs")]
+        if (per_client := self.limits.max_queued_per_client) is not None:
+            what = "of one client can be waiting"
+            limits.append((per_client, what, "--max-num-queued-reqs-per-key"))
+        most, what, option = min(limits)
         if count > most:
             raise RequestRefused(
                 f"the request has {count} choices, but at most {most} {what}: send fewer prompts, "
@@ -90,7 +90,7 @@ class Admission:
             )
 
     def requests_giving_way(self, client: str, count: int) -> list[str]:
-        """Returns a request of every HTTP request to end, so that there is room for `count`."""
+        """Returns one request id of each HTTP request that must end to make room for `count`."""
         return [groups[0][0].request_id for groups in self._giving_way(client, count) or []]
 
     def add(self, client: str, requests: Sequence[ValidatedRequest]) -> None:

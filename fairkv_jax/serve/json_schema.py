@@ -1,10 +1,13 @@
 """JSON schemas in requests: whether they have the form of one, and how they are changed for use."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 from urllib.parse import unquote
 
 MAX_SCHEMA_DEPTH = 64
+MAX_SCHEMA_OBJECTS = 10_000
+"""Objects of JSON in all schemas of a request, which the event loop goes through. OpenAI allows
+5,000 properties."""
 _SHOWN_CHARACTERS = 100
 
 _TYPES = ("array", "boolean", "integer", "null", "number", "object", "string")
@@ -16,6 +19,27 @@ _SAME_VALUE = ("allOf", "anyOf", "oneOf", "not", "if", "then", "else")
 """Members whose schemas describe the same value as the schema that they are in."""
 _OBJECT_MEMBERS = ("properties", "patternProperties")
 _CLOSING_MEMBERS = ("additionalProperties", "unevaluatedProperties")
+
+
+def check_size(schemas: Iterable[Any]) -> None:
+    """Checks that reading the schemas of a request takes a fraction of a second.
+
+    Raises:
+        ValueError: they are too large.
+    """
+    waiting, num_objects = list(schemas), 0
+    while waiting:
+        value = waiting.pop()
+        if isinstance(value, dict):
+            num_objects += 1
+            waiting.extend(value.values())
+        elif isinstance(value, list):
+            waiting.extend(value)
+        if num_objects > MAX_SCHEMA_OBJECTS:
+            raise ValueError(
+                f"the JSON schemas consist of more than {MAX_SCHEMA_OBJECTS} objects: send "
+                "smaller ones, or use $defs for what is repeated"
+            )
 
 
 def check_schema(schema: Any) -> None:

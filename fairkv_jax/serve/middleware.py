@@ -49,10 +49,8 @@ class Room:
 
 
 class SizeLimits:
-    """Responds with 413 to a body that is too long, declared or actually received, and with 431 to
-    headers that are.
-
-    uvicorn bounds headers only while they are incomplete.
+    """Responds with 413 if the body is too long, declared or received, and with 431 if the headers
+    are: uvicorn limits headers only while they are incomplete.
     """
 
     def __init__(self, app: ASGIApp, max_bytes: int):

@@ -11,7 +11,7 @@ from typing import Any, Literal
 from pydantic import Field, model_validator
 
 from fairkv_jax.serve.body import Body
-from fairkv_jax.serve.json_schema import check_schema, closed
+from fairkv_jax.serve.json_schema import check_schema, check_size, closed
 from fairkv_jax.serve.unsupported import STRUCTURED_OUTPUTS
 
 
@@ -25,11 +25,18 @@ def schema_for_output(
         is_compact: whether white space is left out, if the schema's "x-guidance" does not say.
 
     What is not a schema stays as it is: the error in compiling it says why.
+
+    Raises:
+        ValueError: the schema is too large.
     """
     try:
         parsed = json.loads(schema) if isinstance(schema, str) else schema
-        check_schema(parsed)
     except (ValueError, RecursionError):
+        return schema
+    check_size([parsed])
+    try:
+        check_schema(parsed)
+    except ValueError:
         return schema
     if not isinstance(parsed, dict):
         return schema

@@ -113,7 +113,7 @@ class OutputStream:
             await self._news.wait()
             if self._error is not None and not self.latest:
                 raise self._error
-        self._news.set()  # for who reads it
+        self._news.set()  # the iteration waits for it too
 
     async def collect(self) -> list[RequestOutput]:
         """Waits for all requests and returns their outputs in the order of the requests."""

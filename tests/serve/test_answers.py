@@ -331,7 +331,7 @@ def test_models_and_version(client: httpx.Client):
     assert "/v1/completions" in client.get("/openapi.json").json()["paths"]
 
 
-@pytest.mark.parametrize("path", ["/", "/docs", "/health", "/ready", "/v1/models"])
+@pytest.mark.parametrize("path", ["/", "/docs", "/health", "/ping", "/ready", "/v1/models"])
 def test_head_is_get_without_a_body(client: httpx.Client, path: str):
     response = client.head(path)
     assert response.status_code == 200

@@ -148,6 +148,33 @@ def test_a_wrong_field_of_a_chat_is_named(client: httpx.Client, field: str, valu
     assert refused(client.post(CHAT, json=body))["param"] == param
 
 
+LARGE = {"properties": {f"p{index}": {"type": "string"} for index in range(10_000)}}
+FUNCTION = {"name": "f", "parameters": {"properties": dict([*LARGE["properties"].items()][:5000])}}
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("guided_json", LARGE),
+        ("guided_json", json.dumps(LARGE)),
+        ("structured_outputs", {"json": LARGE, "disable_additional_properties": False}),
+        (
+            "response_format",
+            {"type": "json_schema", "json_schema": {"name": "x", "schema": LARGE}},
+        ),
+        (
+            "tools",
+            [{"type": "function", "function": {**FUNCTION, "name": name}} for name in "fg"],
+        ),
+    ],
+)
+def test_schemas_that_would_occupy_the_server_are_refused(
+    client: httpx.Client, field: str, value: Any
+):
+    error = refused(client.post(CHAT, json={"messages": TURN, "max_tokens": 2, field: value}))
+    assert "consist of more than 10000 objects" in error["message"]
+
+
 @pytest.mark.parametrize("path", [COMPLETIONS, CHAT])
 def test_stop_strings_are_few_and_short(client: httpx.Client, path: str):
     body = {"prompt": "hello", "messages": TURN, "max_tokens": 2}

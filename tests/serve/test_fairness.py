@@ -190,6 +190,25 @@ def test_requests_that_wait_too_long_are_told_when_to_come_back(gated: Gated, st
         assert answer(first)[0] == 200
 
 
+def test_one_that_might_have_started_is_looked_at_again(
+    gated: Gated, monkeypatch: pytest.MonkeyPatch
+):
+    with running(lambda: gated, max_queue_wait=1) as server, ExitStack() as stack:
+        (asked,) = Clients(server, stack).ask("flood")
+        time.sleep(1.5)
+        assert server.engine.num_requests == 1
+        monkeypatch.setattr(server.engine._admission, "may_have_started", lambda ids: False)
+        assert answer(asked)[0] == 503
+
+
+def test_a_client_that_hangs_up_before_its_stream_begins_waits_no_longer(
+    gated: Gated, shared: Server
+):
+    with ExitStack() as stack:
+        Clients(shared, stack).ask("flood", 3, stream=True)
+    eventually(lambda: shared.engine.num_requests == 0)
+
+
 def test_retry_after_is_the_expected_wait(gated: Gated, shared: Server):
     """None of those that wait has been given to the engine for 1.2 seconds."""
     with ExitStack() as stack:

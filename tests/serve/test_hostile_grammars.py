@@ -52,16 +52,22 @@ def test_others_are_served_while_hostile_schemas_compile(guarded: Server):
     attackers = [threading.Thread(target=attack, args=(number,)) for number in range(5)]
     for attacker in attackers:
         attacker.start()
-    number = 0
+    began = time.monotonic()
+    number, longest = 0, 0.0
     while any(attacker.is_alive() for attacker in attackers):
         number += 1
         schema = {"type": "integer", "maximum": number}
         for extra in ({}, {"guided_json": schema}):
+            asked = time.monotonic()
             body = {"prompt": "x", "max_tokens": 2, **extra}
             response = guarded.client.post(COMPLETIONS, json=body, headers=HONEST)
+            if not extra:
+                longest = max(longest, time.monotonic() - asked)
             assert response.status_code == 200, response.text
         assert guarded.client.get("/health").status_code == 200
+    attack = time.monotonic() - began
     assert number > 10, "honest requests waited for the hostile ones"
+    assert longest < attack / 2, "a plain request waited for hostile ones"
     assert memory_in_use()[1] - before < 200 << 20
     assert {status for status, _ in statuses} == {400}
     assert all("1 seconds" in text and "grammar_timeout" in text for _, text in statuses)

@@ -6,7 +6,7 @@ from typing import Any, Literal
 from pydantic import Field, ValidationInfo, field_validator
 
 from fairkv_jax.serve.body import Body
-from fairkv_jax.serve.json_schema import check_schema, closed, moved, shown
+from fairkv_jax.serve.json_schema import check_schema, check_size, closed, moved, shown
 
 MAX_TOOLS = 128
 """OpenAI's limit."""
@@ -67,6 +67,7 @@ class ToolList(Body):
                 raise ValueError(
                     f"{names.count(name)} functions have the name {shown(name)}: give each its own"
                 )
+        check_size(tool.function.parameters for tool in tools or ())
         for tool in tools or ():
             if tool.function.parameters is not None:
                 _check_parameters(tool.function.name, tool.function.parameters)
