@@ -120,6 +120,7 @@ def _add_status_routes(app: FastAPI, service: Service) -> None:
         """Returns the number of HTTP requests that run or wait."""
         return {"server_load": service.engine.num_http_requests}
 
+    @app.head("/metrics", include_in_schema=False)
     @app.get("/metrics", response_class=PlainTextResponse)
     async def metrics(request: Request) -> Response:
         """Metrics in Prometheus' text format, or in OpenMetrics if Accept asks for it."""

@@ -15,7 +15,14 @@ from fairkv_jax.serve.logprobs import ShownTokens, chat_logprobs, prompt_logprob
 from fairkv_jax.serve.message import MessageBuilder, MessageFormat
 from fairkv_jax.serve.output_stream import OutputStream
 from fairkv_jax.serve.protocol import ChatBody, token_names
-from fairkv_jax.serve.responses import MAY_STREAM, chunk_usage, collect, stream, usage
+from fairkv_jax.serve.responses import (
+    MAY_STREAM,
+    chunk_usage,
+    collect,
+    opening_usage,
+    stream,
+    usage,
+)
 from fairkv_jax.serve.service import StrictRoute, owner_of, response_id, service_of
 from fairkv_jax.tokenizer import Tokenizer
 
@@ -97,12 +104,13 @@ async def _chunks(
     tokenizer: Tokenizer,
     new_builder: Callable[[], MessageBuilder],
 ) -> AsyncGenerator[dict[str, Any], None]:
-    told = _prompt_fields(body, outputs.requests[0].prompt_token_ids)
+    prompt = outputs.requests[0].prompt_token_ids
+    told = _prompt_fields(body, prompt)
     for index in range(body.n or 1):
         opening = {"role": "assistant", "content": ""}
-        no_usage = chunk_usage(body.stream_options, None)
         choice = _delta(index, opening, {"logprobs": None}, None)
-        yield {**head, **told, "choices": [choice], **no_usage}
+        so_far = opening_usage(body.stream_options, len(prompt))
+        yield {**head, **told, "choices": [choice], **so_far}
         told = {}
     choices: dict[int, _Choice] = {}
     latest: dict[int, RequestOutput] = {}

@@ -2,7 +2,7 @@
 
 import json
 import logging
-from collections.abc import AsyncGenerator, Iterable
+from collections.abc import AsyncGenerator, Callable, Iterable
 from typing import Any
 
 from fastapi import Request
@@ -60,20 +60,26 @@ def usage(
 
 
 def chunk_usage(
-    options: StreamOptions | None,
-    output: RequestOutput | None,
-    num_reasoning: int | None = None,
+    options: StreamOptions | None, output: RequestOutput, num_reasoning: int | None = None
 ) -> dict[str, Any]:
     """Returns the `usage` field of a streamed chunk as the stream options ask for it.
 
     There is no field without `include_usage`. Otherwise it is null before the last chunk, unless
     `continuous_usage_stats` is set.
     """
+    return _as_asked(options, lambda: usage([output], 1, num_reasoning))
+
+
+def opening_usage(options: StreamOptions | None, num_prompt_tokens: int) -> dict[str, Any]:
+    """Returns `chunk_usage` of a chunk that comes before the first token."""
+    counts = {"completion_tokens": 0, "total_tokens": num_prompt_tokens}
+    return _as_asked(options, lambda: {"prompt_tokens": num_prompt_tokens, **counts})
+
+
+def _as_asked(options: StreamOptions | None, count: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     if not options or not options.include_usage:
         return {}
-    if not options.continuous_usage_stats or output is None:
-        return {"usage": None}
-    return {"usage": usage([output], 1, num_reasoning)}
+    return {"usage": count() if options.continuous_usage_stats else None}
 
 
 class EventStream(StreamingResponse):

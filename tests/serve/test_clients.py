@@ -21,6 +21,7 @@ litellm: Any = typed_litellm
 """Its types leave out the exceptions, and name streams and answers alike."""
 ROME = '{"city":"Rome"}'
 CALL = f'<tool_call>\n{{"name": "get_weather", "arguments": {ROME}}}\n</tool_call>'
+REQUESTS = Path(__file__).parent / "published" / "load_generators.json"
 TOOL = {
     "type": "function",
     "function": {
@@ -167,3 +168,30 @@ def test_llm_prompts_and_takes_schemas(talker: ScriptedEngine, talking: Server, 
     assert llm("Is it warm?", "--no-stream", "-s", "be brief") == "It is warm."
     talker.says = ROME
     assert json.loads(llm("Where?", "--schema", "city str")) == {"city": "Rome"}
+
+
+def recorded(generator: str) -> list[dict[str, Any]]:
+    return json.loads(REQUESTS.read_text())[generator]
+
+
+@pytest.mark.parametrize(
+    "generator", [name for name in json.loads(REQUESTS.read_text()) if name != "about"]
+)
+def test_load_generators_get_what_they_count(talking: Server, generator: str):
+    """Their requests as they send them; tokens are counted by the usage in the stream."""
+    for each in recorded(generator):
+        body = each.get("body")
+        content = None if body is None else json.dumps(body)
+        answer = talking.client.request(
+            each["method"], each["path"], headers=each["headers"], content=content
+        )
+        assert answer.status_code == 200, answer.text
+        if body is None:
+            continue
+        lines = [line for line in answer.text.splitlines() if line]
+        assert lines.pop() == "data: [DONE]"
+        chunks = [json.loads(line.removeprefix("data: ")) for line in lines]
+        assert chunks[-1]["usage"]["completion_tokens"] == 8
+        if body["stream_options"].get("continuous_usage_stats"):
+            counts = [chunk["usage"]["completion_tokens"] for chunk in chunks]
+            assert counts == sorted(counts)

@@ -3,6 +3,7 @@
 The lists are kept as JSON with the versions that they are from.
 """
 
+import ast
 import json
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import httpx
 import pytest
 from tokenizers import Tokenizer as Backend
 
+from fairkv_jax import serve
 from fairkv_jax.serve import unsupported
 from fairkv_jax.serve.body import Body
 from fairkv_jax.serve.messages import Message
@@ -62,6 +64,19 @@ def test_every_published_field_is_known(body: str, field: str):
     names = {info.alias or name for name, info in model.model_fields.items()}
     ways = [field in names, field in model.REFUSED, field in unsupported.WITHOUT_EFFECT]
     assert sum(ways) == 1, f"{field} must be honoured, refused or without effect: {ways}"
+
+
+def test_what_is_declared_is_read():
+    """A field that is declared and that no code names would be accepted and ignored."""
+    named = set()
+    for path in Path(serve.__file__).parent.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load):
+                named.add(node.attr)
+            elif isinstance(node, ast.Constant):
+                named.add(node.value)
+    declared = {(name, field) for name, body in BODIES.items() for field in body.model_fields}
+    assert [each for each in declared if each[1] not in named] == []
 
 
 @pytest.mark.parametrize("body", REQUESTS)
