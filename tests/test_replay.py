@@ -82,7 +82,7 @@ def command(*arguments: object) -> subprocess.CompletedProcess[str]:
     )
 
 
-@pytest.mark.parametrize("num_devices", [2, 3])
+@pytest.mark.parametrize("num_devices", [2, pytest.param(3, marks=pytest.mark.long)])
 def test_a_replay_gives_the_same_tokens(tiny_checkpoint: Path, tmp_path: Path, num_devices: int):
     log = tmp_path / "log"
     logged_run(tiny_checkpoint, log, num_devices=num_devices)
@@ -261,6 +261,7 @@ def owned_pages(runner: ModelRunner, insertion: Insertion) -> set[int]:
     return owned
 
 
+@pytest.mark.long
 def test_a_served_model_is_replayed_by_the_command(tiny_checkpoint: Path, tmp_path: Path):
     log = tmp_path / "served.jsonl"
     arguments = [

@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
-from scipy.optimize import nnls
 
 from fairkv_jax.plan.cost import CostModel
 
@@ -52,6 +51,8 @@ def calibrate(steps: Sequence[Step], cost: CostModel) -> Calibration:
             "the measured steps do not determine the costs of weights, tokens and the rest: "
             "measure at least two different numbers of slots and two of tokens"
         )
+    from scipy.optimize import nnls  # importing it takes long, and only this needs it
+
     scaled, _ = nnls(rows / scale / seconds[:, None], np.ones(len(rows)))
     rest, a, b = (float(value) for value in scaled / scale)
     if b == 0:

@@ -85,6 +85,7 @@ def test_every_backend_passes_and_a_wrong_one_would_not() -> None:
     assert "| 64 |" in markdown({"about": about, "numerics": records})
 
 
+@pytest.mark.long
 def test_bandwidth_counts_the_bytes_of_the_tokens() -> None:
     copy, *records = bandwidth.measure(TINY, CPU)
     assert copy["implementation"] == "copy"

@@ -21,6 +21,8 @@ from tests.oracle.forward import Forward, forward, read_llama
 from tests.oracle.selection import Options, kept_positions
 
 LENGTHS = (1, 31, 32, 33, 300, 700)
+SHORT_PREFILLS = {(1, 1), (31, 1), (32, 1), (33, 1), (300, 1), (33, 2), (300, 2)}
+"""The lengths and numbers of devices of the short form."""
 PROMPT = 300
 """Tokens of the prompt whose selections are compared, in a bucket of 512."""
 
@@ -77,7 +79,7 @@ def oracle(demo_checkpoint: Path, token_ids: list[int]) -> Callable[[int], Forwa
         pytest.param(
             length,
             devices,
-            marks=[pytest.mark.long] if devices == 2 and length not in (33, 300) else [],
+            marks=[] if (length, devices) in SHORT_PREFILLS else [pytest.mark.long],
         )
         for length in LENGTHS
         for devices in (1, 2)
@@ -107,7 +109,7 @@ class Case:
         return cls(KVConfig(policy=policy, **options), Options(policy, **options))
 
 
-SHORT = ("full", "streaming_llm", "snapkv max mean first", "ada_snapkv blend avg pool first")
+SHORT = ("full", "snapkv max mean first", "ada_snapkv blend avg pool first")
 """The cases of the short form; the tiny model has all of them in tests/compress."""
 
 

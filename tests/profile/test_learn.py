@@ -148,6 +148,7 @@ def test_the_gradient_of_the_gates_is_the_finite_difference(
         assert gradient[layer, head] == pytest.approx(want, rel=0.02, abs=2e-3)
 
 
+@pytest.mark.long
 def test_the_gate_of_a_head_that_does_nothing_closes(
     tiny_checkpoint: Path, examples: list[Example]
 ):

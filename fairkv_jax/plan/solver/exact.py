@@ -8,8 +8,6 @@ limited by a number of nodes, not by time, so that the same input gives the same
 from dataclasses import dataclass, field
 
 import numpy as np
-from scipy.optimize import Bounds, LinearConstraint, milp
-from scipy.sparse import coo_array
 
 NODE_LIMIT = 1000
 GAP = 1e-6
@@ -233,6 +231,10 @@ class Program:
 
         Infeasible means that nothing lies below the ceiling, which is then the bound.
         """
+        # Importing SciPy takes long, and most plans need no program.
+        from scipy.optimize import Bounds, LinearConstraint, milp
+        from scipy.sparse import coo_array
+
         row, column, value = (np.concatenate(part) for part in zip(*self.entries, strict=True))
         indices = row.astype(np.int32), column.astype(np.int32)  # SciPy 1.14 takes no others
         matrix = coo_array((value, indices), shape=(self.count, self.size)).tocsr()
