@@ -78,7 +78,10 @@ def check_bound(engine: LLMEngine) -> None:
 
 @dataclass(frozen=True)
 class Row:
-    """What the devices hold of a row: keys and values [n, H] by (layer, head), and queries."""
+    """What the devices hold of a row: keys and values [n, H] by (layer, head), and queries.
+
+    Those of int8 pages are multiplied by their scales.
+    """
 
     heads: dict[tuple[int, int], tuple[np.ndarray, np.ndarray]]
     queries: dict[tuple[int, int], np.ndarray]
@@ -94,6 +97,11 @@ def read_row(engine: LLMEngine, at: RowCompression) -> Row:
         np.array(x).reshape(spec.num_devices, spec.pages_per_device, spec.page_size, -1)
         for x in (cache.pool.k_pages, cache.pool.v_pages)
     ]
+    if cache.pool.scales is not None:
+        scales = (np.array(x, np.float32) for x in cache.pool.scales)
+        pools = [
+            x * scale.reshape(*x.shape[:-1], 1) for x, scale in zip(pools, scales, strict=True)
+        ]
     stored = None if cache.queries is None else np.array(cache.queries)
     heads, queries = {}, {}
     for layer, slot in np.argwhere(lengths[:, at.row] > 0):
@@ -163,16 +171,27 @@ def check_record(
 
 
 @pytest.mark.parametrize(
-    ("policy", "num_devices"),
-    [("keydiff", 1), ("snapkv", 2), ("ada_snapkv", 3), ("expected_attention", 2)],
+    ("policy", "num_devices", "dtype"),
+    [
+        ("keydiff", 1, "auto"),
+        ("snapkv", 2, "auto"),
+        ("snapkv", 2, "int8"),
+        ("ada_snapkv", 3, "auto"),
+        ("expected_attention", 2, "auto"),
+    ],
 )
 def test_heads_keep_what_numpy_says(
-    tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch, policy: str, num_devices: int
+    tiny_checkpoint: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    policy: str,
+    num_devices: int,
+    dtype: str,
 ):
     """A row is compressed three times; before the first time, all that NumPy computes is there."""
     llm = LLM(
         model=tiny_checkpoint,
         kv_decode_policy=policy,
+        kv_cache_dtype=dtype,
         tensor_parallel_size=num_devices,
         head_plan=plan_with_replicas(num_devices),
         **OPTIONS,
@@ -184,12 +203,13 @@ def test_heads_keep_what_numpy_says(
     model = read_llama(tiny_checkpoint)
     at, before, _ = records[0]
     whole = forward(model, [*prompt, *tokens][: at.position + 1])
+    exact = {"auto": 2e-4, "int8": 0.15}[dtype]
     for (layer, head), (k, v) in before.heads.items():
-        np.testing.assert_allclose(k, whole.layers[layer].k[head], atol=2e-4)
-        np.testing.assert_allclose(v, whole.layers[layer].v[head], atol=2e-4)
+        np.testing.assert_allclose(k, whole.layers[layer].k[head], atol=exact)
+        np.testing.assert_allclose(v, whole.layers[layer].v[head], atol=exact)
     for (layer, head), q in before.queries.items():
         expected = whole.layers[layer].q[2 * head : 2 * head + 2, -WINDOW:]
-        np.testing.assert_allclose(q, expected, atol=2e-4)
+        np.testing.assert_allclose(q, expected, atol=exact)
     assert bool(before.queries) == (policy != "keydiff")
     for record in records:
         assert check_record(record, policy, whole.layers[0].frequencies) >= 6 * 4
