@@ -1,5 +1,6 @@
 """Runs the questions of a sweep against a running server, over its HTTP interface."""
 
+import logging
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -24,6 +25,7 @@ class ServerRunner:
     def __init__(self, base_url: str, method: str, *, api_key: str | None = None):
         headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
         self._url, self._method = base_url.rstrip("/").removesuffix("/v1"), method
+        logging.getLogger("httpx").setLevel(logging.WARNING)  # it logs every request
         self._client = httpx.Client(base_url=self._url, headers=headers, timeout=_TIMEOUT_S)
         self._pool = ThreadPoolExecutor(_CONCURRENCY)
 
@@ -50,11 +52,7 @@ class ServerRunner:
             answer = self._post("/v1/completions", {**body, "kv_policy": self._policy, **options})
             usage = answer["usage"]
             kept = usage["kept_prompt_tokens"] / usage["prompt_tokens"]
-            if self._method == FULL and kept < 1:
-                raise ValueError(
-                    f"{self._url} keeps only {kept:.0%} of a prompt, so there is no full cache to "
-                    "compare with: start the server with --kv-policy full"
-                )
+            self._check_full(kept)
             return Answer(answer["choices"][0]["text"], kept)
 
         answers = iter(list(self._pool.map(ask, prompts)))
@@ -73,9 +71,17 @@ class ServerRunner:
             return Answer(answer["choices"][0]["text"], kept)
 
         try:
+            self._check_full(kept)
             return list(self._pool.map(ask, document.questions))
         finally:
             self._client.delete(f"/v1/prefixes/{prefix['id']}")
+
+    def _check_full(self, kept: float) -> None:
+        if self._method == FULL and kept < 1:
+            raise ValueError(
+                f"{self._url} keeps only {kept:.0%} of a prompt, so there is no full cache to "
+                "compare with: start the server with --kv-policy full"
+            )
 
     @property
     def _policy(self) -> str | None:

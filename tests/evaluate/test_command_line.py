@@ -9,9 +9,14 @@ from typing import Any
 
 import pytest
 
+from fairkv_jax.config import KVConfig
 from fairkv_jax.engine.build import build_engine
+from fairkv_jax.engine.prefix_registry import PrefixRegistry
+from fairkv_jax.evaluate.documents import Document, Question
+from fairkv_jax.evaluate.server_runner import ServerRunner
 from fairkv_jax.plan import HeadScores
 from tests.serve.live import ROOT, running
+from tests.serve.scripted import ScriptedEngine
 
 QUICK = ("--max-model-len=256", "--max-num-seqs=2", "--lengths=150", "--num-samples=2")
 """The tiny tokenizer has nearly one token a character."""
@@ -123,6 +128,18 @@ def test_a_server_gives_the_rows_of_the_engine(
     ]
     assert len(served) == 2 * (1 + 2 + 1)
     assert sorted(comparable("server"), key=str) == sorted(served, key=str)
+
+
+def test_a_server_that_compresses_has_no_full_cache(tiny_checkpoint: Path):
+    document = Document("a b " * 50, (Question("c", ("d",)),))
+    engine = ScriptedEngine(tiny_checkpoint)
+    engine.kv_config = KVConfig("streaming_llm", budget=64)
+    engine.prefixes = PrefixRegistry(engine.model_config, engine.kv_config)
+    with running(lambda: engine) as server, ServerRunner(server.url, "full") as runner:
+        for ask in (runner.answer_after, lambda one, *rest: runner.answer_in_view([one], *rest)):
+            with pytest.raises(ValueError, match=r"keeps only \d+% of a prompt.*--kv-policy full"):
+                ask(document, None, 4)
+        assert server.client.get("/v1/prefixes").json()["data"] == []
 
 
 @pytest.mark.parametrize(
