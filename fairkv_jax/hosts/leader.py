@@ -156,13 +156,13 @@ class Leader:
                     next_beat = now + self._options.host_timeout / BEATS_PER_TIMEOUT
                 self._check_times(now)
         except Exception as error:
-            self.fail(str(error))
+            self._lose(str(error))
 
     def _handle(self, host: int, message: Any) -> None:
         if isinstance(message, Failed):
-            self.fail(f"host {host} has failed: {message.reason}")
+            self._lose(f"host {host} has failed: {message.reason}")
         elif isinstance(message, Refused):
-            self.fail(message.reason)
+            self._lose(message.reason)
         elif not isinstance(message, Beat):
             with self._condition:
                 self._received[type(message)][host] = message
@@ -172,10 +172,15 @@ class Leader:
         timeout = self._options.host_timeout
         for host, heard in self._heard.items():
             if now - heard > timeout and host not in self._received[Left]:
-                self.fail(f"host {host} has been silent for {timeout:g} seconds (--host-timeout)")
+                self._lose(f"host {host} has been silent for {timeout:g} seconds (--host-timeout)")
         began = self._step_began
         if began is not None and now - began > self._step_timeout_s:
-            self.fail(f"a step has taken {self._step_timeout_s:g} seconds (--stall-timeout)")
+            self._lose(f"a step has taken {self._step_timeout_s:g} seconds (--stall-timeout)")
+
+    def _lose(self, reason: str) -> None:
+        if self._failure is None and not self._is_ending:
+            log.error("the group of hosts ends: %s", reason)
+            self.fail(reason)
 
 
 def exit_now(status: int) -> NoReturn:
