@@ -1,14 +1,12 @@
 """JAX over several processes; everything here that is not in JAX's public interface.
 
 JAX's coordinator gives all processes their devices, and keeps a few keys and values for them. Its
-own handling of lost processes is turned off: it would end a process before clients are told.
+own handling of lost followers is turned off: it would end the leader before clients are told. A
+follower that loses the coordinator, which is in the leader's process, is aborted by JAX, unless the
+leader has told it to stop before.
 """
 
-import logging
 import socket
-from collections.abc import Iterator
-from contextlib import contextmanager
-from functools import partial
 from typing import Any
 
 import jax
@@ -16,8 +14,6 @@ from jax._src import clusters, distributed, xla_bridge
 from jaxlib import _jax  # pyright: ignore[reportAttributeAccessIssue]
 
 from fairkv_jax.hosts.options import HostOptions, split_address
-
-log = logging.getLogger(__name__)
 
 _MAX_WAIT_S = 24 * 3600
 """Seconds without a heartbeat after which JAX would act; our own heartbeats are far quicker."""
@@ -44,16 +40,15 @@ class Coordinator:
         jax.config.update("jax_enable_recoverability", True)  # a lost host would abort the others
         # On CPUs, two programs that run side by side could confuse each other's collectives.
         jax.config.update("jax_cpu_enable_async_dispatch", False)
-        with _surviving_client():
-            jax.distributed.initialize(
-                at,
-                options.num_hosts,
-                options.host_index,
-                cluster_detection_method="deactivate",
-                initialization_timeout=_JOINING_S,
-                heartbeat_timeout_seconds=_MAX_WAIT_S,
-                coordinator_bind_address=at,
-            )
+        jax.distributed.initialize(
+            at,
+            options.num_hosts,
+            options.host_index,
+            cluster_detection_method="deactivate",
+            initialization_timeout=_JOINING_S,
+            heartbeat_timeout_seconds=_MAX_WAIT_S,
+            coordinator_bind_address=at,
+        )
         self._client: Any = distributed.global_state.client
         xla_bridge.register_backend_factory("cpu", self._cpu_client, priority=0, fail_quietly=False)
 
@@ -79,24 +74,6 @@ class Coordinator:
             distributed_client=self._client, hostname=own_address(self.host)
         )
         return xla_bridge.make_cpu_client(collectives)
-
-
-@contextmanager
-def _surviving_client() -> Iterator[None]:
-    """Within it, JAX makes a client that logs that the coordinator is gone, and does not abort.
-
-    Recoverability covers other processes, but not the coordinator's.
-    """
-    make = _jax.get_distributed_runtime_client
-    _jax.get_distributed_runtime_client = partial(make, missed_heartbeat_callback=_log_error)
-    try:
-        yield
-    finally:
-        _jax.get_distributed_runtime_client = make
-
-
-def _log_error(status: Any) -> None:
-    log.info("JAX's coordinator: %s", status)
 
 
 def own_address(host: str) -> str:

@@ -10,6 +10,7 @@ import faulthandler
 import os
 import sys
 import time
+from dataclasses import replace
 from typing import Any
 
 FAULT = os.environ["FAULT"]
@@ -37,9 +38,7 @@ def break_runner() -> None:
 
     def other_tokens(sampled: Any) -> Any:
         read = on_host(sampled)
-        read.tokens.flags.writeable = True
-        read.tokens[...] += 1
-        return read
+        return replace(read, tokens=read.tokens + 1)
 
     model_runner.ModelRunner.execute = faulty
     if FAULT == "differs":
