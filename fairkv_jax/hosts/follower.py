@@ -68,7 +68,7 @@ def follow(
         log.error("%s", error, exc_info=not isinstance(error, ValueError | OSError))
         if sockets is not None:
             sockets.send(Failed(str(error) or type(error).__name__))
-            sockets.close()
+            sockets.flush()
         exit_now(1)
 
 
@@ -178,7 +178,7 @@ class _Watch:
     def end(self, message: Any, status: int) -> NoReturn:
         """Tells the leader why this process ends, and exits without JAX's barrier."""
         self._sockets.send(message)
-        self._sockets.close()
+        self._sockets.flush()
         exit_now(status)
 
     def _run(self) -> None:

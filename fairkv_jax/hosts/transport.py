@@ -49,6 +49,7 @@ class LeaderSockets:
         """
         self._context = zmq.Context()
         self._followers = followers
+        self._lock = threading.RLock()
         self._authenticator = ThreadAuthenticator(self._context)
         self._authenticator.start()
         self._authenticator.configure_curve_callback("*", _Followers(followers))
@@ -58,11 +59,11 @@ class LeaderSockets:
         try:
             self.endpoints = [_bind(each, address) for each in (self._out, self._in)]
         except zmq.ZMQError as error:
+            self.close()
             raise ValueError(
                 f"host 0 cannot listen on the coordinator's address {address} ({error}): give an "
                 "address of this machine as --coordinator"
             ) from error
-        self._lock = threading.RLock()
         self._sent = 0
         self._received: dict[int, int] = {}
         """Messages of each host."""
@@ -117,9 +118,9 @@ class FollowerSockets:
     """A follower's side; several threads may send, one receives."""
 
     def __init__(self, endpoints: list[str], keys: Keys, leader_key: str):
-        # A context of its own, so that one thread can flush it while another one receives.
-        self._context = zmq.Context()
-        self._in, self._out = _socket(zmq.Context(), zmq.SUB), _socket(self._context, zmq.PUSH)
+        # Two contexts, so that one thread can flush one while another thread receives.
+        self._contexts = zmq.Context(), zmq.Context()
+        self._in, self._out = map(_socket, self._contexts, (zmq.SUB, zmq.PUSH))
         for socket, endpoint in zip((self._in, self._out), endpoints, strict=True):
             keys.apply(socket)
             socket.curve_serverkey = leader_key.encode()
@@ -151,11 +152,17 @@ class FollowerSockets:
             yield message
             timeout_ms = 0
 
-    def close(self) -> None:
-        """Sends what is on its way, for at most a second; the process must exit afterwards."""
+    def flush(self) -> None:
+        """Sends what is on its way, for at most a second; nothing can be sent afterwards."""
         with self._lock:
             self._out.close(_LINGER_MS)
-        self._context.term()
+        self._contexts[1].term()
+
+    def close(self) -> None:
+        """Flushes and closes both sockets; no other thread may be receiving."""
+        self.flush()
+        self._in.close(0)
+        self._contexts[0].term()
 
 
 class _Followers:

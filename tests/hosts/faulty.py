@@ -1,9 +1,9 @@
 """A follower with a fault, which $FAULT names: `python -m fairkv_jax.serve` with one thing changed.
 
-    stuck     a step never ends
-    raises    a step raises
-    differs   a step samples other tokens
-    skewed    its clocks are years ahead
+stuck     a step never ends
+raises    a step raises
+differs   a step samples other tokens
+skewed    its clocks are years ahead
 """
 
 import faulthandler
@@ -18,7 +18,8 @@ HEALTHY_OUTPUTS = 5
 
 if FAULT == "skewed":
     for name in ("time", "monotonic", "perf_counter"):
-        setattr(time, name, lambda real=getattr(time, name): real() + 3e8)
+        clock = getattr(time, name)
+        setattr(time, name, lambda clock=clock: clock() + 3e8)
 
 from fairkv_jax.serve.__main__ import main  # noqa: E402
 

@@ -196,7 +196,7 @@ def free_port() -> int:
         return listener.getsockname()[1]
 
 
-def environment() -> dict[str, str]:
+def environment() -> dict[str, Any]:
     """Every process makes as many CPU devices as its options say, not as many as the tests."""
     flags = re.sub(r"--xla_force_host_platform_device_count=\d+", "", os.environ["XLA_FLAGS"])
     return {"XLA_FLAGS": flags.strip()}

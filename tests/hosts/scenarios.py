@@ -29,8 +29,16 @@ def mixed(engine: LLMEngine) -> Any:
 
 
 def aborted(engine: LLMEngine) -> Any:
-    """Requests of which two are aborted."""
-    return run_with_aborts(engine, mixed_requests(seed=1))
+    """Requests of which two are aborted; how far those come depends on the executions in flight."""
+    requests = mixed_requests(seed=1)
+    tokens = run_with_aborts(engine, requests)
+    complete = {
+        each.request_id: tokens[each.request_id]
+        for each in requests
+        if len(tokens.get(each.request_id, ())) == each.sampling_params.max_tokens
+    }
+    assert len(complete) >= len(requests) - 3
+    return complete
 
 
 def choices(engine: LLMEngine) -> Any:

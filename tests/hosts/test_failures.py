@@ -133,9 +133,7 @@ def test_a_follower_with_a_fault(
         assert why in group.leader.log
 
 
-def test_clocks_that_differ(
-    tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
+def test_clocks_that_differ(tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("FAULT", "skewed")
     check(tiny_checkpoint, tmp_path, ("short",), follower_module="tests.hosts.faulty")
 
@@ -150,9 +148,7 @@ def test_clocks_that_differ(
 def test_hosts_that_do_not_match(tiny_checkpoint: Path, tmp_path: Path, what: str, sentence: str):
     other = write_tiny_checkpoint(tmp_path / "other.gguf", seed=1)
     options = {"kv_budget": 48} if what == "kv_budget" else {"model": other}
-    with scenario_group(
-        tiny_checkpoint, tmp_path, ["short"], follower_options=options
-    ) as group:
+    with scenario_group(tiny_checkpoint, tmp_path, ["short"], follower_options=options) as group:
         eventually(lambda: sentence in group.follower.log or group.follower.ended, PATIENCE_S)
         assert group.statuses(time.monotonic()) == (1, 1), group.logs
         assert sentence in group.follower.log

@@ -10,9 +10,9 @@ from tests.engine.logged import logged_engine
 from tests.hosts.groups import ENGINE, LOOPBACK, Network, scenario_group
 from tests.hosts.scenarios import SCENARIOS
 
-MANY = ("mixed", "aborted", "choices", "prefixes")
+MANY = ("mixed", "aborted", "choices")
 CASES = {
-    "ada_snapkv": (MANY, {"enable_prefix_caching": True}),
+    "ada_snapkv": (MANY, {}),
     "int8, compressed while decoding": (
         ("long_outputs",),
         {
@@ -23,7 +23,15 @@ CASES = {
             "kv_cache_memory_bytes": 1 << 22,
         },
     ),
-    "kvzip": (("short",), {"kv_policy": "kvzip"}),
+    "kvzip, with prefixes": (
+        ("short", "prefixes"),
+        {
+            "kv_policy": "kvzip",
+            "enable_prefix_caching": True,
+            "prefix_min_tokens": 16,
+            "kv_cache_memory_bytes": 1 << 22,
+        },
+    ),
 }
 
 
@@ -67,4 +75,4 @@ def test_every_kind_of_request(tiny_checkpoint: Path, tmp_path: Path, name: str)
 
 @pytest.mark.long
 def test_in_network_namespaces(tiny_checkpoint: Path, tmp_path: Path, network: Network):
-    check(tiny_checkpoint, tmp_path, MANY, network, enable_prefix_caching=True)
+    check(tiny_checkpoint, tmp_path, MANY, network)
