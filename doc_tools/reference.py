@@ -10,6 +10,7 @@ from collections.abc import Callable
 
 from prometheus_client.metrics_core import Metric
 
+from fairkv_jax.hosts.options import HOST_OPTIONS
 from fairkv_jax.options import Option, help_with_choices
 from fairkv_jax.serve.instruments import Instruments
 from fairkv_jax.serve.options import SERVER_OPTIONS
@@ -53,7 +54,7 @@ def server_options() -> str:
     """Returns the table of the options that only the server has."""
     rows = [
         (f"`{option.name}`", _default(option), help_with_choices(option))
-        for option in SERVER_OPTIONS
+        for option in (*HOST_OPTIONS, *SERVER_OPTIONS)
     ]
     return _table(("option", "default", "meaning"), rows)
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.stages import Lowered
 from jaxtyping import Array, Float, Int
 
@@ -197,6 +197,26 @@ def start_prefill(
         check_vma=False,
     )
     return run(model, tokens, jnp.asarray(first_position, jnp.int32))
+
+
+def lower_gather_kept(shapes: PrefillShapes) -> Lowered:
+    """Lowers `gather_kept`."""
+    prefix = shapes.carry.prefix
+    return shapes.steps.lower(
+        gather_kept, prefix.positions, prefix.slot_lengths, mesh=shapes.steps.mesh
+    )
+
+
+@partial(jax.jit, static_argnames="mesh")
+def gather_kept(
+    positions: Int[Array, "PR"], slot_lengths: Int[Array, "L PC"], *, mesh: Mesh
+) -> tuple[Int[Array, "PR"], Int[Array, "L PC"]]:
+    """Copies two arrays of a `CompressedPrefix` to every device.
+
+    A process can read an array only if its own devices hold all of it.
+    """
+    whole = NamedSharding(mesh, PartitionSpec())
+    return jax.lax.with_sharding_constraint((positions, slot_lengths), whole)
 
 
 def _padded_tokens(num_tokens: int, chunk_size: int) -> int:

@@ -1,10 +1,11 @@
 """Builds an engine from the options that `LLM` and `python -m fairkv_jax.serve` accept.
 
 options ──► configurations ──► checkpoint ──► plan ⇄ memory and batch size ──► LLMEngine
+└──────────── prepare ──────────────────┘
 """
 
-from collections.abc import Collection
-from dataclasses import replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from fairkv_jax.config import (
 )
 from fairkv_jax.engine.head_plan import choose_plan
 from fairkv_jax.engine.llm_engine import LLMEngine
+from fairkv_jax.engine.model_runner import ModelRunner
 from fairkv_jax.engine.schedule_log import Header, ScheduleLog
 from fairkv_jax.kv_cache_spec import token_bytes
 from fairkv_jax.models.params import device_bytes
@@ -45,23 +47,22 @@ _ROW_TOKENS = 512
 """Tokens that the pool must be able to hold for each row of the default batch."""
 
 
-def build_engine(
-    model: str | Path | None = None, *, progress: bool = True, **options: Any
-) -> LLMEngine:
-    """Opens a checkpoint, plans its heads, and loads it onto the devices.
+@dataclass(frozen=True)
+class Preparation:
+    """What the options of an engine say before its heads are planned."""
 
-    Args:
-        model: the checkpoint; see `BuildOptions.model`. None: the demo model.
-        progress: whether to show a progress bar while weights are loaded.
-        options: the options that the classes of `ENGINE_CLASSES` declare, by the names that users
-            write; `LLM` lists them.
+    checkpoint: Checkpoint
+    build_options: BuildOptions
+    engine_config: EngineConfig
+    """Without the sizes of the pool and of the batch, unless they were given."""
+    kv_config: KVConfig
+    grammar_limits: GrammarLimits
+    given: frozenset[str]
+    """The fields of `engine_config` that were given."""
 
-    Raises:
-        TypeError: an option is unknown.
-        ValueError: an option is out of its limits, the checkpoint cannot be read, or the schedule
-            log cannot be written.
-    """
-    options = with_new_names(options, ENGINE_OPTIONS, stacklevel=2)
+
+def prepare(model: str | Path | None, options: Mapping[str, Any]) -> Preparation:
+    """Reads the options of an engine and opens its checkpoint; see `build_engine`."""
     values = {"model": model, **options}
     for_build, for_engine, for_kv, for_grammars = split_options(values, *ENGINE_CLASSES)
     build_options, grammar_limits = BuildOptions(**for_build), GrammarLimits(**for_grammars)
@@ -71,9 +72,43 @@ def build_engine(
     kv_config = _with_head_scores(kv_config, checkpoint, for_engine.get("max_model_len"))
     _check_head_budgets(kv_config, checkpoint.config)
     engine_config = _engine_config(for_engine, checkpoint.config, jax.default_backend())
-    plan, engine_config = _plan_and_size(
-        checkpoint, build_options, engine_config, kv_config, fixed=for_engine.keys()
+    return Preparation(
+        checkpoint, build_options, engine_config, kv_config, grammar_limits, frozenset(for_engine)
     )
+
+
+def build_engine(
+    model: str | Path | None = None,
+    *,
+    progress: bool = True,
+    memory_bytes: int | None = None,
+    make_runner: Callable[..., ModelRunner] = ModelRunner,
+    **options: Any,
+) -> LLMEngine:
+    """Opens a checkpoint, plans its heads, and loads it onto the devices.
+
+    Args:
+        model: the checkpoint; see `BuildOptions.model`. None: the demo model.
+        progress: whether to show a progress bar while weights are loaded.
+        memory_bytes: what XLA may take of each device. None: of the smallest of this process.
+        make_runner: takes the arguments of `ModelRunner`.
+        options: the options that the classes of `ENGINE_CLASSES` declare, by the names that users
+            write; `LLM` lists them.
+
+    Raises:
+        TypeError: an option is unknown.
+        ValueError: an option is out of its limits, the checkpoint cannot be read, or the schedule
+            log cannot be written.
+    """
+    options = with_new_names(options, ENGINE_OPTIONS, stacklevel=2)
+    ready = prepare(model, options)
+    checkpoint, build_options, kv_config = ready.checkpoint, ready.build_options, ready.kv_config
+    if make_runner is ModelRunner and jax.process_count() > 1:
+        raise ValueError(
+            f"JAX runs over {jax.process_count()} processes: start each of them with "
+            "python -m fairkv_jax.serve --num-hosts"
+        )
+    plan, engine_config = _plan_and_size(ready, memory_bytes or device_memory_bytes())
     log = None
     if build_options.schedule_log is not None:
         header = Header.of(
@@ -91,10 +126,17 @@ def build_engine(
         plan,
         engine_config,
         kv_config,
-        grammar_limits=grammar_limits,
+        grammar_limits=ready.grammar_limits,
         progress=progress,
         schedule_log=log,
+        make_runner=make_runner,
     )
+
+
+def device_memory_bytes() -> int | None:
+    """Returns what XLA may take of the smallest device of this process; None on CPUs."""
+    stats = [device.memory_stats() for device in jax.local_devices()]
+    return min((each["bytes_limit"] for each in stats if each), default=None)
 
 
 def default_max_num_seqs(
@@ -161,30 +203,29 @@ def _engine_config(fields: dict[str, Any], config: ModelConfig, platform: str) -
     return engine_config
 
 
-def _plan_and_size(
-    checkpoint: Checkpoint,
-    build_options: BuildOptions,
-    engine_config: EngineConfig,
-    kv_config: KVConfig,
-    fixed: Collection[str],
-) -> tuple[Plan, EngineConfig]:
+def _plan_and_size(ready: Preparation, memory_bytes: int | None) -> tuple[Plan, EngineConfig]:
     """Returns the plan, and the configuration with the sizes of the pool and the batch.
 
     The plan depends on the batch size, and both sizes depend on the slots that the plan needs.
     Planning therefore starts with the largest default batch, and repeats if it does not fit.
 
     Args:
-        fixed: fields of `engine_config` that the user has set.
+        memory_bytes: what XLA may take of the smallest device; None: unknown.
     """
+    checkpoint, build_options, kv_config = ready.checkpoint, ready.build_options, ready.kv_config
+    engine_config = ready.engine_config
     while True:
         plan = choose_plan(checkpoint, build_options, engine_config, kv_config)
-        if "kv_cache_bytes" not in fixed:
-            taken_bytes = _taken_bytes(checkpoint.config, plan, engine_config, kv_config)
-            num_bytes = _kv_bytes(
-                taken_bytes, plan.num_devices, build_options.gpu_memory_utilization, kv_config
-            )
+        if "kv_cache_bytes" not in ready.given:
+            num_bytes = _CPU_KV_BYTES
+            if memory_bytes is not None:
+                taken_bytes = _taken_bytes(checkpoint.config, plan, engine_config, kv_config)
+                utilization = build_options.gpu_memory_utilization
+                num_bytes = _kv_bytes(
+                    taken_bytes, plan.num_devices, memory_bytes, utilization, kv_config
+                )
             engine_config = replace(engine_config, kv_cache_bytes=num_bytes)
-        if "max_num_seqs" in fixed:
+        if "max_num_seqs" in ready.given:
             return plan, engine_config
         rows = default_max_num_seqs(
             jax.default_backend(),
@@ -294,16 +335,15 @@ def _prefill_bytes(
     return prefix + max_model_len * (shape.hidden_size * itemsize + keys + scores)
 
 
-def _kv_bytes(taken_bytes: int, num_devices: int, utilization: float, kv_config: KVConfig) -> int:
-    """Returns the bytes of the pool over all devices: the memory left, or a fixed size on CPU.
+def _kv_bytes(
+    taken_bytes: int, num_devices: int, memory_bytes: int, utilization: float, kv_config: KVConfig
+) -> int:
+    """Returns the bytes of the pool over all devices: what is left of `memory_bytes` on each.
 
     Raises:
         ValueError: no memory is left.
     """
-    stats = jax.local_devices()[0].memory_stats()
-    if not stats:
-        return _CPU_KV_BYTES
-    granted = int(stats["bytes_limit"] * utilization) * num_devices
+    granted = int(memory_bytes * utilization) * num_devices
     if granted <= taken_bytes:
         whole = ""
         if kv_config.repeats_prompt:

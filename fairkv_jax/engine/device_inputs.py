@@ -14,6 +14,7 @@ from fairkv_jax.engine.scheduler_output import Decode, NewRequest
 from fairkv_jax.kv_cache_spec import KVCacheSpec
 from fairkv_jax.sampling import SamplingState
 from fairkv_jax.sampling_params import SamplingParams, num_bitmask_words
+from fairkv_jax.sharding.mesh import put_own_shards
 
 
 class DeviceInputs:
@@ -31,6 +32,7 @@ class DeviceInputs:
         self._mesh, self._spec, self._vocab_size = mesh, spec, vocab_size
         self._eos_token_ids = tuple(eos_token_ids)
         self._max_table_writes = max_table_writes
+        self._put = put_own_shards if mesh.is_multi_process else jax.device_put
         self._sampling: SamplingState | None = None
         """The rows' options on the devices; None when the rows have changed."""
         self._no_bitmasks: dict[int, jax.Array] = {}
@@ -134,12 +136,12 @@ class DeviceInputs:
                 lambda part: NamedSharding(self._mesh, part), TableWrites.partition()
             )
             writes = TableWrites(none, none, none, none)
-            writes = self._no_writes = jax.device_put(writes, shardings)
+            writes = self._no_writes = self._put(writes, shardings)
         return writes
 
     def _on_all_devices(self, arrays: Any) -> Any:
         """Copies a pytree of arrays to every device."""
-        return jax.device_put(arrays, NamedSharding(self._mesh, PartitionSpec()))
+        return self._put(arrays, NamedSharding(self._mesh, PartitionSpec()))
 
 
 def _split(

@@ -101,13 +101,20 @@ class PendingPrefill:
 
     @classmethod
     def of(
-        cls, task: PrefillTask, layout: SlotLayout, first_tokens: Sequence[Sampled] = ()
+        cls,
+        task: PrefillTask,
+        layout: SlotLayout,
+        first_tokens: Sequence[Sampled] = (),
+        prefix: CompressedPrefix | None = None,
     ) -> "PendingPrefill":
-        """The results of a prefill whose chunks have all been given to the devices."""
+        """The results of a prefill whose chunks have all been given to the devices.
+
+        `prefix` replaces the task's own, where this process cannot read all arrays of that.
+        """
         blocks = task.prompt_logprobs
         starts = [logprobs_start(task, index) for index in range(len(blocks))]
         return cls(
-            task.prefix,
+            prefix or task.prefix,
             layout,
             task.request.return_kept_positions,
             first_tokens,

@@ -4,7 +4,7 @@ import itertools
 import threading
 import time
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from weakref import WeakValueDictionary
 
@@ -45,9 +45,6 @@ from fairkv_jax.sampling_params import (
     StructuredOutputsParams,
 )
 
-_MAX_IN_FLIGHT = 2
-"""Most executions in flight; with two, the devices do not wait for the host."""
-
 
 class LLMEngine:
     """Serves requests that come and go at any step; one thread calls it.
@@ -68,12 +65,14 @@ class LLMEngine:
         grammar_limits: GrammarLimits | None = None,
         progress: bool = True,
         schedule_log: ScheduleLog | None = None,
+        make_runner: Callable[..., ModelRunner] = ModelRunner,
     ):
+        """`make_runner` takes the arguments of `ModelRunner`."""
         self.model_name = checkpoint.name
         self.model_config = checkpoint.config
         self.engine_config, self.kv_config, self.plan = engine_config, kv_config, plan
         self.tokenizer = checkpoint.tokenizer()
-        self.runner = ModelRunner(
+        self.runner = make_runner(
             checkpoint,
             plan,
             engine_config,
@@ -313,7 +312,7 @@ class LLMEngine:
 
     def _step(self) -> list[RequestOutput]:
         self._process(self.scheduler.take_cached(), time.monotonic())
-        while len(self._in_flight) < _MAX_IN_FLIGHT and self._execute_next():
+        while len(self._in_flight) < self.runner.max_in_flight and self._execute_next():
             pass
         if not self._in_flight:
             return self._take_outputs()

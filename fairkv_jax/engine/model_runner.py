@@ -61,6 +61,9 @@ class ModelRunner:
         ValueError: the devices, the method or the cache's size do not fit the configuration.
     """
 
+    max_in_flight = 2
+    """Most executions in flight; with two, the devices do not wait for the host."""
+
     def __init__(
         self,
         checkpoint: Checkpoint,
@@ -69,8 +72,10 @@ class ModelRunner:
         kv_config: KVConfig,
         *,
         eos_token_ids: Iterable[int] = (),
+        instruction: RepeatInstruction | None = None,
         progress: bool = True,
     ):
+        """`instruction` replaces the one that is made with the checkpoint's tokenizer."""
         self.model_config = checkpoint.config
         self.plan, self.config, self.kv_config = plan, config, kv_config
         self.layout = SlotLayout.from_plan(plan)
@@ -93,9 +98,9 @@ class ModelRunner:
                 checkpoint, self.layout, self.mesh, config.dtype, int8=int8, progress=progress
             )
             self.model = jax.block_until_ready(model)
-        self.instruction = None
+        self.instruction = instruction
         """How the model is told to repeat a prompt; None where no method needs that."""
-        if kv_config.repeats_prompt:
+        if instruction is None and kv_config.repeats_prompt:
             self.instruction = RepeatInstruction.of(checkpoint.tokenizer(), kv_config.replay_suffix)
         shapes = StepShapes(self.mesh, self.model_config, self.layout, self.cache_spec, self.model)
         self.programs = Programs(
@@ -365,7 +370,16 @@ class ModelRunner:
         if chunks.samples_token:
             for request in (task.request, *chunks.also_samples):
                 first.append(self.sample_first(task, chunks.grammar_bitmask, request))
-        return PendingPrefill.of(task, self.layout, first)
+        return PendingPrefill.of(task, self.layout, first, self._readable_prefix(task))
+
+    def _readable_prefix(self, task: PrefillTask) -> CompressedPrefix:
+        """Returns a task's compressed cache; what is read of it is on this process's devices."""
+        prefix = task.prefix
+        if not task.request.return_kept_positions or not self.mesh.is_multi_process:
+            return prefix
+        gather = self.programs.gather_kept(task.shape.bucket)
+        positions, lengths = gather(prefix.positions, prefix.slot_lengths)
+        return replace(prefix, positions=positions, slot_lengths=lengths)
 
     def _copy_pages(self, copies: PageCopies) -> None:
         pages = self._inputs.page_copies(copies)

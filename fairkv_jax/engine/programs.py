@@ -38,7 +38,7 @@ from fairkv_jax.engine.device_errors import STEP_DOES_NOT_FIT, translate_xla_err
 from fairkv_jax.engine.prefill_chunking import chunk_size_of, logprobs_block, prefill_bucket
 from fairkv_jax.insert import lower_insert
 from fairkv_jax.prefill import lower_run_chunks, lower_score_prompt
-from fairkv_jax.prefill_carry import PrefillShapes, lower_start_prefill
+from fairkv_jax.prefill_carry import PrefillShapes, lower_gather_kept, lower_start_prefill
 from fairkv_jax.repeat_prompt import lower_repeat_chunks, lower_start_repetition
 from fairkv_jax.sampling import TokenHistory, sample_first
 from fairkv_jax.shapes import TENSOR_AXIS
@@ -99,6 +99,8 @@ class Programs:
         if self._instruction is not None:
             steps += [self.start_repetition, self.repeat_chunks, self.compress_prompt]
         of_prompts = [*steps, *[self.score_prompt] * prompt_logprobs]
+        if self._shapes.mesh.is_multi_process:
+            of_prompts.append(self.gather_kept)
         suffix_buckets = self._buckets(suffix_lengths)
         once = [self.sample_first, self.release_rows, self.write_tables]
         if suffix_buckets or forks:
@@ -171,6 +173,9 @@ class Programs:
 
     def insert(self, bucket: int, *, has_prefix: bool = False) -> Compiled:
         return self._get_prefill("insert", bucket, lower_insert, has_prefix=has_prefix)
+
+    def gather_kept(self, bucket: int) -> Compiled:
+        return self._get_prefill("gather_kept", bucket, lower_gather_kept)
 
     def score_prompt(self, bucket: int) -> Compiled:
         lower = partial(lower_score_prompt, block=logprobs_block(bucket))

@@ -43,25 +43,24 @@ from fairkv_jax.sampling_params import SamplingParams, StructuredOutputsParams
 
 FORMAT = 1
 """The version of the file format."""
-_CLASSES = {
-    cls.__name__: cls
-    for cls in (
-        Decode,
-        DecodeRow,
-        Fork,
-        Insertion,
-        NewRequest,
-        PageCopies,
-        PageReplication,
-        PageTableUpdate,
-        PrefillChunks,
-        RowCompression,
-        RowPrefix,
-        SamplingParams,
-        SchedulerOutput,
-        StructuredOutputsParams,
-    )
-}
+LOGGED_CLASSES = (
+    Decode,
+    DecodeRow,
+    Fork,
+    Insertion,
+    NewRequest,
+    PageCopies,
+    PageReplication,
+    PageTableUpdate,
+    PrefillChunks,
+    RowCompression,
+    RowPrefix,
+    SamplingParams,
+    SchedulerOutput,
+    StructuredOutputsParams,
+)
+"""The dataclasses that a `SchedulerOutput` consists of."""
+_CLASSES = {cls.__name__: cls for cls in LOGGED_CLASSES}
 _HASHED_WEIGHTS = ("q", "k", "v", "gate")
 """Weights of each layer whose first rows are hashed: few bytes, which most fine-tuning changes."""
 

@@ -6,12 +6,16 @@ import os
 import sys
 from collections.abc import Sequence
 from functools import partial
+from typing import TYPE_CHECKING, Any
 
 from fairkv_jax.command_line import make_cpu_devices
 from fairkv_jax.engine.request import Request
 from fairkv_jax.sampling_params import SamplingParams
 from fairkv_jax.serve.engine_protocol import Engine
 from fairkv_jax.serve.flags import Options, parse
+
+if TYPE_CHECKING:
+    from fairkv_jax.hosts.leader import Leader
 
 CACHE_BYTES = 2 << 30
 
@@ -33,8 +37,30 @@ def main() -> int:
 
     if folder := os.environ.get("JAX_COMPILATION_CACHE_DIR"):
         replace_damaged_entries(folder)
+    if options.hosts.num_hosts > 1:
+        return _serve_with_hosts(options)
     log_to_stdout(options.server.log_level.upper())
     return serve(partial(_load, options), options.server)
+
+
+def _serve_with_hosts(options: Options) -> int:
+    """Leads the other hosts, or follows their leader."""
+    try:
+        from fairkv_jax.hosts.follower import follow
+        from fairkv_jax.hosts.leader import Leader
+    except ModuleNotFoundError as error:
+        raise SystemExit(
+            f"--num-hosts needs the package {error.name}: pip install 'fairkv-jax[hosts]'"
+        ) from error
+    from fairkv_jax.serve.access import log_to_stdout
+    from fairkv_jax.serve.server import serve
+
+    hosts, step_timeout_s = options.hosts, options.server.stall_timeout
+    if not hosts.is_leader:
+        follow(hosts, step_timeout_s, options.engine)
+    log_to_stdout(options.server.log_level.upper())
+    leader = Leader(hosts, step_timeout_s)
+    return serve(partial(_load, options, leader), options.server, leader)
 
 
 def hide_missing_tpu() -> None:
@@ -61,13 +87,16 @@ def _prepare_jax(options: Options) -> None:
         os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 
 
-def _load(options: Options) -> Engine:
+def _load(options: Options, leader: "Leader | None" = None) -> Engine:
     """Builds the engine, by default on every device, and compiles all of its programs."""
     import jax
 
     from fairkv_jax.engine.build import build_engine
 
-    engine = build_engine(**{"tensor_parallel_size": len(jax.devices()), **options.engine})
+    with_hosts = {} if leader is None else _join(leader)
+    engine = build_engine(
+        **{"tensor_parallel_size": len(jax.devices()), **options.engine}, **with_hosts
+    )
     engine.start_workers()
     config = engine.engine_config
     lengths = range(1, config.max_model_len)
@@ -79,6 +108,17 @@ def _load(options: Options) -> Engine:
     )
     _rehearse(engine, config.max_num_seqs)
     return engine
+
+
+def _join(leader: "Leader") -> dict[str, Any]:
+    """Waits for the followers, and returns what `build_engine` takes for them."""
+    from fairkv_jax.hosts.leading_runner import LeadingRunner
+
+    leader.join()
+    return {
+        "memory_bytes": leader.least_memory_bytes(),
+        "make_runner": partial(LeadingRunner, leader),
+    }
 
 
 def _rehearse(engine: Engine, rows: int) -> None:

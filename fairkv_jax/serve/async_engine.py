@@ -256,6 +256,10 @@ class AsyncEngine:
         """Asks the thread to end after its current step; unfinished requests get an error."""
         self._mailbox.put(_Stop())
 
+    def fail(self, error: BaseException) -> None:
+        """Ends all streams as after a failed step; any thread may call it."""
+        self._post(self._fail, error)
+
     def join(self, timeout_s: float) -> bool:
         """Waits until the thread has ended and returns whether it did so in time."""
         self._thread.join(timeout_s)
@@ -290,6 +294,8 @@ class AsyncEngine:
         self._release()
 
     def _fail(self, error: BaseException) -> None:
+        if self.failure is not None:
+            return
         was_ready = self.state is not State.LOADING
         self.state, self.failure = State.FAILED, error
         self._fail_all()

@@ -2,11 +2,12 @@
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from fairkv_jax.command_line import as_flag, help_page, read_flags, string_list
 from fairkv_jax.config import ENGINE_OPTIONS, POLICIES, takes_budget
+from fairkv_jax.hosts.options import HOST_OPTIONS, HostOptions, host_options
 from fairkv_jax.options import Option
 from fairkv_jax.serve.options import API_KEY_VARIABLE, SERVER_OPTIONS, ServerOptions
 from fairkv_jax.serve.tool_calls import TOOL_PARSERS
@@ -29,11 +30,16 @@ class Options:
     engine: dict[str, Any]
     """Engine options by name; for missing ones the engine uses its own defaults."""
     server: ServerOptions
+    hosts: HostOptions = field(default_factory=HostOptions)
 
     @property
     def cpu_devices(self) -> int:
-        """Number of virtual devices that JAX makes of the CPU if there is no accelerator."""
-        return self.engine.get("tensor_parallel_size", DEFAULT_CPU_DEVICES)
+        """Number of virtual devices that JAX makes of the CPU if there is no accelerator.
+
+        Several hosts divide the devices among them.
+        """
+        num_devices = self.engine.get("tensor_parallel_size", DEFAULT_CPU_DEVICES)
+        return max(1, num_devices // self.hosts.num_hosts)
 
 
 def served_option(option: Option) -> Option:
@@ -44,7 +50,7 @@ def served_option(option: Option) -> Option:
     return replace(option, default=default, default_text=text)
 
 
-FLAGS = (*map(served_option, ENGINE_OPTIONS), *SERVER_OPTIONS)
+FLAGS = (*map(served_option, ENGINE_OPTIONS), *HOST_OPTIONS, *SERVER_OPTIONS)
 
 
 def parse(argv: Sequence[str], environ: Mapping[str, str] = os.environ) -> Options:
@@ -60,7 +66,8 @@ def parse(argv: Sequence[str], environ: Mapping[str, str] = os.environ) -> Optio
             raise SystemExit(0)
         if rest:
             raise ValueError(f"unexpected argument {rest[0]!r}: options begin with --")
-        return Options(_engine_options(given), _server_options(given, environ))
+        hosts = host_options(given, environ)
+        return Options(_engine_options(given), _server_options(given, environ), hosts)
     except ValueError as error:
         raise SystemExit(f"{PROGRAM}: {error}. --help lists the options.") from error
 

@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable
 from types import FrameType
+from typing import NoReturn, Protocol
 
 import uvicorn
 
@@ -41,12 +42,21 @@ THREAD_GRACE_S = 5.0
 """Maximum time to wait for the engine thread at the exit: longer than a step, not than loading."""
 
 
-def serve(load: Callable[[], Engine], options: ServerOptions) -> int:
+class Group(Protocol):
+    """Other processes that run the engine with this one, see `fairkv_jax.hosts`."""
+
+    def report_failure(self, on_failure: Callable[[BaseException], None]) -> None: ...
+    def fail(self, reason: str) -> None: ...
+    def end(self, status: int) -> NoReturn: ...
+
+
+def serve(load: Callable[[], Engine], options: ServerOptions, group: Group | None = None) -> int:
     """Serves until a signal arrives or the engine fails, and returns the exit status.
 
     After SIGTERM or SIGINT, running requests may finish until the timeout. A second signal aborts
-    them.
+    them. With a `group`, the process exits here, as soon as the whole group ends.
     """
+    exit_now = _exit_now if group is None else group.end
     _check_certificate(options)
     listener = _listen(options.host, options.port)
     host = f"[{options.host}]" if ":" in options.host else options.host
@@ -65,6 +75,8 @@ def serve(load: Callable[[], Engine], options: ServerOptions) -> int:
         foreseen = not was_ready and isinstance(error, _FORESEEN)
         what = "the engine failed" if was_ready else "the engine could not be loaded"
         log.error("%s: %s", what, why, exc_info=None if foreseen else error)
+        if group is not None:
+            group.fail(f"{what}: {why}")
         server.exit_after(FAILURE_GRACE_S if was_ready else 0.0)
 
     metrics = Metrics()
@@ -76,14 +88,19 @@ def serve(load: Callable[[], Engine], options: ServerOptions) -> int:
         on_failure=on_failure,
     )
     service = Service(engine, options, metrics)
+    if group is not None:
+        group.report_failure(engine.fail)
     log.info("listening on %s, loading the model; /ready returns 503 until it is loaded", address)
-    server = _Server(service)
+    server = _Server(service, exit_now)
     server.run(sockets=[listener])
     status = FAILED if engine.failure is not None else 0
-    if not engine.join(THREAD_GRACE_S):
+    # A failed group may leave the thread in a step that never ends.
+    if not engine.join(THREAD_GRACE_S if group is None or not status else 0):
         log.warning("exiting although the engine thread is still running a step or loading")
-        _exit_now(status)
+        exit_now(status)
     log.info("shut down")
+    if group is not None:
+        group.end(status)
     return status
 
 
@@ -122,10 +139,10 @@ class _Server(uvicorn.Server):
     finished, and re-raises the signal at the end.
     """
 
-    def __init__(self, service: Service):
+    def __init__(self, service: Service, exit_now: Callable[[int], NoReturn]):
         options = service.options
         super().__init__(http_config(service))
-        self._engine = service.engine
+        self._engine, self._exit_now = service.engine, exit_now
         self._shutdown_timeout = options.shutdown_timeout
         self._deadline: float | None = None
         """End of the shutdown timeout on the monotonic clock; None before the first signal."""
@@ -134,7 +151,7 @@ class _Server(uvicorn.Server):
         name = signal.Signals(sig).name
         if self._deadline is not None:
             log.warning("received %s again: aborting the running requests", name)
-            _exit_now(ABORTED)
+            self._exit_now(ABORTED)
         log.info("received %s: finishing the running requests; a second signal aborts them", name)
         self._deadline = time.monotonic() + self._shutdown_timeout
         self._engine.drain()
@@ -196,7 +213,7 @@ def _listen(host: str, port: int) -> socket.socket:
     return listener
 
 
-def _exit_now(status: int) -> None:
+def _exit_now(status: int) -> NoReturn:
     """Exits without waiting for the engine thread, which cannot be interrupted inside XLA."""
     sys.stdout.flush()
     sys.stderr.flush()

@@ -1,5 +1,7 @@
 """The device mesh, and the table that maps logical axes to mesh axes."""
 
+from typing import Any
+
 import jax
 from jax.sharding import AxisType, Mesh, PartitionSpec
 
@@ -50,6 +52,25 @@ def make_mesh(num_devices: int) -> Mesh:
     axis_types = (AxisType.Auto, AxisType.Auto)
     names = (DATA_AXIS, TENSOR_AXIS)
     return jax.make_mesh((1, num_devices), names, axis_types, devices=devices[:num_devices])
+
+
+def put_own_shards(arrays: Any, shardings: Any) -> Any:
+    """Like `jax.device_put`, for a mesh of several processes that all hold the same arrays.
+
+    `device_put` would compare the arrays of all processes, in a collective at every call.
+
+    Args:
+        arrays: a pytree of NumPy arrays.
+        shardings: their shardings, as a prefix of that pytree.
+    """
+    shardings = jax.tree.broadcast(shardings, arrays)
+    return jax.tree.map(
+        lambda array, sharding: jax.make_array_from_callback(
+            array.shape, sharding, array.__getitem__
+        ),
+        arrays,
+        shardings,
+    )
 
 
 def spec(*axes: str | None) -> PartitionSpec:

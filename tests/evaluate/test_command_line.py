@@ -100,7 +100,7 @@ def test_a_server_gives_the_rows_of_the_engine(
 ):
     questions, _ = own_data
     shared = ("--methods=streaming_llm,ada_snapkv", "--ratios=0.7", f"--questions={questions}")
-    options = {"kv_window": 8, "max_model_len": 256, "max_num_seqs": 2}
+    options: dict[str, Any] = {"kv_window": 8, "max_model_len": 256, "max_num_seqs": 2}
     with running(
         lambda: build_engine(tiny_checkpoint, progress=False, enable_prefix_caching=True, **options)
     ) as server:

@@ -118,11 +118,15 @@ class Process:
         python: str = sys.executable,
         folder: Path = ROOT,
         max_files: int | None = None,
+        wrapper: Sequence[str] = (),
         **environment: str,
     ):
-        """It runs in `folder`; `max_files` limits the files that it may have open."""
+        """It runs in `folder`; `max_files` limits the files that it may have open.
+
+        `wrapper` is a command that runs the command behind it.
+        """
         self.lines: list[str] = []
-        command = [python, "-m", module, *arguments]
+        command = [*wrapper, python, "-m", module, *arguments]
         if max_files is not None:
             command = ["bash", "-c", f'ulimit -n {max_files}; exec "$@"', "bash", *command]
         self._process = subprocess.Popen(

@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 
 from fairkv_jax.config import ENGINE_OPTIONS
+from fairkv_jax.hosts.options import HOST_OPTIONS
 from fairkv_jax.serve.flags import parse
 from fairkv_jax.serve.options import SERVER_OPTIONS
 
@@ -146,7 +147,8 @@ def test_help_lists_every_option_with_its_default(capsys: pytest.CaptureFixture[
     assert max(map(len, page.splitlines())) <= 100
     entries = [" ".join(entry.split()) for entry in page.split("\n  --")[1:]]
     by_name = {entry.split()[0]: entry for entry in entries}
-    assert len(by_name) == len(entries) == len(ENGINE_OPTIONS) + len(SERVER_OPTIONS)
+    options = (*ENGINE_OPTIONS, *HOST_OPTIONS, *SERVER_OPTIONS)
+    assert len(by_name) == len(entries) == len(options)
     assert "Default: 0.2." in by_name["kv-alpha-safeguard"]
     assert "One of max, avg. Default: max." in by_name["kv-pooling"]
     assert "Default: ada_snapkv." in by_name["kv-policy"]

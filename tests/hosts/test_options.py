@@ -1,0 +1,90 @@
+"""The options of several hosts: flags, LeaderWorkerSet's and Slurm's environment."""
+
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+
+from fairkv_jax.hosts.handshake import _check_versions
+from fairkv_jax.hosts.options import HostOptions, split_address
+from fairkv_jax.serve.flags import parse
+
+LWS = {"LWS_GROUP_SIZE": "4", "LWS_WORKER_INDEX": "2", "LWS_LEADER_ADDRESS": "leader.svc"}
+SLURM = {
+    "SLURM_JOB_ID": "7",
+    "SLURM_STEP_NODELIST": "node[01-02]",
+    "SLURM_NTASKS": "2",
+    "SLURM_PROCID": "1",
+    "SLURM_LOCALID": "0",
+}
+TWO = ["--num-hosts=2", "--host-index=1", "--coordinator=10.0.0.1:99"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "environ", "expected"),
+    [
+        ([], {}, HostOptions()),
+        (TWO, {}, HostOptions(2, 1, "10.0.0.1:99")),
+        ([], LWS, HostOptions(4, 2, "leader.svc")),
+        (["--coordinator=other:5"], LWS, HostOptions(4, 2, "other:5")),
+        (["--num-hosts=1"], LWS, HostOptions(1, 0, "leader.svc")),
+        (TWO, LWS, HostOptions(2, 1, "10.0.0.1:99")),
+        ([], SLURM, HostOptions(2, 1, None)),
+        (["--num-hosts=1"], SLURM, HostOptions()),
+        ([], {**SLURM, "SLURM_NTASKS": "1", "SLURM_PROCID": "0"}, HostOptions()),
+        ([], {name: SLURM[name] for name in ("SLURM_JOB_ID", "SLURM_NTASKS")}, HostOptions()),
+        ([], {**SLURM, **LWS}, HostOptions(4, 2, "leader.svc")),
+    ],
+)
+def test_where_they_come_from(flags: list[str], environ: dict[str, str], expected: HostOptions):
+    assert parse(flags, environ).hosts == expected
+
+
+@pytest.mark.parametrize(
+    ("flags", "environ", "error"),
+    [
+        (["--num-hosts=2"], {}, "needs the address of host 0"),
+        (["--num-hosts=0"], {}, "--num-hosts must be at least 1"),
+        (["--host-index=1"], {}, "--host-index must be between 0 and 0"),
+        ([*TWO, "--host-timeout=0.5"], {}, "--host-timeout must be at least 1 second"),
+        ([*TWO[:2], "--coordinator=a:b"], {}, "--coordinator must be HOST:PORT, got 'a:b'"),
+        ([], {**LWS, "LWS_GROUP_SIZE": "x"}, r"\$LWS_GROUP_SIZE must be a number, got 'x'"),
+    ],
+)
+def test_faults_are_named(flags: list[str], environ: dict[str, str], error: str):
+    with pytest.raises(SystemExit, match=error):
+        parse(flags, environ)
+
+
+@pytest.mark.parametrize(
+    ("address", "expected"),
+    [
+        ("a", ("a", 8476)),
+        ("a:1", ("a", 1)),
+        ("[::1]:2", ("::1", 2)),
+        ("[::1]", ("::1", 8476)),
+    ],
+)
+def test_addresses(address: str, expected: Any):
+    assert split_address(address) == expected
+
+
+def test_the_hosts_divide_the_virtual_devices():
+    assert parse([]).cpu_devices == 2
+    assert parse(TWO).cpu_devices == 1
+    assert parse([*TWO, "--tensor-parallel-size=8"]).cpu_devices == 4
+
+
+def test_versions_must_be_the_same():
+    with pytest.raises(ValueError, match=r"host 1 has jax 0\.10\.2, but the leader has 0\.12\.0"):
+        _check_versions(1, {"jax": "0.10.2", "numpy": "2"}, {"jax": "0.12.0", "numpy": "2"})
+
+
+def test_a_single_process_imports_nothing_for_it():
+    code = (
+        "import sys, fairkv_jax.serve.__main__, fairkv_jax.serve.server, fairkv_jax.engine.build\n"
+        "print(*[name for name in sys.modules if name.startswith(('zmq', 'fairkv_jax.hosts.'))])"
+    )
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == "fairkv_jax.hosts.options"
