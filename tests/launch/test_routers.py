@@ -1,0 +1,340 @@
+"""Two replicas with a tiny model behind every router of launch/router/, at the same time.
+
+One story is told once, as starting a replica takes longest: load, a crash, the return of the
+replica, and a drain. The tests look at what the clients of each router saw of it.
+"""
+
+import asyncio
+import json
+import signal
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import httpx
+import pytest
+
+from tests.launch.routers import ROUTERS, NotInstalled, Router, free_port
+from tests.oracle.tiny import write_tiny_checkpoint
+from tests.serve.live import PATIENCE_S, Process, eventually
+
+pytestmark = pytest.mark.long
+
+START_S = 400.0
+FLAGS = (
+    "--tensor-parallel-size=1",
+    "--max-model-len=1024",
+    "--max-num-seqs=16",
+    "--kv-budget=64",
+    "--shutdown-timeout=120",
+)
+PROMPTS = tuple(f"{word} and the wall" for word in ("inn", "hall", "barn", "mill", "well"))
+SHORT = {"max_tokens": 12, "temperature": 0, "ignore_eos": True}
+LONG = {"max_tokens": 900, "temperature": 0, "ignore_eos": True, "stream": True}
+ENOUGH = 12
+"""Requests of each router that a part of the story takes."""
+MOST_STREAMS = 20
+"""After so many streams, both replicas must have got one."""
+
+
+class Replica:
+    """A server that can be started again at the same address.
+
+    The two have different weights, so that their texts say which one has answered.
+    """
+
+    def __init__(self, checkpoint: Path):
+        self.address = f"127.0.0.1:{free_port()}"
+        port = self.address.rpartition(":")[2]
+        self._arguments = [*FLAGS, f"--model={checkpoint}", f"--port={port}"]
+        self.process = self.start()
+
+    @property
+    def url(self) -> str:
+        return f"http://{self.address}"
+
+    def start(self) -> Process:
+        self.process = Process("fairkv_jax.serve", self._arguments)
+        return self.process
+
+    def aborted(self) -> float:
+        """How many requests ended because their clients had left."""
+        lines = httpx.get(f"{self.url}/metrics", timeout=PATIENCE_S).text.splitlines()
+        name = 'vllm:request_success_total{engine="0",finished_reason="abort"'
+        return sum(float(line.split()[-1]) for line in lines if line.startswith(name))
+
+    def texts(self) -> dict[str, str]:
+        """What it answers to each prompt."""
+        found = {}
+        for prompt in PROMPTS:
+            body = {"model": "tiny", "prompt": prompt, **SHORT}
+            answer = httpx.post(f"{self.url}/v1/completions", json=body, timeout=PATIENCE_S)
+            found[prompt] = answer.json()["choices"][0]["text"]
+        return found
+
+
+@dataclass
+class Answer:
+    """What became of one request."""
+
+    prompt: str
+    streams: bool
+    began_in: str
+    """The part of the story in which it was sent."""
+    ended_in: str | None = None
+    outcome: str = "sent"
+    """Then "served", "broken" if a stream ended early, or what went wrong."""
+    text: str = ""
+    recognised_by: int = 0
+    """How many characters tell the replicas apart."""
+    has_begun: threading.Event = field(default_factory=threading.Event)
+    """Set when a stream has more characters than that, or when the answer has ended."""
+    leave: Callable[[], object] = lambda: None
+    """Hangs up on a long stream."""
+
+    @property
+    def has_ended(self) -> bool:
+        return self.outcome != "sent"
+
+
+async def ask(client: httpx.AsyncClient, answer: Answer, options: dict[str, object]) -> None:
+    """Sends a request once, and records what becomes of it."""
+    body = {"model": "tiny", "prompt": answer.prompt, **options, "stream": answer.streams}
+    is_whole = False
+    try:
+        async with client.stream("POST", "/v1/completions", json=body) as response:
+            if response.status_code != 200:
+                answer.outcome = f"{response.status_code}: {(await response.aread())!r}"
+                return
+            if not answer.streams:
+                answer.text = json.loads(await response.aread())["choices"][0]["text"]
+                answer.outcome = "served"
+                return
+            async for line in response.aiter_lines():
+                if line == "data: [DONE]":
+                    is_whole = True
+                elif line:
+                    event = json.loads(line.removeprefix("data: "))
+                    answer.text += event["choices"][0]["text"]
+                    if len(answer.text) > answer.recognised_by:
+                        answer.has_begun.set()
+        answer.outcome = "served" if is_whole else "broken"
+    except (httpx.TransportError, LookupError) as error:  # an event with an error has no choices
+        answer.outcome = "broken" if answer.text else repr(error)
+    finally:
+        answer.has_begun.set()
+
+
+class Clients(threading.Thread):
+    """The clients of one router: two send short requests all the time, others wait for streams."""
+
+    def __init__(self, router: Router):
+        super().__init__(daemon=True)
+        self.router = router
+        self.answers: list[Answer] = []
+        self.part = "start"
+        self._ending = False
+        self._loop = asyncio.new_event_loop()
+        self._pool = httpx.AsyncClient(base_url=router.url, timeout=PATIENCE_S)
+
+    def run(self) -> None:
+        self._loop.run_until_complete(self._all())
+        self._loop.close()
+
+    async def _all(self) -> None:
+        async with self._pool:
+            await asyncio.gather(self._client(streams=False), self._client(streams=True))
+
+    async def _client(self, *, streams: bool) -> None:
+        count = 0
+        while not self._ending:
+            count += 1
+            answer = Answer(PROMPTS[count % len(PROMPTS)], streams, self.part)
+            self.answers.append(answer)
+            await ask(self._pool, answer, SHORT)
+            answer.ended_in = self.part
+            await asyncio.sleep(0.1)
+
+    def end(self) -> None:
+        self._ending = True
+        self.join(PATIENCE_S)
+
+    def open_stream(self, recognised_by: int) -> Answer:
+        """A long stream that has begun."""
+        answer = Answer(PROMPTS[0], True, self.part, recognised_by=recognised_by)
+        asking = asyncio.run_coroutine_threadsafe(ask(self._pool, answer, LONG), self._loop)
+        answer.leave = asking.cancel
+        assert answer.has_begun.wait(PATIENCE_S)
+        return answer
+
+    def of(self, *parts: str) -> list[Answer]:
+        return [answer for answer in self.answers if answer.began_in in parts]
+
+
+@dataclass
+class Story:
+    """What the clients of each router saw."""
+
+    clients: dict[str, Clients]
+    missing: dict[str, str]
+    """Why a router did not run."""
+    crash: dict[str, list[Answer]] = field(default_factory=dict)
+    """Long streams that ran when replica a was killed."""
+    drain: dict[str, list[Answer]] = field(default_factory=dict)
+    """Long streams that ran when replica b was told to end."""
+    drained_with: int | None = None
+    """The exit status of replica b."""
+    abandoned: dict[str, float] = field(default_factory=dict)
+    """Requests that replica a aborted after one client of each router had left."""
+    texts: dict[str, dict[str, str]] = field(default_factory=dict)
+    """By replica, the text that follows each prompt."""
+
+    def replica(self, answer: Answer) -> str | None:
+        """Which replica has answered, by the text."""
+        for name, texts in self.texts.items():
+            if answer.text and answer.text.startswith(texts[answer.prompt]):
+                return name
+        return None
+
+    def replicas(self, answers: Sequence[Answer]) -> set[str | None]:
+        return {self.replica(answer) for answer in answers}
+
+    def open_stream(self, clients: Clients) -> Answer:
+        return clients.open_stream(max(len(texts[PROMPTS[0]]) for texts in self.texts.values()))
+
+    def open_streams(self, clients: Clients) -> list[Answer]:
+        """Opens long streams until there are some of both replicas."""
+        streams: list[Answer] = []
+        while {"a", "b"} - self.replicas(streams):
+            assert len(streams) < MOST_STREAMS, list(map(self.replica, streams))
+            streams.append(self.open_stream(clients))
+        return streams
+
+    def turn_to(self, part: str) -> None:
+        for clients in self.clients.values():
+            clients.part = part
+
+    def wait_for(self, part: str, replicas: set[str]) -> None:
+        """Until every router has served enough in a part, by these replicas."""
+
+        def is_enough(clients: Clients) -> bool:
+            served = [answer for answer in clients.of(part) if answer.has_ended]
+            return len(served) >= ENOUGH and replicas <= self.replicas(served)
+
+        try:
+            eventually(lambda: all(map(is_enough, self.clients.values())))
+        except AssertionError as error:
+            raise AssertionError(f"{part}: {self.summary(part)}") from error
+
+    def summary(self, part: str) -> dict[str, Counter]:
+        """What became of the short requests of a part, by router."""
+        return {
+            name: Counter((self.replica(answer), answer.outcome) for answer in clients.of(part))
+            for name, clients in self.clients.items()
+        }
+
+
+@pytest.fixture(scope="module")
+def story(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Story]:
+    with ExitStack() as running:
+        folder = tmp_path_factory.mktemp("routers")
+        other = write_tiny_checkpoint(folder / "tiny.gguf", seed=1)
+        replicas = [Replica(checkpoint) for checkpoint in (tiny_checkpoint, other)]
+        for replica in replicas:
+            running.callback(lambda replica=replica: replica.process.__exit__())
+        story = Story({}, {})
+        addresses = [replica.address for replica in replicas]
+        for name, router in ROUTERS.items():
+            try:
+                story.clients[name] = Clients(
+                    running.enter_context(router(free_port(), addresses, folder))
+                )
+            except NotInstalled as missing:
+                story.missing[name] = str(missing)
+        tell(story, *replicas)
+        yield story
+
+
+def tell(story: Story, a: Replica, b: Replica) -> None:
+    for replica in (a, b):
+        replica.process.wait_ready(START_S)
+    story.texts = {"a": a.texts(), "b": b.texts()}
+    for clients in story.clients.values():
+        eventually(clients.router.is_up)
+        clients.part = "both"
+        clients.start()
+    try:
+        story.wait_for("both", {"a", "b"})
+
+        story.crash = {n: story.open_streams(each) for n, each in story.clients.items()}
+        story.turn_to("crash")
+        a.process.__exit__()  # by SIGKILL
+        story.wait_for("crash", {"b"})
+        wait_for_all(story.crash)
+
+        story.turn_to("return")
+        a.start()
+        a.process.wait_ready(START_S)
+        story.turn_to("back")
+        story.wait_for("back", {"a", "b"})
+
+        story.drain = {n: story.open_streams(each) for n, each in story.clients.items()}
+        story.turn_to("drain")
+        b.process.send(signal.SIGTERM)
+        story.drained_with = b.process.status()
+        story.turn_to("drained")
+        story.wait_for("drained", {"a"})
+        wait_for_all(story.drain)
+
+        for name, clients in story.clients.items():
+            before = a.aborted()
+            story.open_stream(clients).leave()
+            with suppress(AssertionError):
+                eventually(lambda before=before: a.aborted() > before)
+            story.abandoned[name] = a.aborted() - before
+    finally:
+        for clients in story.clients.values():
+            clients.end()
+
+
+def wait_for_all(streams: dict[str, list[Answer]]) -> None:
+    eventually(lambda: all(each.has_ended for some in streams.values() for each in some))
+
+
+@pytest.fixture(params=ROUTERS)
+def router(request: pytest.FixtureRequest, story: Story) -> str:
+    if request.param in story.missing:
+        pytest.skip(story.missing[request.param])
+    return request.param
+
+
+def test_load_goes_to_both(story: Story, router: str):
+    for part in ("both", "back"):
+        answers = [each for each in story.clients[router].of(part) if each.ended_in == part]
+        assert {answer.outcome for answer in answers} == {"served"}
+        assert story.replicas(answers) == {"a", "b"}
+
+
+def test_a_crash_breaks_only_streams_that_have_begun(story: Story, router: str):
+    outcomes = {story.replica(answer): answer.outcome for answer in story.crash[router]}
+    assert outcomes == {"a": "broken", "b": "served"}
+    answers = story.clients[router].of("both", "crash", "return")
+    bad = [answer for answer in answers if answer.outcome != "served"]
+    for answer in bad:
+        assert answer.streams
+        assert answer.outcome == "broken"
+    assert len(bad) <= 1  # of the client that waits for one stream at a time
+
+
+def test_a_drain_loses_nothing(story: Story, router: str):
+    assert story.drained_with == 0
+    answers = [*story.drain[router], *story.clients[router].of("back", "drain", "drained")]
+    assert {answer.outcome for answer in answers} == {"served"}
+    assert story.replicas(story.clients[router].of("drained")) == {"a"}
+
+
+def test_a_client_that_leaves_frees_its_row(story: Story, router: str):
+    assert story.abandoned[router] == 1
