@@ -24,6 +24,7 @@ INSTALL_S = 300.0
 class Router:
     """A router that runs."""
 
+    name: str
     url: str
     process: subprocess.Popen
     log_file: Path
@@ -138,7 +139,7 @@ def _process(port: int, command: Sequence[str], log: Path, **environment: str) -
             start_new_session=True,
         )
         try:
-            yield Router(f"http://127.0.0.1:{port}", process, log)
+            yield Router(log.stem, f"http://127.0.0.1:{port}", process, log)
         finally:
             with suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
