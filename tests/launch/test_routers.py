@@ -130,7 +130,10 @@ async def ask(client: httpx.AsyncClient, answer: Answer, options: dict[str, obje
 
 
 class Clients(threading.Thread):
-    """The clients of one router: two send short requests all the time, others wait for streams."""
+    """The clients of one router: one asks for whole answers all the time, and one for streams.
+
+    Others ask for long streams beside them.
+    """
 
     def __init__(self, router: Router):
         super().__init__(daemon=True)
@@ -224,7 +227,7 @@ class Story:
             return len(served) >= ENOUGH and replicas <= self.replicas(served)
 
         try:
-            eventually(lambda: all(map(is_enough, self.clients.values())))
+            eventually(lambda: all(map(is_enough, self.clients.values())), START_S)
         except AssertionError as error:
             raise AssertionError(f"{part}: {self.summary(part)}") from error
 
@@ -283,7 +286,7 @@ def tell(story: Story, a: Replica, b: Replica) -> None:
         story.drain = story.open_streams(story.clients.values(), STREAMS)
         story.turn_to("drain")
         b.process.send(signal.SIGTERM)
-        story.drained_with = b.process.status()
+        story.drained_with = b.process.status(START_S)
         story.turn_to("drained")
         story.wait_for("drained", {"a"})
         wait_for_all(story.drain)
