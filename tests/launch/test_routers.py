@@ -87,7 +87,8 @@ class Answer:
     """The part of the story in which it was sent."""
     ended_in: str | None = None
     outcome: str = "sent"
-    """Then "served", "broken" if a stream ended early, or what went wrong."""
+    """Then "served", "broken" if a response ended early, "unanswered" if the connection was closed
+    before it began, or what went wrong."""
     text: str = ""
     recognised_by: int = 0
     """How many characters tell the replicas apart."""
@@ -104,12 +105,13 @@ class Answer:
 async def ask(client: httpx.AsyncClient, answer: Answer, options: dict[str, object]) -> None:
     """Sends a request once, and records what becomes of it."""
     body = {"model": "tiny", "prompt": answer.prompt, **options, "stream": answer.streams}
-    is_whole = False
+    has_response = is_whole = False
     try:
         async with client.stream("POST", "/v1/completions", json=body) as response:
             if response.status_code != 200:
                 answer.outcome = f"{response.status_code}: {(await response.aread())!r}"
                 return
+            has_response = True
             if not answer.streams:
                 answer.text = json.loads(await response.aread())["choices"][0]["text"]
                 answer.outcome = "served"
@@ -123,8 +125,10 @@ async def ask(client: httpx.AsyncClient, answer: Answer, options: dict[str, obje
                     if len(answer.text) > answer.recognised_by:
                         answer.has_begun.set()
         answer.outcome = "served" if is_whole else "broken"
+    except httpx.RemoteProtocolError:
+        answer.outcome = "broken" if has_response else "unanswered"
     except (httpx.TransportError, LookupError) as error:  # an event with an error has no choices
-        answer.outcome = "broken" if answer.text else repr(error)
+        answer.outcome = "broken" if has_response else repr(error)
     finally:
         answer.has_begun.set()
 
@@ -160,7 +164,8 @@ class Clients(threading.Thread):
             self.answers.append(answer)
             await ask(self._pool, answer, SHORT)
             answer.ended_in = self.part
-            await asyncio.sleep(0.1)
+            # A replica that loads needs the processors.
+            await asyncio.sleep(1.0 if self.part == "return" else 0.1)
 
     def end(self) -> None:
         self._ending = True
@@ -323,14 +328,17 @@ def test_load_goes_to_both(story: Story, router: str):
 
 
 def test_a_crash_breaks_only_streams_that_have_begun(story: Story, router: str):
+    """HAProxy repeats a request whose connection the replica closes, not one that it resets."""
     outcomes = {(story.replica(answer), answer.outcome) for answer in story.crash[router]}
     assert outcomes == {("a", "broken"), ("b", "served")}
     answers = story.clients[router].of("both", "crash", "return")
     bad = [answer for answer in answers if answer.outcome != "served"]
+    assert len(bad) <= 2  # each of the two clients waits for one answer at a time
     for answer in bad:
-        assert answer.streams
-        assert answer.outcome == "broken"
-    assert len(bad) <= 1  # of the client that waits for one stream at a time
+        assert answer.began_in in ("both", "crash")
+        if not (router == "haproxy" and answer.outcome == "unanswered"):
+            assert answer.streams
+            assert answer.outcome == "broken"
 
 
 def test_a_drain_loses_nothing(story: Story, router: str):
