@@ -32,10 +32,11 @@ def main() -> int:
     _prepare_jax(options)
     # These modules import JAX, which reads the environment variables set above.
     from fairkv_jax.serve.access import log_to_stdout
-    from fairkv_jax.serve.compile_cache import replace_damaged_entries
+    from fairkv_jax.serve.compile_cache import complete_entries, replace_damaged_entries
     from fairkv_jax.serve.server import serve
 
     if folder := os.environ.get("JAX_COMPILATION_CACHE_DIR"):
+        complete_entries(folder)
         replace_damaged_entries(folder)
     if options.hosts.num_hosts > 1:
         return _serve_with_hosts(options)

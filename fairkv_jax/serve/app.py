@@ -96,6 +96,7 @@ def _add_status_routes(app: FastAPI, service: Service) -> None:
 
     @app.head("/health", include_in_schema=False)
     @app.head("/ping", include_in_schema=False)
+    @app.post("/ping")  # vLLM answers both methods.
     @app.get("/ping")
     @app.get("/health")
     async def health() -> JSONResponse:

@@ -1,11 +1,14 @@
-"""Replaces damaged entries of JAX's cache of compiled programs.
+"""Repairs JAX's cache of compiled programs.
 
 JAX warns of an entry that it cannot read and compiles the program, but never overwrites an entry,
-so that it would warn at every start.
+so that it would warn at every start. Where the size of the cache is limited, it writes nothing any
+more if an entry has no time of its last use, as when a process was killed between writing the two.
 """
 
 import logging
+import os
 import re
+import time
 import warnings
 from pathlib import Path
 from typing import Any
@@ -34,3 +37,13 @@ def replace_damaged_entries(folder: str) -> None:
 
     warnings.filterwarnings("always", message=_UNREADABLE.pattern)
     warnings.showwarning = handle
+
+
+def complete_entries(folder: str) -> None:
+    """Adds the time of the last use to entries that have none, if JAX keeps these times."""
+    if os.environ.get("JAX_COMPILATION_CACHE_MAX_SIZE", "-1") == "-1":
+        return
+    for entry in Path(folder).glob("*-cache"):
+        used = entry.with_name(f"{entry.name.removesuffix('-cache')}-atime")
+        if not used.exists():
+            used.write_bytes(time.time_ns().to_bytes(8, "little"))

@@ -37,6 +37,8 @@ class Instruments:
         self.model_name = ""
         self.registry = CollectorRegistry()
         ProcessCollector(registry=self.registry)
+        self._plain_counters: list[Callable[..., Counter]] = []
+        """Those without labels of their own. They begin at 0, from which PromQL's rate() counts."""
         self._define_gauges()
         self._define_counters()
         self._define_histograms()
@@ -44,6 +46,8 @@ class Instruments:
     def describe(self, model_name: str) -> None:
         """Names the model, and starts the series that are there before anything happens."""
         self.model_name = model_name
+        for counter in self._plain_counters:
+            counter()
         for reason in _FINISH_REASONS:
             self.success(finished_reason=reason)
         self.waiting_by_reason(reason="deferred").set(0)
@@ -105,7 +109,11 @@ class Instruments:
 
     def _define_counters(self) -> None:
         def counter(name: str, text: str, *labels: str) -> Callable[..., Counter]:
-            return self._of_model(Counter(name, text, [*_LABELS, *labels], registry=self.registry))
+            whole = Counter(name, text, [*_LABELS, *labels], registry=self.registry)
+            of_model = self._of_model(whole)
+            if not labels:
+                self._plain_counters.append(of_model)
+            return of_model
 
         self.prompt_tokens = counter("vllm:prompt_tokens", "Prefilled prompt tokens.")
         self.prefix_queries = counter(

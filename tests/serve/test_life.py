@@ -42,11 +42,13 @@ def test_it_lives_while_it_loads_and_is_not_ready(slow: ScriptedEngine):
             assert response.status_code == 503
             assert response.headers["Retry-After"]
             assert "loading" in response.json()["error"]["message"]
+        assert server.client.post("/ping").status_code == 503
         assert server.client.post(COMPLETIONS, json=LONG).status_code == 503
         may_load.set()
         eventually(lambda: server.client.get("/ready").status_code == 200)
         for path in ("/health", "/live", "/ping", "/ready"):
             assert server.client.get(path).json() == {"status": "ready"}
+        assert server.client.post("/ping").json() == {"status": "ready"}
         assert server.client.get("/v1/models").status_code == 200
 
 

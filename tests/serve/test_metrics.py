@@ -128,7 +128,12 @@ def test_what_routers_read_is_there_before_the_first_request(metrics: Metrics):
     reasons = ("stop", "length", "abort", "error")
     names = [f"vllm:request_success_total finished_reason={reason}" for reason in reasons]
     names += [f"vllm:num_requests_waiting_by_reason reason={r}" for r in ("capacity", "deferred")]
-    assert [now[name] for name in names] == [0] * 6
+    counted = ("prompt_tokens", "generation_tokens", "num_preemptions")
+    counted += ("prefix_cache_queries", "prefix_cache_hits")
+    counted += ("gpu_prefix_cache_queries", "gpu_prefix_cache_hits")
+    names += [f"vllm:{name}_total" for name in counted]
+    names += ["vllm:num_requests_running", "vllm:num_requests_waiting", "vllm:gpu_cache_usage_perc"]
+    assert {name: now[name] for name in names} == dict.fromkeys(names, 0)
     (cache,) = [name for name in now if name.startswith("vllm:cache_config_info")]
     assert {"block_size=16", "num_gpu_blocks=3750", "enable_prefix_caching=False"} < {
         *cache.split()

@@ -35,12 +35,13 @@ def test_every_operation_describes_what_it_takes_and_its_errors(client: httpx.Cl
         "/v1/prefixes",
         "/tokenize",
         "/detokenize",
+        "/ping",
     }
     for path, method, operation in operations:
         if path != "/metrics":  # which is text
             assert "$ref" in operation["responses"]["4XX"]["content"]["application/json"]["schema"]
         assert "422" not in operation["responses"]  # FastAPI's own, in another shape
-        if method == "post":
+        if method == "post" and path != "/ping":
             assert "$ref" in operation["requestBody"]["content"]["application/json"]["schema"]
         kinds = {"application/json"}
         if path == "/metrics":
