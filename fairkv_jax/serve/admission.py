@@ -6,7 +6,7 @@ from itertools import groupby
 
 from fairkv_jax.engine.request import RequestOutput, ValidatedRequest
 from fairkv_jax.serve.fair_queue import FairQueue, Group
-from fairkv_jax.serve.output_stream import QueueFull, RequestRefused
+from fairkv_jax.serve.output_stream import ClientQueueFull, QueueFull, RequestRefused
 
 _LOOKAHEAD = 4
 """Requests that the engine is given before it can start them, so that none of its rows stays free
@@ -72,11 +72,11 @@ class Admission:
         If the queue is full, there is room for a client that has less in it than others.
 
         Raises:
-            QueueFull: there is no room.
+            QueueFull: there is no room; `ClientQueueFull`, if only this client has none.
         """
         own, most = self._queue.count(client), self.limits.max_queued_per_client
         if most is not None and own + count > most:
-            raise QueueFull(
+            raise ClientQueueFull(
                 f"{own} requests of this client are waiting, and {count} more would exceed the "
                 f"limit of {most}: try again later, or raise --max-num-queued-reqs-per-key",
                 self.expected_wait_s,

@@ -16,6 +16,7 @@ from starlette.routing import Match, Route
 from fairkv_jax.engine.prefix_registry import UnknownPrefix
 from fairkv_jax.serve.body import NotServed
 from fairkv_jax.serve.output_stream import (
+    ClientQueueFull,
     EngineUnavailable,
     GenerationFailed,
     QueueFull,
@@ -33,6 +34,7 @@ _TYPES = {
     401: "AuthenticationError",
     404: "NotFoundError",
     413: "BadRequestError",
+    429: "RateLimitError",
     503: "ServiceUnavailableError",
 }
 
@@ -83,9 +85,9 @@ def error_body(status: int, message: str, param: str | None = None) -> dict[str,
 def error_response(
     status: int, message: str, param: str | None = None, *, retry_after_s: float = 0.0
 ) -> JSONResponse:
-    """Returns an error; with status 503, it says when to try again."""
+    """Returns an error; with status 429 or 503, it says when to try again."""
     headers = None
-    if status == HTTPStatus.SERVICE_UNAVAILABLE:
+    if status in (HTTPStatus.TOO_MANY_REQUESTS, HTTPStatus.SERVICE_UNAVAILABLE):
         seconds = min(max(MIN_RETRY_AFTER_S, math.ceil(retry_after_s)), MAX_RETRY_AFTER_S)
         headers = {"Retry-After": str(seconds)}
     return JSONResponse(error_body(status, message, param), status, headers)
@@ -98,6 +100,8 @@ def status_of(error: Exception) -> int:
             return error.status
         case HTTPException():
             return error.status_code
+        case ClientQueueFull():
+            return HTTPStatus.TOO_MANY_REQUESTS  # 503 would tell routers that the server fails
         case EngineUnavailable() | QueueFull():
             return HTTPStatus.SERVICE_UNAVAILABLE
         case RequestRefused():

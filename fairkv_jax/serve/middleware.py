@@ -14,7 +14,7 @@ from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from fairkv_jax.serve.async_engine import AsyncEngine
-from fairkv_jax.serve.errors import ApiError, error_response
+from fairkv_jax.serve.errors import ApiError, error_response, status_of
 from fairkv_jax.serve.output_stream import EngineUnavailable, QueueFull
 
 GUARDED_PREFIXES = ("/v1/", "/tokenize", "/detokenize")
@@ -27,7 +27,8 @@ GENERATING = ("/v1/completions", "/v1/chat/completions", "/v1/prefixes")
 
 
 class Room:
-    """Responds with 503 if the queue is full or the engine does not accept requests.
+    """Responds with 503 if the queue is full or the engine does not accept requests, and with 429
+    if the client has too many requests in the queue.
 
     An overloaded server thus does not spend time on reading and tokenizing requests in vain.
     """
@@ -43,7 +44,8 @@ class Room:
                 self.engine.check_room(client_name(scope, has_keys=self.has_keys))
             except (EngineUnavailable, QueueFull) as error:
                 wait = getattr(error, "retry_after_s", 0.0)
-                await error_response(503, str(error), retry_after_s=wait)(scope, receive, send)
+                response = error_response(status_of(error), str(error), retry_after_s=wait)
+                await response(scope, receive, send)
                 return
         await self.app(scope, receive, send)
 

@@ -55,7 +55,7 @@ class ServerOptions:
     max_num_queued_reqs_per_key: int | None = option(
         None,
         "Maximum queued requests of one API key, or of one address without keys; more get HTTP "
-        "503.",
+        "429.",
         group=_SERVER,
         default_text="no limit of its own",
     )

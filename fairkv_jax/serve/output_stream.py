@@ -29,6 +29,10 @@ class QueueFull(Exception):
         self.retry_after_s = retry_after_s
 
 
+class ClientQueueFull(QueueFull):
+    """A client has as many requests in the queue as it may have; there may be room for others."""
+
+
 class OutputStream:
     """Streams the outputs of the requests of one HTTP request, each with its index among them.
 

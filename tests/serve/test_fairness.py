@@ -162,7 +162,8 @@ def test_the_limit_of_a_key(gated: Gated):
         clients.ask("flood", LOOKAHEAD)  # The engine has all of them.
         clients.ask("flood", 3)
         refused = server.client.post(COMPLETIONS, json=BODY, headers=key("flood"))
-        assert refused.status_code == 503
+        assert refused.status_code == 429, "503 would tell a router that the server fails"
+        assert int(refused.headers["Retry-After"]) >= 1
         assert "--max-num-queued-reqs-per-key" in refused.json()["error"]["message"]
         body = {**BODY, "n": 4}
         impossible = server.client.post(COMPLETIONS, json=body, headers=key("third"))
