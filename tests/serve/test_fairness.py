@@ -200,6 +200,7 @@ def test_one_that_might_have_started_is_looked_at_again(
         assert server.engine.num_requests == 1
         monkeypatch.setattr(server.engine._admission, "may_have_started", lambda ids: False)
         assert answer(asked)[0] == 503
+        gated.gate.set()
 
 
 def test_a_client_that_hangs_up_before_its_stream_begins_waits_no_longer(
