@@ -34,6 +34,7 @@ def main(argv: list[str]) -> None:
         raise app.UsageError(f"unexpected arguments: {' '.join(argv[1:])}")
     make_cpu_devices(_DEVICES.value)
     load = os.getloadavg()
+    names = ("model", "devices", "kv_policy", "kv_ratio", "document", "question", "questions")
     cached, whole = engine(enable_prefix_caching=True), engine()
     tokens = text_tokens(cached, _DOCUMENT.value + (_QUESTIONS.value + 1) * _QUESTION.value)
     document, rest = tokens[: _DOCUMENT.value], tokens[_DOCUMENT.value :]
@@ -48,7 +49,7 @@ def main(argv: list[str]) -> None:
     _time_answer(whole, questions[0])
     without = _time_answer(whole, [*document, *questions[1]])
     results = {
-        "options": {name: flags.FLAGS[name].value for name in _NAMES},
+        "options": {name: flags.FLAGS[name].value for name in names},
         "load_average_before_and_after": [load, os.getloadavg()],
         "kept_per_head": float(prefix.kept_tokens.mean()),
         "seconds": {"caching": caching, "cached": times, "without": without},
@@ -96,8 +97,6 @@ def _time_answer(llm: Any, prompt: list[int], prefix_id: str | None = None) -> f
     llm.generate([prompt], SamplingParams(temperature=0, max_tokens=1), prefix_id=prefix_id)
     return time.perf_counter() - start
 
-
-_NAMES = ("model", "devices", "kv_policy", "kv_ratio", "document", "question", "questions")
 
 if __name__ == "__main__":
     app.run(main, [with_underscores(argument) for argument in sys.argv])

@@ -1,4 +1,4 @@
-"""Command lines: absl flags that derive from declared options.
+"""Command lines: absl flags that derive from declared options, and how programs end.
 
 Dashes and underscores in the name of a flag are the same.
 """
@@ -6,10 +6,11 @@ Dashes and underscores in the name of a flag are the same.
 import json
 import logging
 import os
+import sys
 import textwrap
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
-from typing import Any
+from typing import Any, NoReturn
 
 from absl import flags
 
@@ -27,6 +28,8 @@ flags.disclaim_key_flags()
 
 logger = logging.getLogger(__name__)
 
+ABORTED = 130
+"""Exit status after a second signal: 128 + SIGINT."""
 _CPU_DEVICES_FLAG = "--xla_force_host_platform_device_count"
 _DECLARED = object()
 
@@ -179,3 +182,10 @@ def string_list(name: str, text: str) -> tuple[str, ...]:
     if not all(isinstance(value, str) for value in values):
         raise ValueError(f"{as_flag(name)} must be a list of strings, got {text}")
     return tuple(values)
+
+
+def exit_now(status: int) -> NoReturn:
+    """Exits without waiting for other threads, which cannot be interrupted inside XLA."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)

@@ -5,42 +5,41 @@ import signal
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from functools import singledispatchmethod
 from queue import SimpleQueue
 from typing import Any, NoReturn
 
 import jax
 
+from fairkv_jax.command_line import ABORTED, exit_now
 from fairkv_jax.engine.build import device_memory_bytes, prepare
 from fairkv_jax.engine.execution import Execution
 from fairkv_jax.engine.model_runner import ModelRunner
 from fairkv_jax.hosts.comparison import Comparison
 from fairkv_jax.hosts.handshake import connect_follower, disagreement
 from fairkv_jax.hosts.jax_runtime import Coordinator
-from fairkv_jax.hosts.leader import BEATS_PER_TIMEOUT, POLL_S, exit_now
 from fairkv_jax.hosts.messages import (
     Accepted,
-    Beat,
     Compare,
-    Done,
     Execute,
     Failed,
+    Heartbeat,
     Joined,
-    Left,
     Refused,
     Start,
     Stop,
+    Stopped,
+    WarmedUp,
     WarmUp,
 )
 from fairkv_jax.hosts.options import HostOptions
 from fairkv_jax.hosts.transport import FollowerSockets
+from fairkv_jax.hosts.watch import POLL_S, Heart, StepTimer
 from fairkv_jax.plan import Plan
 
 log = logging.getLogger(__name__)
-
-ABORTED = 130
 
 
 def follow(
@@ -79,25 +78,23 @@ def _run(watch: "_Watch", host_index: int, options: Mapping[str, Any]) -> NoRetu
     start = watch.messages.get()
     assert isinstance(start, Start)
     reason = disagreement(start, ready, host_index)
-    if reason is None:
-        runner = ModelRunner(
-            ready.checkpoint,
-            Plan.from_json(start.plan),
-            start.engine_config,
-            start.kv_config,
-            eos_token_ids=start.eos_token_ids,
-            instruction=start.instruction,
-            progress=False,
-        )
-        pages = runner.cache_spec.pages_per_device
-        if pages != start.pages_per_device:
-            reason = (
-                f"host {host_index} has {pages} pages per device, but the leader has "
-                f"{start.pages_per_device}"
-            )
     if reason is not None:
-        log.error("%s", reason)
-        watch.end(Refused(reason), 1)
+        watch.refuse(reason)
+    runner = ModelRunner(
+        ready.checkpoint,
+        Plan.from_json(start.plan),
+        start.engine_config,
+        start.kv_config,
+        eos_token_ids=start.eos_token_ids,
+        instruction=start.instruction,
+        progress=False,
+    )
+    pages = runner.cache_spec.pages_per_device
+    if pages != start.pages_per_device:
+        watch.refuse(
+            f"host {host_index} has {pages} pages per device, but the leader has "
+            f"{start.pages_per_device}: use the same devices on all hosts"
+        )
     watch.send(Accepted())
     log.info("host %d: ready, following the leader", host_index)
     executor = _Executor(runner, watch, host_index)
@@ -126,7 +123,7 @@ class _Executor:
             prompt_logprobs=message.prompt_logprobs,
             forks=message.forks,
         )
-        self._watch.send(Done())
+        self._watch.send(WarmedUp())
 
     @take.register
     def _(self, message: Execute) -> None:
@@ -158,22 +155,22 @@ class _Watch:
     def __init__(self, sockets: FollowerSockets, timeout_s: float, step_timeout_s: float):
         self.messages: SimpleQueue[Any] = SimpleQueue()
         """What is to be executed."""
-        self._sockets, self._timeout_s, self._step_timeout_s = sockets, timeout_s, step_timeout_s
-        self._step_began: float | None = None
+        self._sockets, self._timeout_s = sockets, timeout_s
+        self._steps = StepTimer(step_timeout_s)
         self._heard = time.monotonic()
         threading.Thread(target=self._run, name="hosts", daemon=True).start()
 
     def send(self, message: Any) -> None:
         self._sockets.send(message)
 
-    @contextmanager
-    def step(self) -> Iterator[None]:
+    def step(self) -> AbstractContextManager[None]:
         """The process ends if the body takes longer than a step may."""
-        self._step_began = time.monotonic()
-        try:
-            yield
-        finally:
-            self._step_began = None
+        return self._steps.step()
+
+    def refuse(self, reason: str) -> NoReturn:
+        """Ends the process because it does not agree with the leader."""
+        log.error("%s", reason)
+        self.end(Refused(reason), 1)
 
     def end(self, message: Any, status: int) -> NoReturn:
         """Tells the leader why this process ends, and exits without JAX's barrier."""
@@ -182,37 +179,33 @@ class _Watch:
         exit_now(status)
 
     def _run(self) -> None:
-        next_beat = 0.0
+        heart = Heart(self._timeout_s)
         try:
             while True:
                 for message in self._sockets.receive(POLL_S):
                     self._heard = time.monotonic()
                     self._handle(message)
                 now = time.monotonic()
-                if now >= next_beat:
-                    self._sockets.send(Beat())
-                    next_beat = now + self._timeout_s / BEATS_PER_TIMEOUT
-                self._check_times(now)
+                if heart.is_due(now):
+                    self._sockets.send(Heartbeat())
+                self._check_silence(now)
+                self._steps.check(now)
         except Exception as error:
             self._fail(str(error))
 
     def _handle(self, message: Any) -> None:
         if isinstance(message, Stop):
-            log.log(
-                logging.ERROR if message.status else logging.INFO, "stopping: %s", message.reason
-            )
-            self.end(Left(), 1 if message.status else 0)
-        if not isinstance(message, Beat):
+            level = logging.ERROR if message.has_failed else logging.INFO
+            log.log(level, "stopping: %s", message.reason)
+            self.end(Stopped(), int(message.has_failed))
+        if not isinstance(message, Heartbeat):
             self.messages.put(message)
 
-    def _check_times(self, now: float) -> None:
+    def _check_silence(self, now: float) -> None:
         if now - self._heard > self._timeout_s:
             self._fail(
                 f"the leader has been silent for {self._timeout_s:g} seconds (--host-timeout)"
             )
-        began = self._step_began
-        if began is not None and now - began > self._step_timeout_s:
-            self._fail(f"a step has taken {self._step_timeout_s:g} seconds (--stall-timeout)")
 
     def _fail(self, reason: str) -> NoReturn:
         log.error("%s", reason)

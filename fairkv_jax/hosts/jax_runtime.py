@@ -28,7 +28,7 @@ class Coordinator:
         """Joins the group, and waits until all hosts have; must precede any use of devices.
 
         Raises:
-            ValueError: the coordinator's address is not known here.
+            ValueError: the coordinator's name cannot be resolved.
             RuntimeError: the hosts do not find each other in time.
         """
         address = options.coordinator or clusters.SlurmCluster.get_coordinator_address(None, None)

@@ -1,28 +1,28 @@
 """The leader: sends what the devices of all hosts execute, and watches over the group."""
 
 import logging
-import os
-import sys
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any, NoReturn
 
+from fairkv_jax.command_line import ABORTED, exit_now
 from fairkv_jax.engine.build import device_memory_bytes
 from fairkv_jax.hosts.handshake import connect_leader
 from fairkv_jax.hosts.jax_runtime import Coordinator
-from fairkv_jax.hosts.messages import Beat, Failed, Joined, Left, Refused, Stop
+from fairkv_jax.hosts.messages import Failed, Heartbeat, Joined, Refused, Stop, Stopped
 from fairkv_jax.hosts.options import HostOptions
 from fairkv_jax.hosts.transport import LeaderSockets
+from fairkv_jax.hosts.watch import POLL_S, Heart, StepTimer
 
 log = logging.getLogger(__name__)
 
-POLL_S = 0.2
-BEATS_PER_TIMEOUT = 5
 EXIT_GRACE_S = 4.0
 """Maximum time from a failure to the exit, in which clients receive their errors."""
+_REASONS = {0: "the leader has finished", ABORTED: "the leader was told to end at once"}
+"""Why followers end, by the leader's exit status."""
 _LEAVING_S = 2.0
 """Maximum time to wait for followers that have been told to stop."""
 
@@ -36,7 +36,7 @@ class Leader:
 
     def __init__(self, options: HostOptions, step_timeout_s: float):
         """`step_timeout_s` is the longest time that a step may take."""
-        self._options, self._step_timeout_s = options, step_timeout_s
+        self._options, self._steps = options, StepTimer(step_timeout_s)
         self._sockets: LeaderSockets | None = None
         self._heard: dict[int, float] = {}
         """When each follower was heard last."""
@@ -45,7 +45,6 @@ class Leader:
         self._condition = threading.Condition()
         self._failure: str | None = None
         self._on_failure: Callable[[BaseException], None] = lambda error: None
-        self._step_began: float | None = None
         self._is_ending = False
 
     def join(self) -> None:
@@ -58,7 +57,11 @@ class Leader:
         log.info("waiting for %d hosts", self._options.num_hosts)
         sockets = connect_leader(Coordinator(self._options), self._options.num_hosts)
         if not sockets.wait_for_followers(self._options.host_timeout):
-            raise GroupFailed("not all hosts have connected to the leader in time")
+            raise GroupFailed(
+                f"not all followers have connected to {', '.join(sockets.endpoints)} within "
+                f"{self._options.host_timeout:g} seconds (--host-timeout): check that they can "
+                "reach the leader at all of its ports"
+            )
         now = time.monotonic()
         self._heard = dict.fromkeys(range(1, self._options.num_hosts), now)
         self._sockets = sockets
@@ -96,16 +99,11 @@ class Leader:
                 self._condition.wait()
             return self._received.pop(kind)
 
-    @contextmanager
-    def step(self) -> Iterator[None]:
+    def step(self) -> AbstractContextManager[None]:
         """The group fails if the body takes longer than a step may."""
-        self._step_began = time.monotonic()
-        try:
-            yield
-        finally:
-            self._step_began = None
+        return self._steps.step()
 
-    def report_failure(self, on_failure: Callable[[BaseException], None]) -> None:
+    def call_on_failure(self, on_failure: Callable[[BaseException], None]) -> None:
         """Has `on_failure` called, in another thread, when the group fails."""
         self._on_failure = on_failure
 
@@ -117,7 +115,7 @@ class Leader:
             self._failure = reason
             self._condition.notify_all()
         if self._sockets is not None:
-            self._sockets.send(Stop(1, reason))
+            self._sockets.send(Stop(True, reason))
         self._on_failure(GroupFailed(reason))
         # The engine's thread may never return from a collective with a host that is gone.
         last_resort = threading.Timer(EXIT_GRACE_S, exit_now, (1,))
@@ -126,16 +124,16 @@ class Leader:
 
     def end(self, status: int) -> NoReturn:
         """Tells the followers to end, and exits without JAX's barrier, which needs all hosts."""
-        reason = self._failure or ("the leader ends" if status == 0 else "the leader has failed")
+        reason = self._failure or _REASONS.get(status, "the leader has failed")
         self._is_ending = True
         if self._sockets is not None:
-            self._sockets.send(Stop(status, reason))
+            self._sockets.send(Stop(status != 0, reason))
             with self._condition:
                 self._condition.wait_for(self._all_have_left, _LEAVING_S)
         exit_now(status)
 
     def _all_have_left(self) -> bool:
-        return self._failure is not None or len(self._received[Left]) == len(self._heard)
+        return self._failure is not None or len(self._received[Stopped]) == len(self._heard)
 
     def _check(self) -> None:
         if self._failure is not None:
@@ -144,17 +142,17 @@ class Leader:
     def _watch(self) -> None:
         """Receives messages, sends heartbeats, and notices silence; runs in its own thread."""
         assert self._sockets is not None
-        next_beat = 0.0
+        heart = Heart(self._options.host_timeout)
         try:
             while True:
                 for host, message in self._sockets.receive(POLL_S):
                     self._heard[host] = time.monotonic()
                     self._handle(host, message)
                 now = time.monotonic()
-                if now >= next_beat:
-                    self._sockets.send(Beat())
-                    next_beat = now + self._options.host_timeout / BEATS_PER_TIMEOUT
-                self._check_times(now)
+                if heart.is_due(now):
+                    self._sockets.send(Heartbeat())
+                self._check_silence(now)
+                self._steps.check(now)
         except Exception as error:
             self._lose(str(error))
 
@@ -163,28 +161,18 @@ class Leader:
             self._lose(f"host {host} has failed: {message.reason}")
         elif isinstance(message, Refused):
             self._lose(message.reason)
-        elif not isinstance(message, Beat):
+        elif not isinstance(message, Heartbeat):
             with self._condition:
                 self._received[type(message)][host] = message
                 self._condition.notify_all()
 
-    def _check_times(self, now: float) -> None:
+    def _check_silence(self, now: float) -> None:
         timeout = self._options.host_timeout
         for host, heard in self._heard.items():
-            if now - heard > timeout and host not in self._received[Left]:
+            if now - heard > timeout and host not in self._received[Stopped]:
                 self._lose(f"host {host} has been silent for {timeout:g} seconds (--host-timeout)")
-        began = self._step_began
-        if began is not None and now - began > self._step_timeout_s:
-            self._lose(f"a step has taken {self._step_timeout_s:g} seconds (--stall-timeout)")
 
     def _lose(self, reason: str) -> None:
         if self._failure is None and not self._is_ending:
             log.error("the group of hosts ends: %s", reason)
             self.fail(reason)
-
-
-def exit_now(status: int) -> NoReturn:
-    """Exits without waiting for other threads or for JAX."""
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(status)

@@ -2,7 +2,6 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, NoReturn
 
 import jax
 
@@ -17,7 +16,7 @@ from fairkv_jax.engine.schedule_log import fingerprint
 from fairkv_jax.engine.scheduler_output import ExecutionResult, SchedulerOutput
 from fairkv_jax.hosts.comparison import Comparison
 from fairkv_jax.hosts.leader import Leader
-from fairkv_jax.hosts.messages import Accepted, Done, Execute, Start, WarmUp
+from fairkv_jax.hosts.messages import Accepted, Execute, Start, WarmedUp, WarmUp
 from fairkv_jax.plan import Plan
 from fairkv_jax.sharding.slots import SlotLayout
 
@@ -41,7 +40,7 @@ class LeadingRunner(ModelRunner):
         eos_token_ids: Iterable[int] = (),
         progress: bool = True,
     ):
-        self._leader, self._comparison = leader, Comparison()
+        self.leader, self._comparison = leader, Comparison()
         if plan.num_devices != jax.device_count():
             raise ValueError(
                 f"tensor_parallel_size is {plan.num_devices}, but the hosts have "
@@ -60,8 +59,7 @@ class LeadingRunner(ModelRunner):
                 kv_config,
                 plan.to_json(),
                 size_cache(config, checkpoint.config, layout, num_queries).pages_per_device,
-                jax.device_count(),
-                jax.devices()[0].device_kind,
+                jax.local_devices()[0].device_kind,
                 fingerprint(checkpoint),
                 eos_token_ids,
                 instruction,
@@ -79,8 +77,8 @@ class LeadingRunner(ModelRunner):
         leader.wait_for(Accepted)
 
     def execute(self, output: SchedulerOutput) -> "LeadingExecution":
-        with self._leader.step():
-            self._leader.send(Execute(output))
+        with self.leader.step():
+            self.leader.send(Execute(output))
             execution = super().execute(output)
         return LeadingExecution(**vars(execution), runner=self)
 
@@ -97,7 +95,7 @@ class LeadingRunner(ModelRunner):
             sorted({prefill_bucket(length, self.config) for length in lengths})
             for lengths in (prompt_lengths, suffix_lengths)
         )
-        self._leader.send(WarmUp(prompts, num_rows, suffixes, prompt_logprobs, forks))
+        self.leader.send(WarmUp(prompts, num_rows, suffixes, prompt_logprobs, forks))
         super().warm_up(
             prompts,
             num_rows,
@@ -105,25 +103,14 @@ class LeadingRunner(ModelRunner):
             prompt_logprobs=prompt_logprobs,
             forks=forks,
         )
-        self._leader.wait_for(Done)
+        self.leader.wait_for(WarmedUp)
 
-    def prefill(self, *args: Any, **options: Any) -> NoReturn:
-        """Refused: it is not a part of any message."""
-        raise NotImplementedError("prompts are prefilled alone on one host only")
-
-    def extend(self, *args: Any, **options: Any) -> NoReturn:
-        """Refused: it is not a part of any message."""
-        raise NotImplementedError("prefixes are extended alone on one host only")
-
-    def read(self, execution: "LeadingExecution") -> ExecutionResult:
-        """Waits for an execution, and has the followers compare their tokens from time to time."""
-        with self._leader.step():
-            result = super(LeadingExecution, execution).result()
-        self._comparison.add(execution.output, result)
+    def compare(self, output: SchedulerOutput, result: ExecutionResult) -> None:
+        """Has the followers compare their tokens from time to time."""
+        self._comparison.add(output, result)
         comparison = self._comparison.take()
         if comparison is not None:
-            self._leader.send(comparison)
-        return result
+            self.leader.send(comparison)
 
 
 @dataclass(frozen=True)
@@ -134,4 +121,7 @@ class LeadingExecution(Execution):
 
     def result(self) -> ExecutionResult:
         assert self.runner is not None
-        return self.runner.read(self)
+        with self.runner.leader.step():
+            result = super().result()
+        self.runner.compare(self.output, result)
+        return result

@@ -1,7 +1,7 @@
 """What the hosts of a group tell each other, as plain data.
 
-follower ──► leader     Joined, Accepted, Refused, Done, Beat, Failed, Left
-leader ──► followers    Start, WarmUp, Execute, Compare, Beat, Stop
+follower ──► leader     Joined, Accepted, Refused, WarmedUp, Heartbeat, Failed, Stopped
+leader ──► followers    Start, WarmUp, Execute, Compare, Heartbeat, Stop
 """
 
 from dataclasses import dataclass
@@ -30,12 +30,12 @@ class Start:
     engine_config: EngineConfig
     kv_config: KVConfig
     plan: str
-    """In JSON."""
+    """The head plan as JSON, see `Plan.to_json`."""
     pages_per_device: int
-    num_devices: int
     device_kind: str
+    """JAX's name of the leader's devices, such as "NVIDIA H100 80GB HBM3"."""
     fingerprint: str
-    """Of the checkpoint."""
+    """Identifies the checkpoint, see `schedule_log.fingerprint`."""
     eos_token_ids: tuple[int, ...]
     instruction: RepeatInstruction | None
 
@@ -54,7 +54,7 @@ class Refused:
 
 @dataclass(frozen=True)
 class WarmUp:
-    """Compile what `ModelRunner.warm_up` compiles for these arguments."""
+    """Asks the followers to compile what `ModelRunner.warm_up` does with these arguments."""
 
     prompt_lengths: list[int]
     num_rows: int
@@ -64,27 +64,27 @@ class WarmUp:
 
 
 @dataclass(frozen=True)
-class Done:
+class WarmedUp:
     """A follower has compiled what `WarmUp` asked for."""
 
 
 @dataclass(frozen=True)
 class Execute:
-    """Give the devices an output."""
+    """Asks the followers to execute a scheduler output."""
 
     output: SchedulerOutput
 
 
 @dataclass(frozen=True)
 class Compare:
-    """Compare the sampled tokens of some outputs with the leader's."""
+    """Asks the followers to compare a digest of their sampled tokens with the leader's."""
 
     indices: list[int]
     digest: bytes
 
 
 @dataclass(frozen=True)
-class Beat:
+class Heartbeat:
     """Sent regularly, so that silence means that a host or its network has failed."""
 
 
@@ -96,15 +96,16 @@ class Failed:
 
 
 @dataclass(frozen=True)
-class Left:
-    """A follower ends because it was told to."""
+class Stopped:
+    """A follower ends because it was told to stop."""
 
 
 @dataclass(frozen=True)
 class Stop:
-    """End; with an error unless the status is 0."""
+    """Tells the followers to end, and why."""
 
-    status: int
+    has_failed: bool
+    """Whether they end because of an error."""
     reason: str
 
 
@@ -114,12 +115,12 @@ _CLASSES = (
     Accepted,
     Refused,
     WarmUp,
-    Done,
+    WarmedUp,
     Execute,
     Compare,
-    Beat,
+    Heartbeat,
     Failed,
-    Left,
+    Stopped,
     Stop,
     EngineConfig,
     KVConfig,

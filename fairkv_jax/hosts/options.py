@@ -20,7 +20,7 @@ class HostOptions:
     """How many hosts share one model, and which of them this process is.
 
     Raises:
-        ValueError: a number lies outside its limits, or the coordinator is not known.
+        ValueError: a number lies outside its limits, or the coordinator is not an address.
     """
 
     num_hosts: int = option(
@@ -33,7 +33,7 @@ class HostOptions:
     )
     host_index: int = option(
         0,
-        "Which of the hosts this is. Host 0 leads: it serves clients, and the others follow it.",
+        "Index of this host. Host 0 leads: it serves HTTP, the others execute what it schedules.",
         group=_GROUP,
         user_default=None,
         default_text="$LWS_WORKER_INDEX, the task of the Slurm step, or 0",
@@ -47,7 +47,7 @@ class HostOptions:
     )
     host_timeout: float = option(
         10.0,
-        "Seconds of silence of any host after which all of them end.",
+        "Seconds without a message from a host after which all hosts exit.",
         group=_GROUP,
     )
 
@@ -93,7 +93,9 @@ def host_options(given: Mapping[str, Any], environ: Mapping[str, str]) -> HostOp
         is_slurm = True
         size, index = _number(environ, "SLURM_NTASKS", 1), _number(environ, "SLURM_PROCID", 0)
     if given["num_hosts"] is not None:
-        size, index = given["num_hosts"], index if given["num_hosts"] == size else 0
+        if given["num_hosts"] != size:
+            index = 0  # the environment speaks of another group
+        size = given["num_hosts"]
     options = HostOptions(
         size,
         index if given["host_index"] is None else given["host_index"],
@@ -112,11 +114,15 @@ def split_address(address: str) -> tuple[str, int]:
     """Returns the host and the port of `HOST`, `HOST:PORT`, or `[IPv6]:PORT`.
 
     Raises:
-        ValueError: the port is not a number between 1 and 65535.
+        ValueError: the port is not a number between 1 and 65535, or IPv6 lacks its brackets.
     """
     host, colon, port = address.rpartition(":")
     if not colon or address.endswith("]"):
         host, port = address, str(DEFAULT_PORT)
+    if ":" in host and not host.startswith("["):
+        raise ValueError(
+            f"--coordinator must have brackets around an IPv6 address, [HOST]:PORT, got {address!r}"
+        )
     if not host or not port.isdecimal() or not 1 <= int(port) <= 65535:
         raise ValueError(f"--coordinator must be HOST:PORT, got {address!r}")
     return host.removeprefix("[").removesuffix("]"), int(port)

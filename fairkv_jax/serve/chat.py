@@ -106,10 +106,10 @@ async def _chunks(
 ) -> AsyncGenerator[dict[str, Any], None]:
     prompt = outputs.requests[0].prompt_token_ids
     told = _prompt_fields(body, prompt)
+    so_far = opening_usage(body.stream_options, len(prompt))
     for index in range(body.n or 1):
         opening = {"role": "assistant", "content": ""}
         choice = _delta(index, opening, {"logprobs": None}, None)
-        so_far = opening_usage(body.stream_options, len(prompt))
         yield {**head, **told, "choices": [choice], **so_far}
         told = {}
     choices: dict[int, _Choice] = {}

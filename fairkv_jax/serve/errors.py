@@ -101,7 +101,7 @@ def status_of(error: Exception) -> int:
         case HTTPException():
             return error.status_code
         case ClientQueueFull():
-            return HTTPStatus.TOO_MANY_REQUESTS  # 503 would tell routers that the server fails
+            return HTTPStatus.TOO_MANY_REQUESTS  # 503 would say that the server is overloaded
         case EngineUnavailable() | QueueFull():
             return HTTPStatus.SERVICE_UNAVAILABLE
         case RequestRefused():

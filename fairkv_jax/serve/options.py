@@ -95,7 +95,7 @@ class ServerOptions:
     stall_timeout: int = option(
         120,
         "Seconds without progress, while requests are running, after which /health returns HTTP "
-        "503. If a step takes as long over several hosts, they end.",
+        "503. With several hosts, a step that takes as long ends all of them.",
         group=_SERVER,
     )
     log_level: str = option(

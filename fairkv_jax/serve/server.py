@@ -6,7 +6,6 @@ import os
 import signal
 import socket
 import ssl
-import sys
 import time
 from collections.abc import Callable
 from types import FrameType
@@ -14,6 +13,7 @@ from typing import NoReturn, Protocol
 
 import uvicorn
 
+from fairkv_jax.command_line import ABORTED, exit_now
 from fairkv_jax.engine.device_errors import DeviceError
 from fairkv_jax.serve.admission import QueueLimits
 from fairkv_jax.serve.app import create_app
@@ -31,7 +31,6 @@ log = logging.getLogger(__name__)
 _FORESEEN = (ValueError, OSError, NotImplementedError, DeviceError, MemoryError)
 BACKLOG = 2048
 FAILED = 1
-ABORTED = 130
 FAILURE_GRACE_S = 2.0
 """Time between a failed step and the exit, in which clients and probes receive their errors."""
 OUT_OF_MEMORY = (
@@ -45,7 +44,7 @@ THREAD_GRACE_S = 5.0
 class Group(Protocol):
     """Other processes that run the engine with this one, see `fairkv_jax.hosts`."""
 
-    def report_failure(self, on_failure: Callable[[BaseException], None]) -> None: ...
+    def call_on_failure(self, on_failure: Callable[[BaseException], None]) -> None: ...
     def fail(self, reason: str) -> None: ...
     def end(self, status: int) -> NoReturn: ...
 
@@ -56,7 +55,7 @@ def serve(load: Callable[[], Engine], options: ServerOptions, group: Group | Non
     After SIGTERM or SIGINT, running requests may finish until the timeout. A second signal aborts
     them. With a `group`, the process exits here, as soon as the whole group ends.
     """
-    exit_now = _exit_now if group is None else group.end
+    end = exit_now if group is None else group.end
     _check_certificate(options)
     listener = _listen(options.host, options.port)
     host = f"[{options.host}]" if ":" in options.host else options.host
@@ -89,15 +88,15 @@ def serve(load: Callable[[], Engine], options: ServerOptions, group: Group | Non
     )
     service = Service(engine, options, metrics)
     if group is not None:
-        group.report_failure(engine.fail)
+        group.call_on_failure(engine.fail)
     log.info("listening on %s, loading the model; /ready returns 503 until it is loaded", address)
-    server = _Server(service, exit_now)
+    server = _Server(service, end)
     server.run(sockets=[listener])
     status = FAILED if engine.failure is not None else 0
     # A failed group may leave the thread in a step that never ends.
     if not engine.join(THREAD_GRACE_S if group is None or not status else 0):
         log.warning("exiting although the engine thread is still running a step or loading")
-        exit_now(status)
+        end(status)
     log.info("shut down")
     if group is not None:
         group.end(status)
@@ -139,10 +138,10 @@ class _Server(uvicorn.Server):
     finished, and re-raises the signal at the end.
     """
 
-    def __init__(self, service: Service, exit_now: Callable[[int], NoReturn]):
+    def __init__(self, service: Service, end: Callable[[int], NoReturn]):
         options = service.options
         super().__init__(http_config(service))
-        self._engine, self._exit_now = service.engine, exit_now
+        self._engine, self._end = service.engine, end
         self._shutdown_timeout = options.shutdown_timeout
         self._deadline: float | None = None
         """End of the shutdown timeout on the monotonic clock; None before the first signal."""
@@ -151,7 +150,7 @@ class _Server(uvicorn.Server):
         name = signal.Signals(sig).name
         if self._deadline is not None:
             log.warning("received %s again: aborting the running requests", name)
-            self._exit_now(ABORTED)
+            self._end(ABORTED)
         log.info("received %s: finishing the running requests; a second signal aborts them", name)
         self._deadline = time.monotonic() + self._shutdown_timeout
         self._engine.drain()
@@ -211,10 +210,3 @@ def _listen(host: str, port: int) -> socket.socket:
             f"cannot listen on {host}:{port} ({reason}): set another --host or --port"
         ) from error
     return listener
-
-
-def _exit_now(status: int) -> NoReturn:
-    """Exits without waiting for the engine thread, which cannot be interrupted inside XLA."""
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(status)

@@ -1,7 +1,7 @@
 """Clients of a server: `python -m tests.hosts.ask URL NUMBER` streams that many answers at once.
 
 It prints a line of JSON when the first token has come, and one for the end of each answer. When all
-have ended, it prints the status of /health until the server is gone.
+have ended, it prints the status of /health, or that the server is gone.
 """
 
 import json

@@ -1,6 +1,7 @@
 """Network namespaces for the tests of several hosts."""
 
 from collections.abc import Iterator
+from contextlib import ExitStack
 
 import pytest
 
@@ -10,12 +11,9 @@ from tests.hosts.groups import Network, namespaces
 @pytest.fixture
 def network() -> Iterator[Network]:
     """Two network namespaces, or a skipped test where they are not permitted."""
-    made = namespaces()
-    try:
-        network = made.__enter__()
-    except PermissionError as error:
-        pytest.skip(f"network namespaces are not permitted here: {error}")
-    try:
+    with ExitStack() as stack:
+        try:
+            network = stack.enter_context(namespaces())
+        except PermissionError as error:
+            pytest.skip(f"network namespaces are not permitted here: {error}")
         yield network
-    finally:
-        made.__exit__(None, None, None)

@@ -16,12 +16,11 @@ from typing import Any
 FAULT = os.environ["FAULT"]
 HEALTHY_OUTPUTS = 5
 
-if FAULT == "skewed":
+
+def skew_clocks() -> None:
     for name in ("time", "monotonic", "perf_counter"):
         clock = getattr(time, name)
         setattr(time, name, lambda clock=clock: clock() + 3e8)
-
-from fairkv_jax.serve.__main__ import main  # noqa: E402
 
 
 def break_runner() -> None:
@@ -48,10 +47,12 @@ def break_runner() -> None:
 
 if __name__ == "__main__":
     faulthandler.enable()
+    if FAULT == "skewed":
+        skew_clocks()
+    import fairkv_jax.serve.__main__ as server
+
     if FAULT != "skewed":
         # The runner imports JAX, which reads the variables that `main` sets first.
-        import fairkv_jax.serve.__main__ as server
-
         prepare = server._prepare_jax
 
         def prepare_and_break(options: Any) -> None:
@@ -59,4 +60,4 @@ if __name__ == "__main__":
             break_runner()
 
         server._prepare_jax = prepare_and_break
-    sys.exit(main())
+    sys.exit(server.main())

@@ -58,7 +58,7 @@ def test_the_first_message():
     )
     engine_config = EngineConfig(max_num_seqs=3, quantization="int8")
     plan = plan_with_replicas(2).to_json()
-    start = Start(engine_config, kv_config, plan, 7, 2, "cpu", "abc", (1, 2), None)
+    start = Start(engine_config, kv_config, plan, 7, "cpu", "abc", (1, 2), None)
     check_same(unpack(pack(0, start))[1], start)
 
 

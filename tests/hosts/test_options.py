@@ -2,11 +2,17 @@
 
 import subprocess
 import sys
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
+import jax
 import pytest
 
-from fairkv_jax.hosts.handshake import _check_versions
+from fairkv_jax.engine.build import prepare
+from fairkv_jax.engine.schedule_log import fingerprint
+from fairkv_jax.hosts.handshake import _check_versions, disagreement
+from fairkv_jax.hosts.messages import Start
 from fairkv_jax.hosts.options import HostOptions, split_address
 from fairkv_jax.serve.flags import parse
 
@@ -48,6 +54,7 @@ def test_where_they_come_from(flags: list[str], environ: dict[str, str], expecte
         (["--num-hosts=0"], {}, "--num-hosts must be at least 1"),
         (["--host-index=1"], {}, "--host-index must be between 0 and 0"),
         ([*TWO, "--host-timeout=0.5"], {}, "--host-timeout must be at least 1 second"),
+        ([*TWO[:2], "--coordinator=fd00::2"], {}, "brackets around an IPv6 address"),
         ([*TWO[:2], "--coordinator=a:b"], {}, "--coordinator must be HOST:PORT, got 'a:b'"),
         ([], {**LWS, "LWS_GROUP_SIZE": "x"}, r"\$LWS_GROUP_SIZE must be a number, got 'x'"),
     ],
@@ -79,6 +86,41 @@ def test_the_hosts_divide_the_virtual_devices():
 def test_versions_must_be_the_same():
     with pytest.raises(ValueError, match=r"host 1 has jax 0\.10\.2, but the leader has 0\.12\.0"):
         _check_versions(1, {"jax": "0.10.2", "numpy": "2"}, {"jax": "0.12.0", "numpy": "2"})
+
+
+@pytest.mark.parametrize(
+    ("leaders", "sentence"),
+    [
+        ({}, None),
+        ({"fingerprint": "abc"}, "but the leader has 'abc': give all hosts the same model"),
+        ({"device_kind": "H100"}, "but the leader has 'H100': use the same on all hosts"),
+        ({"kv_config": {"window": 5}}, "but the leader has 5: start all hosts with the same"),
+        ({"engine_config": {"page_size": 48}}, "but the leader has 48: start all hosts with"),
+        ({"engine_config": {"max_num_seqs": 5}}, None),
+    ],
+)
+def test_what_must_be_the_same(
+    tiny_checkpoint: Path, leaders: dict[str, Any], sentence: str | None
+):
+    """The leader chooses what depends on all hosts, such as the size of the batch."""
+    ready = prepare(tiny_checkpoint, {})
+    start = Start(
+        ready.engine_config,
+        ready.kv_config,
+        plan="",
+        pages_per_device=1,
+        device_kind=jax.local_devices()[0].device_kind,
+        fingerprint=fingerprint(ready.checkpoint),
+        eos_token_ids=(),
+        instruction=None,
+    )
+    for name, value in leaders.items():
+        if isinstance(value, dict):
+            value = replace(getattr(start, name), **value)
+        start = replace(start, **{name: value})
+    found = disagreement(start, ready, 1)
+    assert (found is None) == (sentence is None)
+    assert sentence is None or sentence in str(found)
 
 
 def test_a_single_process_imports_nothing_for_it():

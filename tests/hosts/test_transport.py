@@ -2,7 +2,7 @@
 
 import pytest
 
-from fairkv_jax.hosts.messages import Beat, Failed, Left
+from fairkv_jax.hosts.messages import Failed, Heartbeat, Stopped
 from fairkv_jax.hosts.transport import FollowerSockets, Keys, LeaderSockets, _check_number
 
 
@@ -14,10 +14,10 @@ def test_a_follower_hears_the_leader_and_a_stranger_nothing():
     follower = FollowerSockets(leader.endpoints, follower_keys, leader_keys.public)
     assert leader.wait_for_followers(30)
     stranger.send(Failed("a lie"))
-    follower.send(Left())
-    assert next(leader.receive(30)) == (1, Left())
-    leader.send(Beat())
-    assert next(follower.receive(30)) == Beat()
+    follower.send(Stopped())
+    assert next(leader.receive(30)) == (1, Stopped())
+    leader.send(Heartbeat())
+    assert next(follower.receive(30)) == Heartbeat()
     assert not list(stranger.receive(0.5))
     assert not list(leader.receive(0.5))
     for each in (stranger, follower, leader):
@@ -29,7 +29,7 @@ def test_a_false_leader_is_not_heard():
     false_leader = LeaderSockets("127.0.0.1", Keys(), {keys.public: 1})
     follower = FollowerSockets(false_leader.endpoints, keys, Keys().public)
     assert not false_leader.wait_for_followers(0.5)
-    false_leader.send(Beat())
+    false_leader.send(Heartbeat())
     assert not list(follower.receive(0.5))
     follower.close()
     false_leader.close()

@@ -162,7 +162,7 @@ def test_the_limit_of_a_key(gated: Gated):
         clients.ask("flood", LOOKAHEAD)  # The engine has all of them.
         clients.ask("flood", 3)
         refused = server.client.post(COMPLETIONS, json=BODY, headers=key("flood"))
-        assert refused.status_code == 429, "503 would tell a router that the server fails"
+        assert refused.status_code == 429, "503 would make a router try the other replicas"
         assert int(refused.headers["Retry-After"]) >= 1
         assert "--max-num-queued-reqs-per-key" in refused.json()["error"]["message"]
         body = {**BODY, "n": 4}
