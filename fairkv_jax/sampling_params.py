@@ -85,6 +85,8 @@ class StructuredOutputsParams:
             )
 
 
+_MAX_INT = 2**31 - 1
+"""The largest value of integers that have no limit of their own: devices compute in int32."""
 _CONSTRAINTS = ("json", "regex", "choice", "grammar", "json_object")
 
 
@@ -205,12 +207,13 @@ def _check_logit_bias(value: object) -> tuple[tuple[int, float], ...]:
     return tuple(value.items())
 
 
-def _check_int(name: str, value: object, low: int, high: int | None = None) -> None:
+def _check_int(name: str, value: object, low: int, high: int = _MAX_INT) -> None:
     if isinstance(value, bool) or not isinstance(value, Integral):
         raise ValueError(f"{name} must be an integer, got {value!r}")
     value = int(value)
-    if value < low or (high is not None and value > high):
-        limit = f"at least {low}" if high is None else f"between {low} and {high}"
+    if not low <= value <= high:
+        at_least = value < low and high == _MAX_INT
+        limit = f"at least {low}" if at_least else f"between {low} and {high}"
         raise ValueError(f"{name} must be {limit}, got {value}")
 
 

@@ -57,6 +57,8 @@ def follow(
     """
     sockets = None
     try:
+        # JAX waits for the hosts without returning to Python, so the handler could not run.
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
         log.info("host %d: waiting for %d hosts", options.host_index, options.num_hosts)
         sockets = connect_follower(Coordinator(options), options.host_index)
         _ignore_signals()
@@ -128,6 +130,10 @@ class _Executor:
     @take.register
     def _(self, message: Execute) -> None:
         with self._watch.step():
+            if message.output.insertion is not None:
+                # The leader has read this prompt's prefill, and its memory is free there.
+                while any(_ends_prefill(each) for each in self._in_flight):
+                    self._read_oldest()
             self._in_flight.append(self._runner.execute(message.output))
             # The leader has read the results of the others.
             while len(self._in_flight) > self._runner.max_in_flight:
@@ -147,6 +153,10 @@ class _Executor:
     def _read_oldest(self) -> None:
         execution = self._in_flight.popleft()
         self._comparison.add(execution.output, execution.result())
+
+
+def _ends_prefill(execution: Execution) -> bool:
+    return execution.output.prefill is not None and execution.output.prefill.is_last
 
 
 class _Watch:

@@ -6,7 +6,9 @@ follower that loses the coordinator, which is in the leader's process, is aborte
 leader has told it to stop before.
 """
 
+import logging
 import socket
+import time
 from typing import Any
 
 import jax
@@ -15,6 +17,10 @@ from jaxlib import _jax  # pyright: ignore[reportAttributeAccessIssue]
 
 from fairkv_jax.hosts.options import HostOptions, split_address
 
+log = logging.getLogger(__name__)
+
+_RESOLVING_S = 5.0
+"""Seconds between attempts to resolve a name."""
 _MAX_WAIT_S = 24 * 3600
 """Seconds without a heartbeat after which JAX would act; our own heartbeats are far quicker."""
 _JOINING_S = 600
@@ -28,13 +34,15 @@ class Coordinator:
         """Joins the group, and waits until all hosts have; must precede any use of devices.
 
         Raises:
-            ValueError: the coordinator's name cannot be resolved.
+            ValueError: the coordinator's name is unknown, or the leader cannot listen there.
             RuntimeError: the hosts do not find each other in time.
         """
         address = options.coordinator or clusters.SlurmCluster.get_coordinator_address(None, None)
         host, port = split_address(address)
-        self.host = _resolved(host)
+        self.host = _resolved(host, patience_s=0 if options.is_leader else _JOINING_S)
         """The coordinator's IP address."""
+        if options.is_leader:
+            _check_free(self.host, port)
         at = f"[{self.host}]:{port}" if ":" in self.host else f"{self.host}:{port}"
         jax.config.update("jax_enable_preemption_service", False)  # it would take SIGTERM
         jax.config.update("jax_enable_recoverability", True)  # a lost host would abort the others
@@ -84,11 +92,31 @@ def own_address(host: str) -> str:
         return probe.getsockname()[0]
 
 
-def _resolved(host: str) -> str:
-    try:
-        return str(socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)[0][4][0])
-    except OSError as error:
-        raise ValueError(
-            f"the coordinator's name {host!r} cannot be resolved ({error}): give the address of "
-            "host 0 as --coordinator"
-        ) from error
+def _check_free(host: str, port: int) -> None:
+    """Raises ValueError if this process cannot listen there: JAX would crash, or share the port."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family, socket.SOCK_STREAM) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            raise ValueError(
+                f"host 0 cannot listen on {host} port {port} ({error.strerror}): give a free port "
+                "of this machine as --coordinator, and the other hosts a --host-index of their own"
+            ) from error
+
+
+def _resolved(host: str, patience_s: float) -> str:
+    """Returns the IP address of a name, which other hosts may be given a little later than this."""
+    deadline = time.monotonic() + patience_s
+    while True:
+        try:
+            return str(socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)[0][4][0])
+        except OSError as error:
+            if time.monotonic() >= deadline:
+                raise ValueError(
+                    f"the coordinator's name {host!r} cannot be resolved ({error}): give the "
+                    "address of host 0 as --coordinator"
+                ) from error
+        log.info("waiting until the coordinator's name %r can be resolved", host)
+        time.sleep(_RESOLVING_S)

@@ -11,8 +11,10 @@ DEFAULT_PORT = 8476
 
 _GROUP = "Several hosts"
 _LWS_SIZE, _LWS_INDEX, _LWS_LEADER = "LWS_GROUP_SIZE", "LWS_WORKER_INDEX", "LWS_LEADER_ADDRESS"
-_SLURM = ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_NTASKS", "SLURM_PROCID", "SLURM_LOCALID")
-"""Variables in whose presence JAX takes a process for a task of a Slurm step."""
+_SLURM_SIZE, _SLURM_INDEX = "SLURM_STEP_NUM_TASKS", "SLURM_PROCID"
+_SLURM = ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", _SLURM_SIZE, _SLURM_INDEX)
+"""Variables of a task of a Slurm step. The shell of `salloc` has them too, as a step of one task;
+SLURM_NTASKS is that of the job."""
 
 
 @dataclass(frozen=True)
@@ -59,8 +61,10 @@ class HostOptions:
                 f"--host-index must be between 0 and {self.num_hosts - 1}, one less than "
                 f"--num-hosts, got {self.host_index}"
             )
-        if not self.host_timeout >= 1:
-            raise ValueError(f"--host-timeout must be at least 1 second, got {self.host_timeout}")
+        if not 1 <= self.host_timeout <= 3600:
+            raise ValueError(
+                f"--host-timeout must be between 1 and 3600 seconds, got {self.host_timeout}"
+            )
         if self.coordinator is not None:
             split_address(self.coordinator)
 
@@ -91,7 +95,10 @@ def host_options(given: Mapping[str, Any], environ: Mapping[str, str]) -> HostOp
         coordinator = environ.get(_LWS_LEADER)
     elif all(name in environ for name in _SLURM):
         is_slurm = True
-        size, index = _number(environ, "SLURM_NTASKS", 1), _number(environ, "SLURM_PROCID", 0)
+        size, index = (
+            _number(environ, "SLURM_STEP_NUM_TASKS", 1),
+            _number(environ, "SLURM_PROCID", 0),
+        )
     if given["num_hosts"] is not None:
         if given["num_hosts"] != size:
             index = 0  # the environment speaks of another group
@@ -119,7 +126,7 @@ def split_address(address: str) -> tuple[str, int]:
     host, colon, port = address.rpartition(":")
     if not colon or address.endswith("]"):
         host, port = address, str(DEFAULT_PORT)
-    if ":" in host and not host.startswith("["):
+    if ":" in host and not (host.startswith("[") and host.endswith("]")):
         raise ValueError(
             f"--coordinator must have brackets around an IPv6 address, [HOST]:PORT, got {address!r}"
         )

@@ -105,7 +105,7 @@ def test_sigterm_is_for_the_leader(tiny_checkpoint: Path):
             clients.status()
             ends = [each["last"] for each in answers(clients) if "last" in each]
             assert ends == ["[DONE]", "[DONE]"]
-            assert "the leader ends" in group.follower.log
+            assert "the leader has finished" in group.follower.log
 
 
 @pytest.mark.parametrize(

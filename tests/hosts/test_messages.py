@@ -14,6 +14,7 @@ from fairkv_jax.engine.scheduler_output import Decode, DecodeRow, SchedulerOutpu
 from fairkv_jax.hosts.messages import Execute, Start, pack, unpack
 from fairkv_jax.plan import HeadScores
 from fairkv_jax.replay import open_log
+from fairkv_jax.sampling_params import SamplingParams
 from tests.engine.drive import run
 from tests.engine.logged import EMPTY, logged_engine, mixed_requests, plan_with_replicas
 
@@ -60,6 +61,25 @@ def test_the_first_message():
     plan = plan_with_replicas(2).to_json()
     start = Start(engine_config, kv_config, plan, 7, "cpu", "abc", (1, 2), None)
     check_same(unpack(pack(0, start))[1], start)
+
+
+def test_the_largest_sampling_parameters():
+    """What a request may ask for must never be what cannot be sent: that would end the group."""
+    most = 2**31 - 1
+    params = SamplingParams(
+        max_tokens=most,
+        min_tokens=most,
+        top_k=most,
+        seed=2**64 - 1,
+        stop_token_ids=[most],
+        logit_bias={most: 100.0},
+        repetition_penalty=1e308,
+    )
+    check_same(unpack(pack(0, params))[1], params)
+    for name in ("max_tokens", "min_tokens", "top_k", "stop_token_ids", "logit_bias"):
+        value = {"stop_token_ids": [most + 1], "logit_bias": {most + 1: 1.0}}.get(name, most + 1)
+        with pytest.raises(ValueError, match=rf"must be (between .* {most}|at most)"):
+            SamplingParams(**{name: value})
 
 
 def test_a_decode_step_is_small():

@@ -1,5 +1,6 @@
 """The options of several hosts: flags, LeaderWorkerSet's and Slurm's environment."""
 
+import socket
 import subprocess
 import sys
 from dataclasses import replace
@@ -12,6 +13,7 @@ import pytest
 from fairkv_jax.engine.build import prepare
 from fairkv_jax.engine.schedule_log import fingerprint
 from fairkv_jax.hosts.handshake import _check_versions, disagreement
+from fairkv_jax.hosts.jax_runtime import Coordinator
 from fairkv_jax.hosts.messages import Start
 from fairkv_jax.hosts.options import HostOptions, split_address
 from fairkv_jax.serve.flags import parse
@@ -20,7 +22,8 @@ LWS = {"LWS_GROUP_SIZE": "4", "LWS_WORKER_INDEX": "2", "LWS_LEADER_ADDRESS": "le
 SLURM = {
     "SLURM_JOB_ID": "7",
     "SLURM_STEP_NODELIST": "node[01-02]",
-    "SLURM_NTASKS": "2",
+    "SLURM_STEP_NUM_TASKS": "2",
+    "SLURM_NTASKS": "4",
     "SLURM_PROCID": "1",
     "SLURM_LOCALID": "0",
 }
@@ -38,7 +41,8 @@ TWO = ["--num-hosts=2", "--host-index=1", "--coordinator=10.0.0.1:99"]
         (TWO, LWS, HostOptions(2, 1, "10.0.0.1:99")),
         ([], SLURM, HostOptions(2, 1, None)),
         (["--num-hosts=1"], SLURM, HostOptions()),
-        ([], {**SLURM, "SLURM_NTASKS": "1", "SLURM_PROCID": "0"}, HostOptions()),
+        # The shell of `salloc -n 4`, and a batch script outside of a step.
+        ([], {**SLURM, "SLURM_STEP_NUM_TASKS": "1", "SLURM_PROCID": "0"}, HostOptions()),
         ([], {name: SLURM[name] for name in ("SLURM_JOB_ID", "SLURM_NTASKS")}, HostOptions()),
         ([], {**SLURM, **LWS}, HostOptions(4, 2, "leader.svc")),
     ],
@@ -53,7 +57,9 @@ def test_where_they_come_from(flags: list[str], environ: dict[str, str], expecte
         (["--num-hosts=2"], {}, "needs the address of host 0"),
         (["--num-hosts=0"], {}, "--num-hosts must be at least 1"),
         (["--host-index=1"], {}, "--host-index must be between 0 and 0"),
-        ([*TWO, "--host-timeout=0.5"], {}, "--host-timeout must be at least 1 second"),
+        ([*TWO, "--host-timeout=0.5"], {}, "--host-timeout must be between 1 and 3600 seconds"),
+        ([*TWO, "--host-timeout=inf"], {}, "--host-timeout must be between 1 and 3600 seconds"),
+        ([*TWO[:2], "--coordinator=[::1"], {}, "brackets around an IPv6 address"),
         ([*TWO[:2], "--coordinator=fd00::2"], {}, "brackets around an IPv6 address"),
         ([*TWO[:2], "--coordinator=a:b"], {}, "--coordinator must be HOST:PORT, got 'a:b'"),
         ([], {**LWS, "LWS_GROUP_SIZE": "x"}, r"\$LWS_GROUP_SIZE must be a number, got 'x'"),
@@ -75,6 +81,20 @@ def test_faults_are_named(flags: list[str], environ: dict[str, str], error: str)
 )
 def test_addresses(address: str, expected: Any):
     assert split_address(address) == expected
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "192.0.2.1"])
+def test_a_leader_that_cannot_listen_says_so(host: str):
+    """On a port that is taken, or at another machine's address: JAX would crash."""
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(ValueError, match=rf"host 0 cannot listen on {host} port {port}"):
+            Coordinator(HostOptions(2, 0, f"{host}:{port}"))
+
+
+def test_a_leader_whose_name_is_unknown_says_so():
+    with pytest.raises(ValueError, match=r"the coordinator's name 'leader\.invalid' cannot be"):
+        Coordinator(HostOptions(2, 0, "leader.invalid"))
 
 
 def test_the_hosts_divide_the_virtual_devices():
