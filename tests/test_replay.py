@@ -27,7 +27,7 @@ from fairkv_jax.sampling_params import num_bitmask_words
 from tests.engine.drive import TINY_VOCAB, greedy, random_prompt, request, run
 from tests.engine.logged import logged_engine, mixed_requests, run_with_aborts
 from tests.oracle.tiny import write_tiny_checkpoint
-from tests.serve.live import PATIENCE_S, ROOT, Process
+from tests.serve.live import PATIENCE_S, ROOT, Process, own_devices
 
 START_S = 400.0
 NUM_WORDS = num_bitmask_words(TINY_VOCAB)
@@ -275,7 +275,7 @@ def test_a_served_model_is_replayed_by_the_command(tiny_checkpoint: Path, tmp_pa
         "--schedule-log-prompts",
     ]
     body = {"prompt": random_prompt(40), "max_tokens": 12, "n": 2, "seed": 3, "ignore_eos": True}
-    with Process("fairkv_jax.serve", arguments, XLA_FLAGS="") as process:
+    with Process("fairkv_jax.serve", arguments, **own_devices()) as process:
         url = process.wait_ready(START_S)
         answer = httpx.post(f"{url}/v1/completions", json=body, timeout=PATIENCE_S)
         assert answer.json()["usage"]["completion_tokens"] == 24

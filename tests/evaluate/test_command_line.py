@@ -15,7 +15,7 @@ from fairkv_jax.engine.prefix_registry import PrefixRegistry
 from fairkv_jax.evaluate.documents import Document, Question
 from fairkv_jax.evaluate.server_runner import ServerRunner
 from fairkv_jax.plan import HeadScores
-from tests.serve.live import ROOT, running
+from tests.serve.live import ROOT, own_devices, running
 from tests.serve.scripted import ScriptedEngine
 
 QUICK = ("--max-model-len=256", "--max-num-seqs=2", "--lengths=150", "--num-samples=2")
@@ -24,7 +24,7 @@ QUICK = ("--max-model-len=256", "--max-num-seqs=2", "--lengths=150", "--num-samp
 
 def run(*arguments: object) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "fairkv_jax.evaluate", *map(str, arguments)]
-    environment = {**os.environ, "XLA_FLAGS": ""}
+    environment = {**os.environ, **own_devices()}
     return subprocess.run(
         command, cwd=ROOT, capture_output=True, text=True, check=False, env=environment
     )

@@ -2,7 +2,6 @@
 
 import json
 import os
-import re
 import socket
 import subprocess
 import time
@@ -15,7 +14,7 @@ from typing import Any
 from fairkv_jax.command_line import as_flag
 from tests.engine.drive import tiny_cache_bytes
 from tests.engine.logged import MAX_TOKENS, NUM_PAGES, NUM_ROWS
-from tests.serve.live import Process, eventually
+from tests.serve.live import Process, eventually, own_devices
 
 HOST_TIMEOUT_S = 5.0
 BOUND_S = HOST_TIMEOUT_S + 5.0
@@ -121,10 +120,10 @@ def scenario_group(
     leader_wrapper, follower_wrapper = network.wrappers
     with (
         Process(
-            "tests.hosts.lead", [json.dumps(settings)], wrapper=leader_wrapper, **environment()
+            "tests.hosts.lead", [json.dumps(settings)], wrapper=leader_wrapper, **own_devices()
         ) as leader,
         Process(
-            follower_module, as_flags(of_follower), wrapper=follower_wrapper, **environment()
+            follower_module, as_flags(of_follower), wrapper=follower_wrapper, **own_devices()
         ) as follower,
     ):
         yield Group(leader, follower)
@@ -148,12 +147,12 @@ def served_group(
     listen = {"host": network.leader_address, "port": free_port()}
     flags = as_flags({**hosts, "host_index": 0, **listen})
     with (
-        Process("fairkv_jax.serve", flags, wrapper=leader_wrapper, **environment()) as leader,
+        Process("fairkv_jax.serve", flags, wrapper=leader_wrapper, **own_devices()) as leader,
         Process(
             "fairkv_jax.serve",
             as_flags({**hosts, "host_index": 1}),
             wrapper=follower_wrapper,
-            **environment(),
+            **own_devices(),
         ) as follower,
     ):
         yield Group(leader, follower)
@@ -194,12 +193,6 @@ def take_down(network: Network) -> None:
 def free_port() -> int:
     with socket.create_server(("127.0.0.1", 0)) as listener:
         return listener.getsockname()[1]
-
-
-def environment() -> dict[str, Any]:
-    """Every process makes as many CPU devices as its options say, not as many as the tests."""
-    flags = re.sub(r"--xla_force_host_platform_device_count=\d+", "", os.environ["XLA_FLAGS"])
-    return {"XLA_FLAGS": flags.strip()}
 
 
 def as_flags(options: dict[str, Any]) -> list[str]:

@@ -101,6 +101,12 @@ def posted(
         yield connection
 
 
+def own_devices() -> dict[str, str]:
+    """The environment of a process that makes as many CPU devices as its options say."""
+    flags = re.sub(r"--xla_force_host_platform_device_count=\d+", "", os.environ["XLA_FLAGS"])
+    return {"XLA_FLAGS": flags.strip()}
+
+
 def without_uvloop(folder: Path) -> str:
     """A PYTHONPATH with which a server runs on asyncio's own loop, as it does for most users."""
     (folder / "uvloop.py").write_text("raise ImportError")

@@ -24,7 +24,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from tests.serve.live import PATIENCE_S, Process, eventually, without_uvloop
+from tests.serve.live import PATIENCE_S, Process, eventually, own_devices, without_uvloop
 
 NUM_CLIENTS = 64
 SHORT_SECONDS = 10.0
@@ -254,6 +254,6 @@ def test_minutes_of_chaos(checkpoint: Path, tmp_path: Path):
     arguments = [f"--model={checkpoint}", "--port=0", "--max-model-len=128", "--max-num-seqs=8"]
     arguments += FLAGS
     path = without_uvloop(tmp_path)
-    with Process("fairkv_jax.serve", arguments, XLA_FLAGS="", PYTHONPATH=path) as process:
+    with Process("fairkv_jax.serve", arguments, PYTHONPATH=path, **own_devices()) as process:
         max_growth = 0.01 if LONG_SECONDS >= 1200 else 0.05
         run_chaos(process, process.wait_ready(400.0), LONG_SECONDS, max_growth=max_growth)

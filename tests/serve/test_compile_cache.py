@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.serve.live import Process
+from tests.serve.live import Process, own_devices
 
 PROGRAM = """
 import logging, os, sys
@@ -46,7 +46,7 @@ def test_the_server_replaces_them(checkpoint: Path, tmp_path: Path):
     arguments.append(f"--compilation-cache-dir={tmp_path}")
     for is_damaged in (False, True):
         with Process(
-            "fairkv_jax.serve", arguments, JAX_COMPILATION_CACHE_DIR=str(tmp_path), XLA_FLAGS=""
+            "fairkv_jax.serve", arguments, JAX_COMPILATION_CACHE_DIR=str(tmp_path), **own_devices()
         ) as process:
             process.wait_ready(400.0)
             assert ("a damaged entry" in process.log) == is_damaged

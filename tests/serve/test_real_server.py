@@ -13,7 +13,7 @@ import pytest
 from openai import OpenAI
 
 from benchmarks.mixed_requests import is_sound, soak
-from tests.serve.live import PATIENCE_S, Process, eventually, posted
+from tests.serve.live import PATIENCE_S, Process, eventually, own_devices, posted
 
 START_S = 400.0
 TWO_DEVICES = "--xla_force_host_platform_device_count=2"
@@ -45,7 +45,7 @@ OPTIONS = (
 def process(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Process]:
     cache = tmp_path_factory.mktemp("compiled")
     arguments = [*FLAGS, f"--model={checkpoint}", f"--compilation-cache-dir={cache}"]
-    with Process("fairkv_jax.serve", arguments, JAX_LOG_COMPILES="1", XLA_FLAGS="") as process:
+    with Process("fairkv_jax.serve", arguments, JAX_LOG_COMPILES="1", **own_devices()) as process:
         yield process
 
 
