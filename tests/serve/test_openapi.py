@@ -16,7 +16,7 @@ from tests.serve.chromium import browsing, find_chromium
 from tests.serve.live import ROOT, Server, eventually, running
 from tests.serve.scripted import ScriptedEngine
 
-CASES, MANY_CASES = 4, 1000
+CASES, MANY_CASES = 4, int(os.environ.get("OPENAPI_CASES", "1000"))
 """Drawn for each of the operations, beside those at the limits of every field."""
 EXCEPTIONS = Path(__file__).with_name("schemathesis.toml")
 """The checks that are not made, with the reasons."""
