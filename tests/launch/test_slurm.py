@@ -7,7 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, suppress
 from pathlib import Path
 
@@ -15,7 +15,7 @@ import httpx
 import pytest
 
 from tests.launch.routers import free_port
-from tests.serve.live import PATIENCE_S, ROOT, eventually
+from tests.serve.live import PATIENCE_S, ROOT, eventually, own_devices
 
 pytestmark = pytest.mark.long
 
@@ -89,10 +89,11 @@ class Slurm:
         assert done.returncode == 0, done.stderr
         return done.stdout + done.stderr
 
-    def submit(self, *arguments: str) -> str:
-        """Submits the batch file; returns the job's number."""
+    def submit(self, arguments: Sequence[str], *, options: Sequence[str] = ()) -> str:
+        """Submits the batch file with the server's arguments; returns the job's number."""
         log = f"--output={self.folder}/job-%j.log"
-        said = self.run("sbatch", log, str(BATCH_FILE), *arguments, PYTHON=sys.executable)
+        environment = {**own_devices(), "PYTHON": sys.executable}
+        said = self.run("sbatch", log, *options, str(BATCH_FILE), *arguments, **environment)
         return said.split()[-1]
 
     def log(self, job: str) -> str:
@@ -130,6 +131,16 @@ def is_idle(slurm: Slurm) -> bool:
     return False
 
 
+def with_variable(assignment: str) -> list[int]:
+    """The processes whose environment has this."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):
+            if assignment.encode() in (folder / "environ").read_bytes().split(b"\0"):
+                found.append(int(folder.name))
+    return found
+
+
 def test_slurm_accepts_it(slurm: Slurm):
     said = slurm.run("sbatch", "--test-only", str(BATCH_FILE), "--model", "x")
     assert "to start at" in said
@@ -140,7 +151,8 @@ def test_slurm_accepts_it(slurm: Slurm):
 def test_it_serves_restarts_and_drains(slurm: Slurm, tiny_checkpoint: Path):
     port = free_port()
     flags = [f"--model={tiny_checkpoint}", f"--port={port}", "--max-model-len=256"]
-    job = slurm.submit(*flags, "--tensor-parallel-size=1", "--max-num-seqs=2", "--kv-budget=64")
+    flags += ["--tensor-parallel-size=1", "--max-num-seqs=2", "--kv-budget=64"]
+    job = slurm.submit(flags)
     url = f"http://127.0.0.1:{port}"
 
     def wait_ready(starts: int) -> None:
@@ -159,5 +171,27 @@ def test_it_serves_restarts_and_drains(slurm: Slurm, tiny_checkpoint: Path):
         next(lines)
         slurm.run("scancel", "--signal=TERM", job)
         assert [line for line in lines if line][-1] == "data: [DONE]"
+    eventually(lambda: slurm.state(job) not in ("RUNNING", "COMPLETING"))
+    assert slurm.state(job) == "COMPLETED"
+
+
+def test_two_tasks_serve_one_model(slurm: Slurm, tiny_checkpoint: Path):
+    """Slurm's environment alone makes a group of them, also again after one task has failed."""
+    port = free_port()
+    flags = [f"--model={tiny_checkpoint}", f"--port={port}", "--max-model-len=256"]
+    flags += ["--tensor-parallel-size=2", "--max-num-seqs=2", "--kv-budget=64"]
+    job = slurm.submit(flags, options=["--ntasks-per-node=2"])
+    body = {"prompt": "the wall and the inn", "max_tokens": 16, "temperature": 0}
+
+    def answer(starts: int) -> str:
+        eventually(lambda: slurm.log(job).count("ready: serving on") == starts, START_S)
+        url = f"http://127.0.0.1:{port}/v1/completions"
+        return httpx.post(url, json=body, timeout=PATIENCE_S).json()["choices"][0]["text"]
+
+    before = answer(1)
+    for follower in with_variable("SLURM_PROCID=1"):
+        os.kill(follower, signal.SIGKILL)
+    assert answer(2) == before
+    slurm.run("scancel", "--signal=TERM", job)
     eventually(lambda: slurm.state(job) not in ("RUNNING", "COMPLETING"))
     assert slurm.state(job) == "COMPLETED"
