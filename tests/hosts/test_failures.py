@@ -153,3 +153,16 @@ def test_hosts_that_do_not_match(tiny_checkpoint: Path, tmp_path: Path, what: st
         assert group.statuses(time.monotonic()) == (1, 1), group.logs
         assert sentence in group.follower.log
         assert sentence in group.leader.log
+
+
+@pytest.mark.parametrize("who", ["leader", "follower"])
+def test_a_host_without_a_model(tiny_checkpoint: Path, tmp_path: Path, who: str):
+    models = tiny_checkpoint, Path("nowhere.gguf")
+    of_leader, of_follower = models if who == "follower" else models[::-1]
+    options = {"model": of_follower}
+    with scenario_group(of_leader, tmp_path, ["short"], follower_options=options) as group:
+        why = "no checkpoint at nowhere.gguf"
+        eventually(lambda: why in group.follower.log or group.follower.ended, PATIENCE_S)
+        assert group.statuses(time.monotonic()) == (1, 1), group.logs
+        assert why in group.follower.log
+        assert why in group.leader.log
