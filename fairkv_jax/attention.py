@@ -39,11 +39,15 @@ def attend_to_prompt(
     v: Float[Array, "C T H"],
     start: Int[Array, ""],
     prefix: PagedPrefix | None = None,
+    begins: Int[Array, "b"] | None = None,
 ) -> Float[Array, "b C G H"]:
     """Attention of b tokens of a prompt, from token `start` on, over the prompt up to each of them.
 
     With `prefix`, k and v are those of the prompt's suffix, `start` counts from the suffix's first
     token, and every query also attends over the whole prefix.
+
+    With `begins`, the prompt is several in a row, and each query attends to its own from this token
+    on.
 
     The sums are in float32. Memory follows the block of queries and not the prompt, and keys that
     come after the block are never read. T is at most `KEY_BLOCK`, or a multiple of it.
@@ -55,14 +59,16 @@ def attend_to_prompt(
 
     def add(i: Array, softmax: Softmax) -> Softmax:
         keys, values = (jax.lax.dynamic_slice_in_dim(x, i * size, size, 1) for x in (k, v))
-        is_seen = i * size + jnp.arange(size) <= query_at
+        key_at = i * size + jnp.arange(size)
+        is_seen = key_at <= query_at
+        if begins is not None:
+            is_seen &= key_at >= jnp.tile(begins, group)[:, None]
         return _add_keys(softmax, queries, keys, values, is_seen)
 
     nothing = jnp.zeros(queries.shape[:2])
     softmax = jnp.zeros(queries.shape), nothing - jnp.inf, nothing
     if prefix is not None:
         softmax = _add_prefix(softmax, queries, prefix)
-    # The first block holds a key that each query sees, so that no maximum remains infinite.
     blocks = (start + num_queries - 1) // size + 1
     acc, _, l = jax.lax.fori_loop(0, blocks, add, softmax)
     out = (acc / l[..., None]).astype(q.dtype).reshape(slots, group, num_queries, head_dim)
@@ -103,13 +109,14 @@ def _add_keys(
     values: Float[Array, "*C s H"],
     is_seen: Bool[Array, "#q s"],
 ) -> Softmax:
-    """Adds a block of keys, at least one of which each query sees."""
+    """Adds a block of keys. The maximum of a query that has seen none yet remains infinite."""
     acc, m, l = softmax
     scores = _product("...qh,...sh->...qs", queries, keys) * queries.shape[-1] ** -0.5
     scores = jnp.where(is_seen, scores, -jnp.inf)
     new_m = jnp.maximum(m, scores.max(-1))
-    weights = jnp.exp(scores - new_m[..., None])
-    decay = jnp.exp(m - new_m)
+    finite = jnp.where(new_m > -jnp.inf, new_m, 0)
+    weights = jnp.exp(scores - finite[..., None])
+    decay = jnp.exp(m - finite)
     update = _product("...qs,...sh->...qh", weights.astype(values.dtype), values)
     return acc * decay[..., None] + update, new_m, l * decay + weights.sum(-1)
 

@@ -24,6 +24,7 @@ def lower_insert(shapes: PrefillShapes) -> Lowered:
         steps.by_slot,
         steps.array((steps.spec.max_tokens,)),
         steps.number,
+        steps.number,
         steps.array((), jnp.bool_),
         mesh=steps.mesh,
     )
@@ -37,6 +38,7 @@ def insert(
     lengths: Int[Array, "L PC"],
     token_ids: Int[Array, "S"],
     num_known: Int[Array, ""],
+    num_after: Int[Array, ""],
     is_active: Bool[Array, ""],
     *,
     mesh: Mesh,
@@ -44,10 +46,11 @@ def insert(
     """Copies a prefix into the pages that the page tables give its row.
 
     `lengths` are those of the row afterwards. What the prefix does not bring of them is in the
-    pages already, in front of it: none in an empty row, else what the prefix is a suffix of. Slots
-    of length 0 own nothing and write nothing. The first `num_known` of `token_ids` are the prompt
-    and the tokens that the row has generated so far. Until the row is active, its lengths in the
-    cache remain 0, so that decoding passes it by.
+    pages already, in front of it: none in an empty row, else what the prefix is a suffix of. The
+    last `num_after` tokens of every slot belong to other prompts and are left out, as are those
+    that come before the row's own. Slots of length 0 own nothing and write nothing. The first
+    `num_known` of `token_ids` are the prompt and the tokens that the row has generated so far.
+    Until the row is active, its lengths in the cache remain 0, so that decoding passes it by.
     """
     run = jax.shard_map(
         _insert_local,
@@ -56,12 +59,12 @@ def insert(
             KVCache.partition(),
             CompressedPrefix.partition(),
             LAYERS_BY_DEVICE,
-            *(PartitionSpec(),) * 4,
+            *(PartitionSpec(),) * 5,
         ),
         out_specs=KVCache.partition(),
         check_vma=False,
     )
-    return run(cache, prefix, lengths, row, token_ids, num_known, is_active)
+    return run(cache, prefix, lengths, row, token_ids, num_known, num_after, is_active)
 
 
 def _insert_local(
@@ -71,6 +74,7 @@ def _insert_local(
     row: Array,
     token_ids: Array,
     num_known: Array,
+    num_after: Array,
     is_active: Array,
 ) -> KVCache:
     """One device's part, inside `shard_map`."""
@@ -82,9 +86,10 @@ def _insert_local(
     is_kept = pair < len(ends)
     pair = jnp.minimum(pair, len(ends) - 1)
     layer, slot = pair // num_slots, pair % num_slots
-    # A slot's last packed token becomes the last one of its length.
-    token = item - (ends[pair] - lengths[layer, slot])
-    owned = is_kept & (lengths[layer, slot] > 0) & (token >= 0)
+    # A slot's last packed token of this prompt becomes the last one of its length.
+    length = lengths[layer, slot]
+    token = item - (ends[pair] - num_after - length)
+    owned = is_kept & (token >= 0) & (token < length)
     start = cache.page_table.starts[layer, row, slot]
     page = cache.page_table.entries(start, jnp.where(owned, token // page_size, 0))
     page = jnp.where(owned, page, num_pages)  # past the pool: dropped

@@ -214,6 +214,32 @@ def score_prompt(
     return run(model, hidden, tokens, start)
 
 
+def lower_logits_at(shapes: PrefillShapes) -> Lowered:
+    """Lowers `logits_at`."""
+    steps = shapes.steps
+    return steps.lower(logits_at, steps.model, shapes.carry.hidden, steps.number, mesh=steps.mesh)
+
+
+@partial(jax.jit, static_argnames="mesh")
+def logits_at(
+    model: Model, hidden: Float[Array, "T D"], index: Int[Array, ""], *, mesh: Mesh
+) -> Float[Array, "V"]:
+    """Returns the logits of what follows a token of a prefill that has run all its chunks."""
+
+    def local(model: Model, hidden: Array, index: Array) -> Array:
+        return model.logits(jax.lax.dynamic_slice_in_dim(hidden, index, 1))[0]
+
+    whole = PartitionSpec()
+    run = jax.shard_map(
+        local,
+        mesh=mesh,
+        in_specs=(partition_specs(model), whole, whole),
+        out_specs=whole,
+        check_vma=False,
+    )
+    return run(model, hidden, index)
+
+
 def _run_chunks_local(
     model: Model,
     carry: PrefillCarry,
@@ -292,6 +318,7 @@ def _run_chunk(
         at,
         chunk_size,
         first_position=first,
+        begins=carry.begins,
         prefix=prefix,
         has_int8_cache=has_int8_cache,
     )

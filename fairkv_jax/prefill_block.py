@@ -70,6 +70,7 @@ def run_block(
     *,
     first_position: Int[Array, ""],
     num_before: Int[Array, ""] | int = 0,
+    begins: Int[Array, "S"] | None = None,
     prefix: PagedPrefix | None = None,
     has_int8_cache: bool = False,
 ) -> tuple[LayerState, BlockInputs]:
@@ -79,23 +80,24 @@ def run_block(
         contributes: the slots whose attention counts, one replica of each head.
         first_position: position of the first hidden state.
         num_before: tokens whose keys and values come before those of the hidden states.
+        begins: index of the first token of each token's own prompt, where several are in a row.
         prefix: what comes before all of them, in the KV cache.
         has_int8_cache: whether keys and values are rounded as they will be in the cache. Then it
             does not matter which of them a token finds there, and which beside itself.
     """
-    key_at = num_before + at
+    key_at, index = num_before + at, at + jnp.arange(size)
+    own = None if begins is None else jax.lax.dynamic_slice_in_dim(begins, at, size)
 
     def attend(q: Array, k: Array, v: Array, cache: None, _: None) -> tuple[Any, None, Any]:
         if has_int8_cache:
             k, v = rounded_to_int8(k), rounded_to_int8(v)
         keys = jax.lax.dynamic_update_slice_in_dim(state.k, k.swapaxes(0, 1), key_at, 1)
         values = jax.lax.dynamic_update_slice_in_dim(state.v, v.swapaxes(0, 1), key_at, 1)
-        out = attend_to_prompt(q, keys, values, key_at, prefix)
+        out = attend_to_prompt(q, keys, values, key_at, prefix, own)
         out = jnp.where(contributes[:, None, None], out, 0)
         return out, cache, (q, k, v, keys, values)
 
-    index = at + jnp.arange(size)
-    angles = model.angles(first_position + index)
+    angles = model.angles(first_position + index - (0 if own is None else own))
     x = jax.lax.dynamic_slice_in_dim(state.hidden, at, size)
     out, _, (q, k, v, keys, values) = layer(x, angles, attend, None, None)
     hidden = jax.lax.dynamic_update_slice_in_dim(state.hidden, out, at, 0)

@@ -53,10 +53,15 @@ class CompressedPrefix:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class PrefillCarry:
-    """A prompt on its way through the layers; donated to every program that continues it."""
+    """A prompt on its way through the layers; donated to every program that continues it.
+
+    It may be several prompts in a row, which do not see each other.
+    """
 
     first_position: Int[Array, ""]
     """Position of the first token: 0, or for a suffix the number of tokens before it."""
+    begins: Int[Array, "T"]
+    """Index of the first token of each token's own prompt."""
     hidden: Float[Array, "T D"]
     """The current layer's inputs; its outputs for tokens of chunks that it has run."""
     k: Float[Array, "PC T H"]
@@ -71,7 +76,7 @@ class PrefillCarry:
         """Returns how each array is split over the mesh, as a prefix of the carry's pytree."""
         whole: Any = PartitionSpec()
         split: Any = PartitionSpec(TENSOR_AXIS)
-        return cls(whole, whole, split, split, split, CompressedPrefix.partition())
+        return cls(whole, whole, whole, split, split, split, CompressedPrefix.partition())
 
     def whole_layer(
         self, layer: Int[Array, ""]
@@ -119,6 +124,7 @@ class PrefillShapes:
             self.steps.model,
             self.tokens,
             self.steps.number,
+            self.tokens,
         )
         return self.steps.placed(shapes, PrefillCarry.partition())
 
@@ -135,6 +141,7 @@ def lower_start_prefill(shapes: PrefillShapes) -> Lowered:
         shapes.steps.model,
         shapes.tokens,
         shapes.steps.number,
+        shapes.tokens,
         mesh=shapes.steps.mesh,
         chunk_size=shapes.chunk_size,
         methods=shapes.methods,
@@ -146,7 +153,8 @@ def lower_start_prefill(shapes: PrefillShapes) -> Lowered:
 def start_prefill(
     model: Model,
     tokens: Int[Array, "T"],
-    first_position: Int[Array, ""] | int = 0,
+    first_position: Int[Array, ""],
+    begins: Int[Array, "T"],
     *,
     mesh: Mesh,
     chunk_size: int,
@@ -155,10 +163,10 @@ def start_prefill(
 ) -> PrefillCarry:
     """Embeds a prompt and allocates the carry of its prefill.
 
-    `first_position` is that of the first token. `max_kept` must hold for the prompt.
+    `first_position` and `begins` are those of the carry. `max_kept` must hold for the prompt.
     """
 
-    def local(model: Model, tokens: Array, first_position: Array) -> PrefillCarry:
+    def local(model: Model, tokens: Array, first_position: Array, begins: Array) -> PrefillCarry:
         config = model.config
         num_tokens = _padded_tokens(tokens.shape[0], chunk_size)
         shape = layer_shape(model, num_tokens)
@@ -175,6 +183,7 @@ def start_prefill(
         integers = partial(jnp.zeros, dtype=jnp.int32)
         return PrefillCarry(
             first_position,
+            jnp.pad(begins, (0, num_tokens - len(begins))),
             model.embedded(jnp.pad(tokens, (0, num_tokens - tokens.shape[0]))),
             keys,
             keys,
@@ -192,11 +201,11 @@ def start_prefill(
     run = jax.shard_map(
         local,
         mesh=mesh,
-        in_specs=(partition_specs(model), PartitionSpec(), PartitionSpec()),
+        in_specs=(partition_specs(model), *(PartitionSpec(),) * 3),
         out_specs=PrefillCarry.partition(),
         check_vma=False,
     )
-    return run(model, tokens, jnp.asarray(first_position, jnp.int32))
+    return run(model, tokens, first_position, begins)
 
 
 def lower_gather_kept(shapes: PrefillShapes) -> Lowered:

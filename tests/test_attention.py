@@ -36,6 +36,26 @@ def test_attention_over_a_prompt(num_tokens: int, block: int):
         np.testing.assert_allclose(out, want[here], atol=5e-6)
 
 
+@pytest.mark.parametrize(("lengths", "block"), [((1, 5, 26), 32), ((300, 1, 211, 256), 256)])
+def test_prompts_in_a_row_do_not_see_each_other(lengths: tuple[int, ...], block: int):
+    """Also where a query sees nothing of the first blocks of keys."""
+    rng, num_tokens = np.random.default_rng(block), sum(lengths)
+    q = rng.standard_normal((num_tokens, HEADS, GROUP, WIDTH), dtype=np.float32)
+    k, v = rng.standard_normal((2, HEADS, num_tokens, WIDTH), dtype=np.float32)
+    ends = np.cumsum(lengths)
+    begins = np.repeat(ends - lengths, lengths).astype(np.int32)
+    want = np.empty_like(q)
+    for start, end in zip(ends - lengths, ends, strict=True):
+        own = slice(start, end)
+        q_NTH = q[own].reshape(end - start, -1, WIDTH).transpose(1, 0, 2).astype(np.float64)
+        out = attention(q_NTH, k[:, own].astype(np.float64), v[:, own].astype(np.float64))
+        want[own] = out.transpose(1, 0, 2).reshape(q[own].shape)
+    for start in range(0, num_tokens, block):
+        here = slice(start, start + block)
+        out = jax.jit(attend_to_prompt)(q[here], k, v, start, None, begins[here])
+        np.testing.assert_allclose(out, want[here], atol=5e-6)
+
+
 @pytest.mark.parametrize("page_size", [16, 512])
 @pytest.mark.parametrize(
     ("num_tokens", "block", "int8"),

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import Any
 
 import jax
@@ -39,6 +40,10 @@ class PrefillTask:
     """The index of its method among the engine's."""
     keeps_whole: bool
     carry: PrefillCarry
+    packed: tuple[NewRequest, ...] = ()
+    """Requests whose prompts follow in the same chunks."""
+    waiting: set[str] = field(default_factory=set)
+    """Requests whose part has not been inserted into a row; without `packed` it is one."""
     prompt_logprobs: list[Sampled] = field(default_factory=list)
     """Per block, as `score_prompt` gives them; perhaps not computed yet."""
     progress: Any = None
@@ -51,6 +56,16 @@ class PrefillTask:
         """The prompt up to the end of the segment."""
         before = [] if self.cached_prefix is None else self.cached_prefix.token_ids
         return [*before, *self.request.prompt_token_ids]
+
+    @property
+    def requests(self) -> tuple[NewRequest, ...]:
+        """All requests, in the order of their prompts."""
+        return self.request, *self.packed
+
+    @property
+    def ends(self) -> list[int]:
+        """Where their prompts end, counted in tokens of the segment."""
+        return list(accumulate(len(each.prompt_token_ids) for each in self.requests))
 
     @property
     def prefix(self) -> CompressedPrefix:

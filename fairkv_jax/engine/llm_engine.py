@@ -20,6 +20,7 @@ from fairkv_jax.engine.execution import Execution
 from fairkv_jax.engine.kv_cache_manager import KVCacheManager
 from fairkv_jax.engine.model_runner import ModelRunner
 from fairkv_jax.engine.output_processor import OutputProcessor, answer_token_ids
+from fairkv_jax.engine.prefill_chunking import Packing
 from fairkv_jax.engine.prefix_cache import Prefix
 from fairkv_jax.engine.prefix_registry import PrefixRegistry
 from fairkv_jax.engine.request import (
@@ -86,6 +87,7 @@ class LLMEngine:
             self.output_processor.grammar_bitmask,
             engine_config.prefix_cache_fraction,
             self.runner.decode_compression,
+            Packing.of(self.model_config, engine_config, kv_config),
         )
         self.prefixes = PrefixRegistry(self.model_config, kv_config)
         """Prefixes that have been cached by requests, see `Request.caches_prefix`."""
@@ -365,7 +367,7 @@ class LLMEngine:
         if output.prefill is not None:
             if output.prefill.start == 0:
                 self.output_processor.started(output.prefill.request_id, start)
-            for each in output.prefill.also_samples:
+            for each in (*output.prefill.also_samples, *output.prefill.packed):
                 self.output_processor.started(each.request_id, start)
         return True
 

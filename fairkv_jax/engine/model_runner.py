@@ -141,10 +141,10 @@ class ModelRunner:
             self.reset()
         if output.released_rows:
             self._release(output.released_rows)
-        if self._task is not None and (
-            self._task.request.request_id in output.finished_request_ids
-        ):
-            self._task = None
+        if self._task is not None:
+            self._task.waiting.difference_update(output.finished_request_ids)
+            if not self._task.waiting:
+                self._task = None
         writes = list(self._inputs.table_writes(output.page_table_update))
         # A decode step takes one part of the changes itself; what comes before it needs them all.
         only_decodes = (
@@ -220,9 +220,10 @@ class ModelRunner:
         kv_config: KVConfig | None = None,
         *,
         cached_prefix: RowPrefix | None = None,
+        packed: tuple[NewRequest, ...] = (),
     ) -> PrefillTask:
         """Starts the prefill of a prompt, or of a segment of one, see `PrefillRunner.start`."""
-        return self._prefills.start(request, kv_config, cached_prefix=cached_prefix)
+        return self._prefills.start(request, kv_config, cached_prefix=cached_prefix, packed=packed)
 
     def run_chunks(self, task: PrefillTask, start: int, stop: int) -> None:
         """Runs chunks [start, stop) of a prefill; the KV cache is not touched."""
@@ -238,16 +239,8 @@ class ModelRunner:
 
         `request` is one with the same prompt; None: the task's own.
         """
-        request = request or task.request
-        prompt, vocab_size = task.prompt_token_ids, self.model_config.vocab_size
-        if grammar_bitmask is None:
-            grammar_bitmask = np.zeros(num_bitmask_words(vocab_size), np.uint32)
-        history: Any = self._padded(prompt)[None], np.array([len(prompt)], np.int32)
-        return self.programs.sample_first()(
-            task.prefix.logits,
-            self._inputs.sampling([(request.sampling_params, request.seed)]),
-            TokenHistory(*history),
-            grammar_bitmask[None],
+        return self._sample_first(
+            task.prefix.logits, task.prompt_token_ids, request or task.request, grammar_bitmask
         )
 
     def warm_up(
@@ -313,15 +306,28 @@ class ModelRunner:
             return
         task = self._task
         assert task is not None
-        assert task.request.request_id == insertion.request_id
-        known = [*task.prompt_token_ids, *insertion.output_token_ids]
+        ids = [each.request_id for each in task.requests]
+        place = ids.index(insertion.request_id)
+        request, num_after = task.requests[place], task.shape.num_tokens - task.ends[place]
+        before = [] if task.cached_prefix is None else task.cached_prefix.token_ids
+        known = [*before, *request.prompt_token_ids, *insertion.output_token_ids]
         has_prefix = task.cached_prefix is not None
         program = self.programs.insert(task.shape.bucket, has_prefix=has_prefix)
         row, lengths = insertion.row, insertion.slot_lengths
-        self._copy(program, task.prefix, row, lengths, known, is_active=insertion.is_last)
-        self._task = None
+        self._copy(
+            program,
+            task.prefix,
+            row,
+            lengths,
+            known,
+            num_after=num_after,
+            is_active=insertion.is_last,
+        )
+        task.waiting.discard(insertion.request_id)
+        if not task.waiting:
+            self._task = None
         if insertion.is_last:
-            self._requests[row] = task.request
+            self._requests[row] = request
             self._inputs.rows_have_changed()
 
     def _fork(self, insertion: Insertion, fork: Fork) -> None:
@@ -329,7 +335,8 @@ class ModelRunner:
         request, bucket = fork.new_request, prefill_bucket(1, self.config)
         self._copy_pages(fork.page_copies)
         start = self.programs.start_prefill(bucket)
-        nothing = start(self.model, np.zeros(bucket, np.int32), np.int32(0)).prefix
+        zeros = np.zeros(bucket, np.int32)
+        nothing = start(self.model, zeros, np.int32(0), zeros).prefix
         known = [*request.prompt_token_ids, *insertion.output_token_ids]
         program = self.programs.insert(bucket)
         self._copy(program, nothing, insertion.row, insertion.slot_lengths, known)
@@ -344,12 +351,22 @@ class ModelRunner:
         slot_lengths: np.ndarray,
         known: list[int],
         *,
+        num_after: int = 0,
         is_active: bool = True,
     ) -> None:
-        """Copies a compressed cache into the pages of a row, by the `insert` of its bucket."""
-        tokens = self._padded(known), np.int32(len(known))
+        """Copies a compressed cache into the pages of a row, by the `insert` of its bucket.
+
+        The last `num_after` tokens of it belong to other prompts.
+        """
         self.cache = program(
-            self.cache, prefix, np.int32(row), slot_lengths, *tokens, np.bool_(is_active)
+            self.cache,
+            prefix,
+            np.int32(row),
+            slot_lengths,
+            self._padded(known),
+            np.int32(len(known)),
+            np.int32(num_after),
+            np.bool_(is_active),
         )
 
     def _prefill(self, chunks: PrefillChunks) -> PendingPrefill | None:
@@ -359,7 +376,9 @@ class ModelRunner:
             prefix = chunks.cached_prefix
             if prefix is not None and prefix.page_copies is not None:
                 self._copy_pages(prefix.page_copies)
-            self._task = self.start_prefill(chunks.new_request, cached_prefix=prefix)
+            self._task = self.start_prefill(
+                chunks.new_request, cached_prefix=prefix, packed=chunks.packed
+            )
         task = self._task
         assert task is not None
         assert task.request.request_id == chunks.request_id
@@ -367,10 +386,39 @@ class ModelRunner:
         if not chunks.is_last:
             return None
         first = []
-        if chunks.samples_token:
+        if task.packed:
+            first = [self._sample_packed(task, place) for place in range(len(task.requests))]
+        elif chunks.samples_token:
             for request in (task.request, *chunks.also_samples):
                 first.append(self.sample_first(task, chunks.grammar_bitmask, request))
         return PendingPrefill.of(task, self.layout, first, self._readable_prefix(task))
+
+    def _sample_packed(self, task: PrefillTask, place: int) -> Sampled:
+        """Samples the token that follows one of the prompts of a task."""
+        request, stop = task.requests[place], task.ends[place]
+        logits = task.prefix.logits
+        if stop < task.shape.num_tokens:
+            logits_at = self.programs.logits_at(task.shape.bucket)
+            logits = logits_at(self.model, task.carry.hidden, np.int32(stop - 1))
+        return self._sample_first(logits, request.prompt_token_ids, request, None)
+
+    def _sample_first(
+        self,
+        logits: jax.Array,
+        prompt: list[int],
+        request: NewRequest,
+        grammar_bitmask: np.ndarray | None,
+    ) -> Sampled:
+        if grammar_bitmask is None:
+            num_words = num_bitmask_words(self.model_config.vocab_size)
+            grammar_bitmask = np.zeros(num_words, np.uint32)
+        history: Any = self._padded(prompt)[None], np.array([len(prompt)], np.int32)
+        return self.programs.sample_first()(
+            logits,
+            self._inputs.sampling([(request.sampling_params, request.seed)]),
+            TokenHistory(*history),
+            grammar_bitmask[None],
+        )
 
     def _readable_prefix(self, task: PrefillTask) -> CompressedPrefix:
         """Returns a task's compressed cache; what is read of it is on this process's devices."""

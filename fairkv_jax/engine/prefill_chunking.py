@@ -7,7 +7,7 @@ the prompt's own log-probabilities, if requested:
     layer 0: 0, 1, .. | layer 1: n, n + 1, .. | ... | repetitions | log-probabilities
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,6 +17,9 @@ from fairkv_jax.compress.instruction import RepeatInstruction
 from fairkv_jax.config import EngineConfig, KVConfig, ModelConfig
 
 MIN_PREFILL_BUCKET = 32
+_MAX_PACKED_PROMPTS = 16
+_MAX_PACKED_CHUNKS = 2
+"""Chunks of each layer that prompts in a row take at most: more would delay the first of them."""
 _LOGPROBS_BLOCK = 128
 """Prompt tokens whose logits are on the devices at a time."""
 
@@ -130,6 +133,34 @@ def prefill_bucket(num_tokens: int, config: EngineConfig) -> int:
     while bucket < num_tokens:
         bucket *= 2 if bucket < config.prefill_chunk_size else 4
     return min(bucket, config.max_model_len)
+
+
+@dataclass(frozen=True)
+class Packing:
+    """Which short prompts are prefilled in a row, in the same chunks.
+
+    What is in a row is kept whole, so it is no longer than a prompt that the engine keeps whole.
+    """
+
+    max_tokens: int
+    max_prompts: int
+    work: Callable[[int], np.ndarray]
+    """Multiply-adds of every chunk, by the number of tokens."""
+
+    @classmethod
+    def of(cls, model: ModelConfig, config: EngineConfig, kv_config: KVConfig) -> "Packing":
+        """What an engine packs."""
+        most = min(_MAX_PACKED_CHUNKS * config.prefill_chunk_size, config.max_model_len)
+        heads = model.num_layers, model.num_kv_heads
+
+        def is_whole(num_tokens: int) -> bool:
+            return min(map(min, budgets_per_head(kv_config, num_tokens, *heads))) >= num_tokens
+
+        def work(num_tokens: int) -> np.ndarray:
+            return PrefillChunking.of(num_tokens, model, config, wants_logprobs=False).work(model)
+
+        max_tokens = next(filter(is_whole, range(most, 0, -1)), 0)
+        return cls(max_tokens, min(_MAX_PACKED_PROMPTS, config.max_num_seqs), work)
 
 
 def logprobs_block(bucket: int) -> int:

@@ -41,15 +41,18 @@ class PrefillRunner:
         kv_config: KVConfig | None = None,
         *,
         cached_prefix: RowPrefix | None = None,
+        packed: tuple[NewRequest, ...] = (),
     ) -> PrefillTask:
         """Starts the prefill of a prompt, or with `cached_prefix`, of the segment that follows it.
 
-        `kv_config` replaces the options that the request leads to.
+        `kv_config` replaces the options that the request leads to. The prompts of `packed` follow
+        in the same chunks; then all are kept whole.
 
         Raises:
             ValueError: prefix and suffix together are longer than `max_model_len`.
         """
-        prompt, model = request.prompt_token_ids, self._model.config
+        prompts, model = [each.prompt_token_ids for each in (request, *packed)], self._model.config
+        prompt = [token_id for each in prompts for token_id in each]
         num_before = 0 if cached_prefix is None else len(cached_prefix.token_ids)
         if cached_prefix is not None and num_before + len(prompt) > self._config.max_model_len:
             raise ValueError(
@@ -70,13 +73,24 @@ class PrefillRunner:
         keeps_whole = bool((budgets >= len(prompt)).all())
         # No method sees what is kept whole.
         method = 0 if keeps_whole else self._methods.index(make_method(kv_config))
-        padded = np.zeros(shape.bucket, np.int32)
+        padded, begins = np.zeros((2, shape.bucket), np.int32)
         padded[: len(prompt)] = prompt
+        lengths = [len(each) for each in prompts]
+        begins[: len(prompt)] = np.repeat(np.cumsum(lengths) - lengths, lengths)
         has_prefix = cached_prefix is not None
         start = self._programs.start_prefill(shape.bucket, has_prefix=has_prefix)
-        carry = start(self._model, padded, np.int32(num_before))
+        carry = start(self._model, padded, np.int32(num_before), begins)
         return PrefillTask(
-            request, cached_prefix, shape, padded, budgets, method, keeps_whole, carry
+            request,
+            cached_prefix,
+            shape,
+            padded,
+            budgets,
+            method,
+            keeps_whole,
+            carry,
+            packed,
+            {each.request_id for each in (request, *packed)},
         )
 
     def run_chunks(self, task: PrefillTask, start: int, stop: int, cache: KVCache) -> None:

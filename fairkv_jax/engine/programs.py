@@ -35,9 +35,14 @@ from fairkv_jax.decode import (
 )
 from fairkv_jax.engine.compiling import compile_all
 from fairkv_jax.engine.device_errors import STEP_DOES_NOT_FIT, translate_xla_errors
-from fairkv_jax.engine.prefill_chunking import chunk_size_of, logprobs_block, prefill_bucket
+from fairkv_jax.engine.prefill_chunking import (
+    Packing,
+    chunk_size_of,
+    logprobs_block,
+    prefill_bucket,
+)
 from fairkv_jax.insert import lower_insert
-from fairkv_jax.prefill import lower_run_chunks, lower_score_prompt
+from fairkv_jax.prefill import lower_logits_at, lower_run_chunks, lower_score_prompt
 from fairkv_jax.prefill_carry import PrefillShapes, lower_gather_kept, lower_start_prefill
 from fairkv_jax.repeat_prompt import lower_repeat_chunks, lower_start_repetition
 from fairkv_jax.sampling import TokenHistory, sample_first
@@ -73,6 +78,7 @@ class Programs:
         self._decode_method, self._row_buckets = decode_method, row_buckets
         self._compiled: dict[tuple[str, int], Compiled] = {}
         self.max_table_writes = max_table_writes(shapes)
+        self._packing = Packing.of(shapes.config, config, kv_config)
 
     @property
     def num_compiled(self) -> int:
@@ -102,6 +108,9 @@ class Programs:
         if self._shapes.mesh.is_multi_process:
             of_prompts.append(self.gather_kept)
         suffix_buckets = self._buckets(suffix_lengths)
+        prompt_buckets = self._buckets(prompt_lengths)
+        packed_buckets = self._packed_buckets(prompt_lengths)
+        of_packed = [self.start_prefill, self.run_chunks, self.insert]
         once = [self.sample_first, self.release_rows, self.write_tables]
         if suffix_buckets or forks:
             once.append(self.copy_pages)
@@ -110,8 +119,13 @@ class Programs:
         wanted = [(f"{n} rows", ("decode", n), partial(self.decode, n)) for n in batches]
         wanted += [
             (f"prompts of {n}", (step.__name__, n), partial(step, n))
-            for n in self._buckets(prompt_lengths)
+            for n in prompt_buckets
             for step in of_prompts
+        ]
+        wanted += [
+            (f"packed prompts of {n}", (step.__name__, n), partial(step, n))
+            for n in packed_buckets
+            for step in [*(of_packed if n not in prompt_buckets else ()), self.logits_at]
         ]
         wanted += [
             (
@@ -133,6 +147,13 @@ class Programs:
 
     def _buckets(self, lengths: Iterable[int]) -> list[int]:
         return sorted({prefill_bucket(length, self._config) for length in lengths})
+
+    def _packed_buckets(self, lengths: Iterable[int]) -> list[int]:
+        """The sizes of several prompts of such lengths in a row; none where none fit."""
+        least, most = 2 * min(lengths, default=0), self._packing.max_tokens
+        if not least or self._packing.max_prompts == 1:
+            return []
+        return self._buckets(range(least, most + 1))
 
     def decode(self, batch: int) -> Compiled:
         """`decode_step` of the first `batch` rows."""
@@ -180,6 +201,9 @@ class Programs:
     def score_prompt(self, bucket: int) -> Compiled:
         lower = partial(lower_score_prompt, block=logprobs_block(bucket))
         return self._get_prefill("score_prompt", bucket, lower)
+
+    def logits_at(self, bucket: int) -> Compiled:
+        return self._get_prefill("logits_at", bucket, lower_logits_at)
 
     def compress_row(self, num_tokens: int) -> Compiled:
         """`compress_row` of rows of up to `num_tokens` tokens per head."""

@@ -34,6 +34,10 @@ class Rows:
     def has_free(self) -> bool:
         return bool(self._free)
 
+    @property
+    def num_free(self) -> int:
+        return len(self._free)
+
     def can_take(self, request: ScheduledRequest) -> bool:
         """Whether there is a row for a request, which may hold one already."""
         return request.shared_row is not None or self.has_free
@@ -68,7 +72,7 @@ class Rows:
             self._prefixes.retain(segment.prefix, row)
         request.next_segment += 1
         request.chunks_scheduled = request.num_cached = 0
-        request.head_lengths = None
+        request.head_lengths = request.packed_work = None
         return Insertion(request.request_id, row, lengths, list(known), is_last)
 
     def fork(self, request: ScheduledRequest, *, is_alone: bool) -> Insertion | None:
@@ -137,7 +141,7 @@ class Rows:
         self._leave_prefix(request)
         request.attempt += 1
         request.next_segment = request.chunks_scheduled = request.num_cached = 0
-        request.head_lengths = None
+        request.head_lengths = request.packed_work = None
 
     def release(self, row: int, request: ScheduledRequest) -> None:
         """Takes back the row in which a request runs."""

@@ -307,6 +307,7 @@ def _without_tokens(output: SchedulerOutput) -> SchedulerOutput:
             cached_prefix=prefix,
             grammar_bitmask=None,
             also_samples=others,
+            packed=tuple(_without_texts(each) for each in prefill.packed),
         )
     if insertion is not None:
         fork = insertion.fork

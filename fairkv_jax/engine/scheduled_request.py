@@ -47,6 +47,8 @@ class ScheduledRequest:
     """The segment that is prefilled, or will be."""
     chunks_scheduled: int = 0
     """Chunks of that segment that have been scheduled."""
+    packed_work: np.ndarray | None = None
+    """Multiply-adds of each chunk, where the prompts of other requests follow in them."""
     head_lengths: np.ndarray | None = None
     """[L, K] kept tokens of that segment, once its prefill is done and while the result has not
     been inserted."""
@@ -92,7 +94,30 @@ class ScheduledRequest:
         segment = self.segment
         if segment is None:
             return 0
+        if self.packed_work is not None:
+            return len(self.packed_work)
         return segment.num_cache_chunks if self.output_token_ids else len(segment.chunk_work)
+
+    @property
+    def is_prefilled(self) -> bool:
+        """Whether its segment is prefilled and waits for a row."""
+        return self.head_lengths is not None
+
+    @property
+    def can_be_packed(self) -> bool:
+        """Whether its prompt may be prefilled in a row with others, of which nothing is dropped."""
+        segment, request = self.segments[0], self.request
+        return (
+            len(self.segments) == 1
+            and segment.prefix is None
+            and segment.keeps_whole
+            and len(segment.chunk_work) == segment.num_cache_chunks
+            and self.whole_prompt is None
+            and not self.follows_grammar
+            and not self.output_token_ids
+            and self.max_tokens > 0
+            and not request.return_kept_positions
+        )
 
     @property
     def num_remaining_steps(self) -> int:

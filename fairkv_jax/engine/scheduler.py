@@ -14,6 +14,7 @@ import numpy as np
 
 from fairkv_jax.engine.decode_compression import DecodeCompression
 from fairkv_jax.engine.kv_cache_manager import KVCacheManager
+from fairkv_jax.engine.prefill_chunking import Packing
 from fairkv_jax.engine.prefix_cache import Prefix, PrefixCache
 from fairkv_jax.engine.rows import Rows
 from fairkv_jax.engine.scheduled_request import ScheduledRequest
@@ -50,12 +51,16 @@ class _InFlight:
     rows: dict[int, ScheduledRequest]
     peers: tuple[ScheduledRequest, ...] = ()
     """Requests with the same prompt, in the order of `PrefillChunks.also_samples`."""
+    packed: tuple[tuple[ScheduledRequest, int], ...] = ()
+    """Requests whose prompts follow in the same chunks, each with its attempt."""
 
 
 class Scheduler:
     """First come, first served; under pressure the newest request gives way to the older ones.
 
     One prompt at a time is prefilled, that of the oldest waiting request, while a row is free.
+    Where it is short and kept whole, such prompts of the requests behind it follow in the same
+    chunks, as many as there are rows for; they get their rows one after the other.
     While other requests decode, its chunks take about as long as one or two decode steps between
     two steps. A request whose prefill is done and that waits for pages delays no running request.
     When pages run out, prefixes that no request uses are evicted; then the newest request is
@@ -82,6 +87,7 @@ class Scheduler:
         grammar_bitmask: Callable[[str], np.ndarray],
         prefix_cache_fraction: float = 1.0,
         decode_compression: DecodeCompression | None = None,
+        packing: Packing | None = None,
     ):
         """`grammar_bitmask` gives the tokens that may come next in a request's output."""
         self.kv_cache = kv_cache
@@ -93,6 +99,10 @@ class Scheduler:
         self.num_preemptions = 0
         self._grammar_bitmask = grammar_bitmask
         self._compression = decode_compression
+        self.packing = packing
+        """None: no prompts are prefilled in a row."""
+        self._packed: tuple[tuple[ScheduledRequest, int], ...] = ()
+        """Requests whose prompts follow that of the prefill under way, each with its attempt."""
         self._rows = Rows(kv_cache, self.prefixes, decode_compression)
         self._in_flight: deque[_InFlight] = deque()
         self._index = 0
@@ -168,7 +178,8 @@ class Scheduler:
         request = None if inserts_prefix else self._next_to_prefill()
         for_prefill = self.prefixes.take_replications()
         attempt = 0 if request is None else request.attempt
-        is_awaited = inserts_prefix or request is not None or self._prefill_is_in_flight
+        is_next = insertion is not None and bool(self.waiting) and self.waiting[0].is_prefilled
+        is_awaited = is_next or inserts_prefix or request is not None or self._prefill_is_in_flight
         decode, preempted = self._decode(timings, one_step=is_awaited)
         compressions = () if decode is None else self._compress(decode)
         prefill = None
@@ -194,12 +205,13 @@ class Scheduler:
         )
         self._index += 1
         self._finished, self._released, self._resets_cache = [], [], False
-        chunks, peers = None, ()
+        chunks, peers, packed = None, (), ()
         if prefill is not None and request is not None:
             chunks = request, attempt
             peers = tuple(self._peers(request)) if prefill.also_samples else ()
+            packed = self._packed
         rows = dict(self.running) if decode is not None else {}
-        self._in_flight.append(_InFlight(output, chunks, rows, peers))
+        self._in_flight.append(_InFlight(output, chunks, rows, peers, packed))
         return output
 
     def update(self, output: SchedulerOutput, result: ExecutionResult) -> list[NewTokens]:
@@ -214,7 +226,7 @@ class Scheduler:
         if scheduled.prefill is not None and result.prefill is not None:
             request, attempt = scheduled.prefill
             if request.attempt == attempt and request in self.waiting:
-                new += self._prefilled(request, result, scheduled.peers)
+                new += self._prefilled(request, result, scheduled)
         self._record_compressions(scheduled, result)
         if output.decode is not None and result.sampled is not None:
             tokens = result.sampled.tokens
@@ -434,10 +446,13 @@ class Scheduler:
         """Schedules the next chunks of the first waiting request; fewer while others decode."""
         segment, start = request.segment, request.chunks_scheduled
         assert segment is not None
+        if start == 0:
+            self._packed = self._pack(request)
+        work = segment.chunk_work if request.packed_work is None else request.packed_work
         seconds = _PREFILL_SECONDS
         if self.running:
             seconds = _STALL_STEPS * (timings.step_seconds or 0.0)
-        done = np.cumsum(segment.chunk_work[start : request.num_chunks])
+        done = np.cumsum(work[start : request.num_chunks])
         granted = seconds * (timings.prefill_work_per_second or 0.0)
         count = max(1, int(np.searchsorted(done, granted, side="right")))
         stop = request.chunks_scheduled = start + count
@@ -447,6 +462,7 @@ class Scheduler:
         if is_last and samples and request.follows_grammar:
             bitmask = self._grammar_bitmask(request.request_id)
         others = self._peers(request) if is_last and samples else []
+        packed = [each for each, _ in self._packed] if start == 0 else []
         row_prefix, request.row_prefix = request.row_prefix, None
         return PrefillChunks(
             request.request_id,
@@ -459,18 +475,41 @@ class Scheduler:
             samples_token=is_last and samples,
             grammar_bitmask=bitmask,
             also_samples=tuple(replace(each.request, prompt_token_ids=[]) for each in others),
+            packed=tuple(each.for_runner(each.segments[0]) for each in packed),
         )
 
+    def _pack(self, request: ScheduledRequest) -> tuple[tuple[ScheduledRequest, int], ...]:
+        """Chooses the waiting requests whose prompts follow that of the first, see the class.
+
+        A new prefill takes the place of what earlier ones have left for rows.
+        """
+        others, packing = self.waiting[1:], self.packing
+        for each in others:
+            if each.is_prefilled:
+                self._rows.start_over(each)
+        if packing is None or not request.can_be_packed:
+            return ()
+        chosen, num_tokens = [], len(request.request.prompt_token_ids)
+        for each in others[: min(packing.max_prompts, self._rows.num_free) - 1]:
+            more = len(each.request.prompt_token_ids)
+            if not each.can_be_packed or num_tokens + more > packing.max_tokens:
+                break
+            self._rows.find_prefix(each)
+            chosen.append((each, each.attempt))
+            num_tokens += more
+        if chosen:
+            request.packed_work = packing.work(num_tokens)
+        return tuple(chosen)
+
     def _prefilled(
-        self,
-        request: ScheduledRequest,
-        result: ExecutionResult,
-        peers: Sequence[ScheduledRequest],
+        self, request: ScheduledRequest, result: ExecutionResult, scheduled: _InFlight
     ) -> list[NewTokens]:
         """Records that a segment's prefill is done, and the first tokens if any were sampled."""
         prefill, segment = result.prefill, request.segment
         assert prefill is not None
         assert segment is not None
+        if scheduled.packed:
+            return self._packed_prefilled(request, prefill, scheduled.packed)
         request.head_lengths = prefill.kept.lengths
         if segment.prefix is not None or request.output_token_ids:
             return []  # more follows; or it was preempted: its first token is known
@@ -479,12 +518,32 @@ class Scheduler:
         kept = prefill.kept.lengths + request.prefix_lengths
         prefill = replace(prefill, kept=replace(prefill.kept, lengths=kept))
         cached, new = request.num_cached_tokens or 0, []
-        for place, each in enumerate((request, *peers)):
+        for place, each in enumerate((request, *scheduled.peers)):
             if each.output_token_ids or each not in self.waiting:
                 continue  # it has ended meanwhile
             if first is not None:
                 each.output_token_ids.append(int(first.tokens[0, place]))
             new.append(NewTokens(each.request_id, first, place, steps, prefill, cached))
+        return new
+
+    def _packed_prefilled(
+        self,
+        request: ScheduledRequest,
+        prefill: PrefillResult,
+        packed: Sequence[tuple[ScheduledRequest, int]],
+    ) -> list[NewTokens]:
+        """Records the first tokens of prompts that were prefilled in a row, and kept whole."""
+        first, new = prefill.first_token, []
+        assert first is not None
+        for place, (each, attempt) in enumerate([(request, request.attempt), *packed]):
+            if each.attempt != attempt or each not in self.waiting:
+                continue  # it has ended or given its prefill up
+            num_tokens = len(each.request.prompt_token_ids)
+            each.head_lengths = np.full_like(prefill.kept.lengths, num_tokens)
+            each.chunks_scheduled = each.num_chunks
+            each.output_token_ids.append(int(first.tokens[0, place]))
+            kept = replace(prefill, kept=KeptTokens(each.head_lengths, None))
+            new.append(NewTokens(each.request_id, first, place, range(1), kept))
         return new
 
     def _wait(self, request: ScheduledRequest) -> None:

@@ -66,6 +66,9 @@ class PrefillChunks:
     """[W] words of the tokens that may be sampled then; None: all."""
     also_samples: tuple[NewRequest, ...] = ()
     """Requests with the same prompt, which is left out, whose token is sampled then as well."""
+    packed: tuple[NewRequest, ...] = ()
+    """With the first chunk: requests whose prompts follow in the same chunks. They and the new
+    request are kept whole, and all of their first tokens are sampled."""
 
     @property
     def is_last(self) -> bool:
@@ -191,8 +194,8 @@ class PrefillResult:
 
     kept: KeptTokens
     first_token: SampledTokens | None
-    """One step of one row, or of several for `PrefillChunks.also_samples`; None where no token was
-    to be sampled."""
+    """One step of one row, or of several for `PrefillChunks.also_samples` and `packed`; None where
+    no token was to be sampled."""
     prompt_logprobs: SampledTokens | None
     """For each token of the prompt but the first: one row, with a leading axis of them."""
 

@@ -55,8 +55,10 @@ class FakeDevice:
         self._known: dict[tuple, np.ndarray] = {}
         """The contents that have been computed; tests spend most of their time on them."""
         self.num_prefilled_tokens = 0
-        self.prefilled: str | None = None
-        """Whose compressed segment waits for a row."""
+        self.prefilled: list[str] = []
+        """Whose compressed segments wait for a row."""
+        self._whole: set[tuple[int, ...]] = set()
+        """Prompts of which nothing is dropped."""
         self._shared_row: int | None = None
         self._chunks_done = 0
         self.has_failed = False
@@ -121,7 +123,7 @@ class FakeDevice:
     def _kept(self, prompt: Sequence[int], start: int) -> np.ndarray:
         """[L, K] kept tokens of a segment: all, or some, another number for each head."""
         shape = (len(self.layout.head_of_slot), self.layout.num_heads)
-        if self._keeps_all:
+        if self._keeps_all or tuple(prompt) in self._whole:
             return np.full(shape, len(prompt) - start, np.int32)
         return _random_lengths(start, tuple(prompt), shape)
 
@@ -164,7 +166,7 @@ class FakeDevice:
         if insertion.fork is not None:
             self._fork(insertion, insertion.fork)
             return
-        assert self.prefilled == name, "its segment is not there"
+        assert name in self.prefilled, "its segment is not there"
         assert self._shared_row in (None, row), "another row holds what comes before"
         for layer, heads in enumerate(self.layout.head_of_slot):
             for head in range(self.layout.num_heads):
@@ -181,7 +183,8 @@ class FakeDevice:
         if insertion.is_last:
             assert expected
             self._activate(insertion)
-        self.prefilled = self._shared_row = None
+        self.prefilled.remove(name)
+        self._shared_row = None
 
     def _fork(self, insertion: Insertion, fork: Fork) -> None:
         """Another row's prompt, in pages that both have, and copies of the last ones."""
@@ -226,8 +229,17 @@ class FakeDevice:
             self.segments[name] = [*self._ends.get(tuple(before), []), len(prompt)]
             self._ends[tuple(prompt)] = self.segments[name]
             self.num_prefilled_tokens += len(chunks.new_request.prompt_token_ids)
-            self._prefilling, self._chunks_done, self.prefilled = name, 0, None
-            self._shared_row = None
+            self._prefilling, self._chunks_done, self.prefilled = name, 0, []
+            self._shared_row, self._packed = None, [each.request_id for each in chunks.packed]
+            for each in (chunks.new_request, *chunks.packed):
+                if each.keeps_whole:
+                    self._whole.add(tuple(each.prompt_token_ids))
+            for each in chunks.packed:
+                assert chunks.new_request.keeps_whole
+                assert each.keeps_whole
+                self.prompts[each.request_id] = each.prompt_token_ids
+                self.segments[each.request_id] = [len(each.prompt_token_ids)]
+                self.num_prefilled_tokens += len(each.prompt_token_ids)
         if prefix is not None:
             assert prefix.row not in self.rows
             assert not self.lengths[:, prefix.row].any()
@@ -242,9 +254,9 @@ class FakeDevice:
         self._chunks_done = chunks.stop
         if not chunks.is_last:
             return None
-        self.prefilled = name
+        self.prefilled = [name, *self._packed]
         kept = KeptTokens(self._kept(*self._last_segment(name)), None)
-        names = [name, *(each.request_id for each in chunks.also_samples)]
+        names = [name, *(each.request_id for each in chunks.also_samples), *self._packed]
         first = sampled([[token(each, 0) for each in names]]) if chunks.samples_token else None
         return PrefillResult(kept, first, None)
 

@@ -53,7 +53,7 @@ def test_requests_survive_a_step_that_loses_the_cache(
 
 def test_requests_survive_a_failing_prefill(llm: LLM, monkeypatch: pytest.MonkeyPatch):
     """The step had taken its state, and with it what the layers before had kept."""
-    requests = [request(str(i), random_prompt(40 + i), greedy(12)) for i in range(3)]
+    requests = [request(str(i), random_prompt(130 + i), greedy(12)) for i in range(3)]
     expected = {name: out.outputs[0].token_ids for name, out in run(llm.engine, requests).items()}
     original = ModelRunner.run_chunks
 

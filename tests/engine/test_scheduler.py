@@ -13,6 +13,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from fairkv_jax.engine.decode_compression import DecodeCompression
 from fairkv_jax.engine.kv_cache_manager import KVCacheManager
+from fairkv_jax.engine.prefill_chunking import Packing
 from fairkv_jax.engine.prefix_cache import Prefix
 from fairkv_jax.engine.scheduled_request import ScheduledRequest, Segment
 from fairkv_jax.engine.scheduler import Scheduler
@@ -26,6 +27,7 @@ from tests.engine.drive import check_references
 from tests.engine.fake_device import FakeDevice, token
 
 MAX_TOKENS = 64
+CHUNK = 16
 PAGE = 8
 PREFIXES = {"a": 11, "b": 24, "cc": 62, "dddd": 30}
 """Tokens by key; "dddd" goes on after "a"."""
@@ -64,6 +66,7 @@ def make_scheduler(
         KVCacheManager(spec, layout),
         lambda request_id: np.zeros(1, np.uint32),
         decode_compression=compression,
+        packing=Packing(2 * CHUNK, 3, chunk_work),
     )
 
 
@@ -76,16 +79,21 @@ def make_request(
     grammar: bool = False,
     prefixes: Sequence[Prefix] = (),
     whole_prompt: Prefix | None = None,
+    keeps_whole: bool = False,
 ) -> ScheduledRequest:
-    """A request whose prompt begins with a chain of prefixes; `prompt_tokens` come after them."""
+    """A request whose prompt begins with a chain of prefixes; `prompt_tokens` come after them.
+
+    Prompts of which nothing is dropped have other tokens.
+    """
     prompt, segments = [], []
     for prefix in prefixes:
         tokens = range(1000 * len(prefix.key), 1000 * len(prefix.key) + prefix.num_tokens)
         segments.append(make_segment(len(prompt), prefix.num_tokens, prefix))
         prompt += tokens[len(prompt) :]
     if prompt_tokens:
-        segments.append(make_segment(len(prompt), len(prompt) + prompt_tokens))
-        prompt += range(prompt_tokens)
+        start, first = len(prompt), 5000 if keeps_whole else 0
+        segments.append(make_segment(start, start + prompt_tokens, keeps_whole=keeps_whole))
+        prompt += range(first, first + prompt_tokens)
     new = NewRequest(name, prompt, SamplingParams(), seed=0)
     limit = min(max_tokens, MAX_TOKENS - len(prompt)) if prompt_tokens else 0
     return ScheduledRequest(
@@ -98,9 +106,15 @@ def make_request(
     )
 
 
-def make_segment(start: int, stop: int, prefix: Prefix | None = None) -> Segment:
-    work = np.ones(2 * -(-(stop - start) // 16))
-    return Segment(start, stop, work, len(work), prefix)
+def chunk_work(num_tokens: int) -> np.ndarray:
+    return np.ones(2 * -(-num_tokens // CHUNK))
+
+
+def make_segment(
+    start: int, stop: int, prefix: Prefix | None = None, *, keeps_whole: bool = False
+) -> Segment:
+    work = chunk_work(stop - start)
+    return Segment(start, stop, work, len(work), prefix, keeps_whole=keeps_whole)
 
 
 class Driver:
@@ -212,6 +226,12 @@ class SchedulerMachine(RuleBasedStateMachine):
     )
     def add(self, prompt_tokens: int, max_tokens: int, grammar: bool) -> None:
         self._add(prompt_tokens, max_tokens, grammar=grammar)
+
+    @rule(prompt_tokens=st.integers(1, 12), max_tokens=st.integers(0, 24))
+    def add_short(self, prompt_tokens: int, max_tokens: int) -> None:
+        """Two of which nothing is dropped, so that they share their chunks."""
+        for _ in range(2):
+            self._add(prompt_tokens, max_tokens, keeps_whole=True)
 
     @rule(
         chain=st.sampled_from(["a", "b", "cc", "dddd"]),
