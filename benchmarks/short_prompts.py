@@ -60,6 +60,7 @@ def measure() -> dict[str, Any]:
         for index in range(_PROMPTS.value)
     ]
     packing = engine.scheduler.packing
+    assert packing is not None
     ways = {"one after the other": None, "in a row": packing}
     found: dict[str, list[list[float]]] = {name: [] for name in ways}
     for turn in range(1 + _REPEATS.value):

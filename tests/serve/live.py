@@ -101,7 +101,7 @@ def posted(
         yield connection
 
 
-def own_devices() -> dict[str, str]:
+def own_devices() -> dict[str, Any]:
     """The environment of a process that makes as many CPU devices as its options say."""
     flags = re.sub(r"--xla_force_host_platform_device_count=\d+", "", os.environ["XLA_FLAGS"])
     return {"XLA_FLAGS": flags.strip()}
