@@ -19,7 +19,7 @@ def measure(sizes: Sizes, _device: Device) -> Iterator[dict[str, Any]]:
     if not any((checkpoints_root() / DEMO_MODEL).glob("*.gguf")):
         yield {"skipped": f"{DEMO_MODEL} is not there: python -m fairkv_jax.checkpoint fetch"}
         return
-    rows, prompt, new = (2, 64, 4) if sizes.interpret else (32, 1024, 128)
+    rows, prompt, new = sizes.demo
     llm = LLM(
         model=DEMO_MODEL,
         tensor_parallel_size=1,
