@@ -44,7 +44,7 @@ class Sizes:
     profiles: Path | None
     """Folder of published head profiles; a model without one there gets a synthetic profile."""
     demo: tuple[int, int, int]
-    """Requests, prompt tokens and new tokens of the demo model."""
+    """Rows of the batch, prompt tokens and new tokens of the demo model."""
     repeats: int
     tiles: int
     """Maximum number of tile candidates per backend and head dimension."""
@@ -101,12 +101,12 @@ TINY = Sizes(
 SMALL = replace(
     FULL,
     shapes={"llama-3.1-8b": ModelShape(16, 2048, 32, 8, 64, 8192, 128256)},
-    points=((8, 1024), (8, 2048), (8, 4096), (16, 4096)),
+    points=((8, 4096), (8, 1024), (16, 4096), (8, 2048)),
     equal_memory=False,
     dtype="float32",
     on_cpu=True,
     least_pages=200_000,
-    demo=(8, 512, 32),
+    demo=(4, 256, 32),
     repeats=5,
 )
 """On a CPU, with real times: the widths and layers of Llama-3.2-1B, and Llama-3.1-8B's heads."""

@@ -24,7 +24,7 @@ from benchmarks.gpu_suite import calibration
 from benchmarks.gpu_suite.head_lengths import HeadLengths, head_lengths
 from benchmarks.gpu_suite.inputs import Sizes
 from benchmarks.gpu_suite.layers import Steps
-from benchmarks.gpu_suite.programs import Seconds, interleaved, said
+from benchmarks.gpu_suite.programs import QUEUED, Seconds, interleaved, said, timed
 from fairkv_jax.pallas.ragged_decode import Device
 from fairkv_jax.plan import HARDWARE, Calibration, CostModel, ModelShape, Plan, route
 
@@ -145,11 +145,9 @@ class Emulation:
         times = interleaved(calls, sizes.repeats)
         found = {}
         for run in first.values():
-            by_device = {
-                device: steps.attention(owned[run][:, :, device]) for device in range(num_devices)
-            }
-            each = interleaved(by_device, 1).values()
-            found[run] = float(np.mean([self._clock(seconds) for seconds in each]))
+            shares = (steps.attention(owned[run][:, :, each]) for each in range(num_devices))
+            queued = 1 if sizes.on_cpu else QUEUED
+            found[run] = float(np.mean([self._clock(timed(call, queued)) for call in shares]))
         return {run: (times[first[run]], times[run[1]], found[first[run]]) for run in owned}
 
     def _missing_bytes(self, owned: Collection[np.ndarray]) -> float:
