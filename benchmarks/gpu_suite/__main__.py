@@ -9,9 +9,10 @@ numbers or a part fails, and with 2 where there is no GPU. `--parts tune` search
 tiles.json, a candidate for the kernels' devices/.
 
 `--profiles DIR` makes the part "parallel" measure published head profiles, in the files that
-`benchmarks.balance` reads. `--cpu` measures on a CPU the parts that do not need the kernels, at
-sizes that fit there, in CPU time. `--interpret` runs tiny sizes on CPU: it tests the suite's own
-logic, and its times are meaningless.
+`benchmarks.balance` reads. `--checkpoint-parts DIR` joins the demo model, which the parts "serve"
+and "demo" run, where only small files arrive. `--cpu` measures on a CPU the parts that do not need
+the kernels, at sizes that fit there; "parallel" in CPU time. `--interpret` runs tiny sizes on CPU:
+it tests the suite's own logic, and its times are meaningless.
 """
 
 import json
@@ -37,14 +38,19 @@ from fairkv_jax.pallas.ragged_decode import Device, device_of
 
 Part = Callable[[Sizes, Device], Iterator[dict[str, Any]]]
 PARTS: dict[str, tuple[Part, int]] = {
+    "serve": (demo.serve, 60),
     "numerics": (numerics.measure, 50),
     "bandwidth": (bandwidth.measure, 130),
     "parallel": (parallel.measure, 150),
-    "demo": (demo.measure, 60),
+    "demo": (demo.generate, 60),
     "tune": (tune.measure, 240),
 }
-"""Each with the seconds after which it begins nothing new on a GPU; tuning is a run of its own."""
-ON_CPU = ("parallel", "demo")
+"""Each with the seconds after which it begins nothing new on a GPU; tuning is a run of its own.
+
+They run in this order: the server is a process of its own, and needs the memory that this one
+will have taken after the other parts.
+"""
+ON_CPU = ("serve", "parallel", "demo")
 CPU_SECONDS = 450
 
 _OUTPUT = flags.DEFINE_string("output", "benchmarks/results", "Folder of the results.")
@@ -59,6 +65,12 @@ _PROFILES = flags.DEFINE_string(
     "Folder of published profiles, MODEL__SCORER.npz with kept [prompts, L, K], for the part "
     "parallel; default: that in FAIRKV_HEAD_PROFILES. A model without one has a synthetic profile.",
 )
+_CHECKPOINT_PARTS = flags.DEFINE_string(
+    "checkpoint_parts",
+    None,
+    "Folder from whose files the demo model is joined if it is not there, as by `python -m "
+    "fairkv_jax.checkpoint fetch --parts`.",
+)
 _SECONDS = flags.DEFINE_integer(
     "seconds",
     None,
@@ -69,8 +81,14 @@ _SECONDS = flags.DEFINE_integer(
 
 
 def main(_argv: list[str]) -> None:
+    can = ON_CPU if _CPU.value else PARTS
+    wanted = _PARTS.value or [part for part in can if part != "tune"]
+    parts = [part for part in PARTS if part in wanted]
+    if cannot := [part for part in parts if part not in can]:
+        raise app.UsageError(f"--cpu does not measure {', '.join(cannot)}: leave them out")
     if _CPU.value:
         jax.config.update("jax_platforms", "cpu")
+    os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"  # the server needs memory too
     device = device_of()
     if device.platform == "cpu" and not _INTERPRET.value and not _CPU.value:
         print(
@@ -78,10 +96,10 @@ def main(_argv: list[str]) -> None:
             file=sys.stderr,
         )
         sys.exit(2)
-    can = ON_CPU if _CPU.value else PARTS
-    parts = _PARTS.value or [part for part in can if part != "tune"]
-    if cannot := [part for part in parts if part not in can]:
-        raise app.UsageError(f"--cpu does not measure {', '.join(cannot)}: leave them out")
+    if _CHECKPOINT_PARTS.value:
+        from fairkv_jax.checkpoint.fetch import fetch_demo
+
+        fetch_demo(parts=Path(_CHECKPOINT_PARTS.value))
     sizes = SMALL if _CPU.value else TINY if _INTERPRET.value else FULL
     sizes = replace(sizes, profiles=Path(_PROFILES.value) if _PROFILES.value else None)
     folder = Path(_OUTPUT.value) / device.kind.lower().replace(" ", "-")
@@ -152,7 +170,7 @@ def passed(results: dict[str, Any]) -> bool:
     """
     failed = [
         record
-        for part in ("numerics", "parallel", "demo")
+        for part in ("serve", "numerics", "parallel", "demo")
         for record in results.get(part, [])
         if "failed" in record
     ]

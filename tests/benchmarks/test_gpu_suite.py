@@ -14,7 +14,7 @@ from absl import app, flags
 from absl.testing import flagsaver
 
 from benchmarks.gpu_suite import __main__ as suite
-from benchmarks.gpu_suite import bandwidth, numerics, parallel, tune
+from benchmarks.gpu_suite import bandwidth, demo, numerics, parallel, tune
 from benchmarks.gpu_suite.checks import checks
 from benchmarks.gpu_suite.head_lengths import head_lengths
 from benchmarks.gpu_suite.inputs import PAGE, SMALL, TINY, CacheShape, drawn_lengths, page_table
@@ -158,7 +158,7 @@ def test_strategies_are_compared_with_static() -> None:
     records = list(parallel.measure(TINY, CPU))
     ((model, shape),) = TINY.shapes.items()
     (heads,) = head_lengths(TINY)
-    cost = CostModel.of(shape, 2, batch=3)
+    cost = CostModel.of(shape, 2, "CPU", batch=3)
     plan = make_plan(heads.at(40), 2, "static", cost=cost)
     assert (records[0]["model"], records[0]["strategy"]) == (model, "static")
     assert records[0]["predicted_tokens_per_second"] == pytest.approx(plan.tokens_per_second)
@@ -187,6 +187,14 @@ def test_a_part_that_breaks_off_keeps_what_it_measured(monkeypatch: pytest.Monke
     assert list(suite.run("parallel", TINY, CPU, results, 0))
     assert results["parallel"] == [{"figure": 0}]
     assert "parallel_ended" in results["about"]
+
+
+@pytest.mark.slow
+def test_the_server_answers_every_request_of_the_load() -> None:
+    (record,) = demo.serve(TINY, CPU)
+    assert record["requests"] == demo.REQUESTS_PER_ROW * record["streams"]
+    assert record["tokens_per_second"] > 0
+    assert record["e2el_p50_ms"] > record["ttft_p50_ms"] > 0
 
 
 def test_figures_are_held_against_the_limits() -> None:
