@@ -21,7 +21,7 @@ class Steps:
     """The shares of a model's decode steps, as functions that can be timed.
 
     Programs are kept for later calls of `prepare`. All functions take their arrays from here: one
-    pool, one set of weights for each number of slots, and one for what is split evenly.
+    pool, one set of weights for each number of slots in use, and one for what is split evenly.
     """
 
     def __init__(self, shape: ModelShape, device: Device, dtype: str, least_pages: int) -> None:
@@ -50,6 +50,8 @@ class Steps:
         lengths = list(lengths)
         if lengths:
             self._cache = CacheShape.of(*lengths, room=1, least_pages=self._least_pages)
+            needed = {"pool", "rest", *(each.shape[2] for each in lengths)}
+            self._arrays = {role: each for role, each in self._arrays.items() if role in needed}
         wanted: dict[Any, Callable[[], Lowered]] = {
             self._key(each): partial(self._lower_attention, each) for each in lengths
         }

@@ -105,7 +105,7 @@ class Emulation:
         }
         compared = {"batch": at_batch}
         if self._sizes.equal_memory:
-            memory = at_batch["static"].device_bytes
+            memory = at_batch["static"].device_bytes * (1 + 1e-9)  # its own batch must fit
             plans = choose(found, profile, cost, memory)
             compared["memory"] = {name.replace(" ", "_"): plan for name, plan in plans.items()}
         owned = {

@@ -16,11 +16,11 @@ def strategies_table(records: list[Record]) -> list[str]:
         place = tuple(batch if name == "batch" else record[name] for name in _PLACE)
         compared.setdefault(place, {})[record["strategy"]] = record
     lines = [
-        "Ratios are tokens/s of the whole step over `static`'s. Utilization, `static` → "
-        "Fair-Copying: of tokens, those of the mean device over those of each layer's fullest one; "
-        "of time, the measured attention of the mean device over that of each layer's slowest one, "
-        "slots without a head included. As dealt: what the cost model predicts for the rows as the "
-        "router dealt them.",
+        "Ratios are tokens/s of the whole step over `static`'s. The KV share of the step is "
+        "predicted. Utilization, `static` → Fair-Copying: of tokens, the mean device's over those "
+        "of each layer's fullest one; of time, the mean device's measured attention over that of "
+        "each layer's slowest one, slots without a head included. As dealt: what the cost model "
+        "predicts for the rows as the router dealt them.",
         "",
         "| model | profile | devices | equal | batch x tokens | KV share of static's step "
         "| utilization of tokens | of time | copies, slots | best effort | **Fair-Copying** "
