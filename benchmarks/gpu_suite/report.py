@@ -18,9 +18,9 @@ def markdown(results: dict[str, Any]) -> str:
             lines += [_NOTES[part], ""] if part in _NOTES else []
             compared = [record for record in records if "strategy" in record]
             others = [record for record in records if "strategy" not in record]
-            lines += strategies_table(compared) if compared else []
-            lines += ["", *_table(others)] if others else []
-    return "\n".join(lines) + "\n"
+            lines += [*strategies_table(compared), ""] if compared else []
+            lines += _table(others) if others else []
+    return "\n".join(lines).rstrip() + "\n"
 
 
 def _table(records: list[dict[str, Any]]) -> list[str]:
