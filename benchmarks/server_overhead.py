@@ -10,13 +10,8 @@ import asyncio
 import json
 import logging
 import os
-import re
-import signal
-import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -25,6 +20,7 @@ import httpx
 import numpy as np
 from absl import app, flags
 
+from benchmarks.server_process import server_process
 from benchmarks.streams import Answer, random_prompt, stream, vocabulary
 from fairkv_jax.command_line import engine_flag, with_underscores
 
@@ -53,29 +49,6 @@ def options() -> dict[str, Any]:
         "kv_policy": "ada_snapkv",
         "kv_budget": _BUDGET.value,
     }
-
-
-@contextmanager
-def server() -> Iterator[str]:
-    """Runs a server process and yields its address once it is ready."""
-    given = [f"--{name}={value}" for name, value in options().items()]
-    command = [sys.executable, "-m", "fairkv_jax.serve", "--port=0", *given]
-    with subprocess.Popen(
-        command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
-    ) as process:
-        assert process.stderr is not None
-        lines = []
-        try:
-            for line in process.stderr:
-                lines.append(line)
-                if found := re.search(r"ready: serving on (\S+)", line):
-                    break
-            else:
-                raise SystemExit("the server did not start:\n" + "".join(lines[-5:]))
-            yield found.group(1)
-        finally:
-            process.send_signal(signal.SIGTERM)
-            process.stderr.close()
 
 
 async def served(url: str, prompts: list[list[int]]) -> float:
@@ -111,7 +84,7 @@ def main(argv: list[str]) -> None:
     os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"
     device_count = f"--xla_force_host_platform_device_count={_DEVICES.value}"
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {device_count}"
-    with server() as url:
+    with server_process(options()) as url:
         from fairkv_jax import LLM
 
         chance = np.random.default_rng(0)

@@ -79,6 +79,11 @@ MODELS = (
         ModelShape(32, 4096, 32, 8, 128, 14336, 128256),
     ),
     PublishedModel(
+        "Llama-3.3-70B",
+        "llama-3.3-70b-instruct",
+        ModelShape(80, 8192, 64, 8, 128, 28672, 128256),
+    ),
+    PublishedModel(
         "Qwen3-4B",
         "qwen3-4b-instruct-2507",
         ModelShape(36, 2560, 32, 8, 128, 9728, 151936),

@@ -1,6 +1,9 @@
 """Random ragged caches for the measurements, with lengths distributed as in real profiles."""
 
-from dataclasses import dataclass
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -8,13 +11,16 @@ import jax.numpy as jnp
 import numpy as np
 
 from fairkv_jax.pallas.ragged_decode import PageTable
+from fairkv_jax.plan import SHAPES, ModelShape
 
 PAGE = 16
+BLOCK = 1 << 22
+"""Random numbers that differ from each other."""
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """The sizes of the measurements: full on a GPU, tiny where only the suite's logic is tested."""
+    """The sizes of the measurements."""
 
     interpret: bool
     """Whether the kernels are interpreted on CPU, where their times are meaningless."""
@@ -22,11 +28,23 @@ class Sizes:
     batches: tuple[int, ...]
     widths: tuple[int, ...]
     mean_tokens: int
-    models: tuple[str, ...]
+    shapes: Mapping[str, ModelShape]
+    """The models of the emulated decode steps by lower-case name."""
     devices: tuple[int, ...]
-    emulated_layers: int | None
-    """None: all layers of the model."""
-    emulated_batch: int
+    points: tuple[tuple[int, int], ...]
+    """Batch and mean cached tokens per head of the emulated decode steps."""
+    equal_memory: bool
+    """Whether the strategies are also compared at the batch that fits into the same memory."""
+    dtype: str
+    """Type of the weights and of the KV cache in the emulated decode steps."""
+    on_cpu: bool
+    """Whether the emulated devices are CPUs: costs are fitted, and CPU time is compared."""
+    least_pages: int
+    """Minimum pages of the emulated KV cache: with the same number, points share their programs."""
+    profiles: Path | None
+    """Folder of published head profiles; a model without one there gets a synthetic profile."""
+    demo: tuple[int, int, int]
+    """Rows of the batch, prompt tokens and new tokens of the demo model."""
     repeats: int
     tiles: int
     """Maximum number of tile candidates per backend and head dimension."""
@@ -38,26 +56,60 @@ FULL = Sizes(
     batches=(64, 8),
     widths=(128, 64, 256),
     mean_tokens=1024,
-    models=("llama-3-8b", "llama-3.3-70b", "mistral-small-24b"),
-    devices=(4, 8),
-    emulated_layers=None,
-    emulated_batch=64,
+    shapes={name: SHAPES[name] for name in ("llama-3.1-8b", "llama-3.3-70b", "mistral-small-24b")},
+    devices=(8, 4),
+    points=(
+        (64, 4096),
+        (64, 1024),
+        (256, 1024),
+        (64, 16384),
+        (256, 4096),
+        (16, 4096),
+        (16, 16384),
+        (16, 1024),
+        (256, 16384),
+    ),
+    equal_memory=True,
+    dtype="bfloat16",
+    on_cpu=False,
+    least_pages=0,
+    profiles=None,
+    demo=(32, 1024, 128),
     repeats=10,
     tiles=12,
 )
+"""On a GPU. The points come in the order of their importance, because time may run out."""
 TINY = Sizes(
     interpret=True,
     layers=2,
     batches=(2,),
     widths=(64,),
     mean_tokens=40,
-    models=("smollm2-135m",),
+    shapes={"smollm2-135m": replace(SHAPES["smollm2-135m"], num_layers=2)},
     devices=(2,),
-    emulated_layers=2,
-    emulated_batch=3,
+    points=((3, 40),),
+    equal_memory=True,
+    dtype="bfloat16",
+    on_cpu=False,
+    least_pages=0,
+    profiles=None,
+    demo=(2, 64, 4),
     repeats=1,
     tiles=2,
 )
+"""On a CPU that interprets the kernels, to test the suite's logic."""
+SMALL = replace(
+    FULL,
+    shapes={"llama-3.1-8b": ModelShape(16, 2048, 32, 8, 64, 8192, 128256)},
+    points=((8, 4096), (8, 1024), (16, 4096), (8, 2048)),
+    equal_memory=False,
+    dtype="float32",
+    on_cpu=True,
+    least_pages=200_000,
+    demo=(4, 256, 32),
+    repeats=5,
+)
+"""On a CPU, with real times: the widths and layers of Llama-3.2-1B, and Llama-3.1-8B's heads."""
 
 
 @dataclass(frozen=True)
@@ -69,10 +121,11 @@ class CacheShape:
     """The most pages of one (layer, row, slot)."""
 
     @classmethod
-    def of(cls, *lengths: np.ndarray, room: int = 0) -> "CacheShape":
+    def of(cls, *lengths: np.ndarray, room: int = 0, least_pages: int = 0) -> "CacheShape":
         """With space for `room` tokens more behind every length."""
         pages = [-(-(each + room) // PAGE) for each in lengths]
-        return cls(max(int(p.sum()) for p in pages), max(int(p.max()) for p in pages))
+        most = max(int(p.sum()) for p in pages)
+        return cls(max(most, least_pages), max(int(p.max()) for p in pages))
 
     def pages(self, width: int, dtype: str) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct((self.num_pages, PAGE, width), dtype)
@@ -93,9 +146,16 @@ def page_table(seed: int, lengths: np.ndarray, shape: CacheShape, *, room: int =
 
 
 def drawn(seed: int, shape: tuple[int, ...], dtype: str, scale: float = 1.0) -> jax.Array:
-    """Normal random numbers, drawn on the device: the host would need minutes for gigabytes."""
-    key = jax.random.key(seed, impl="rbg")
-    return jax.jit(lambda key: scale * jax.random.normal(key, shape, dtype))(key)
+    """Normal random numbers, drawn on the device; beyond `BLOCK` of them, the same ones again.
+
+    The host would need minutes for gigabytes, and a CPU one for every billion of numbers.
+    """
+    block = min(BLOCK, math.prod(shape))
+
+    def draw(key: jax.Array) -> jax.Array:
+        return jnp.resize(scale * jax.random.normal(key, (block,), dtype), shape)
+
+    return jax.jit(draw)(jax.random.key(seed, impl="rbg"))
 
 
 def drawn_lengths(

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable, Hashable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from statistics import median
 from typing import Any, TypeVar
 
@@ -12,8 +13,9 @@ from jax.stages import Lowered
 QUEUED = 4
 COMPILERS = 8
 LONGEST_SECONDS = 1.5
-"""Time limit for timing one program, not counting its last call; it limits the number of calls."""
+"""Mean time for timing one program after which no further repeat begins."""
 _LONG_CALL = 0.05
+_VERY_LONG_CALL = 0.5
 
 Key = TypeVar("Key", bound=Hashable)
 
@@ -43,26 +45,57 @@ def _lowered(program: Callable[[], Lowered]) -> Lowered | Exception:
         return error
 
 
-def seconds_of(call: Callable[..., Any], args: tuple[Any, ...], repeats: int) -> float:
-    """Median seconds of a compiled call, after two that are not counted.
+@dataclass(frozen=True)
+class Seconds:
+    """The duration of a call."""
 
-    Short calls are queued a few at a time, so that the host's part of one hides behind another.
+    wall: float
+    cpu: float
+    """CPU time of all threads of the process, which other programs' load changes little."""
+
+
+def seconds_of(call: Callable[..., Any], args: tuple[Any, ...], repeats: int) -> float:
+    """Median seconds of a compiled call, see `interleaved`."""
+    return interleaved({"": lambda: call(*args)}, repeats)[""].wall
+
+
+def interleaved(calls: Mapping[Key, Callable[[], Any]], repeats: int) -> dict[Key, Seconds]:
+    """Median duration of several calls that are made in turn, so that drift affects all equally.
+
+    Calls that are not counted come first. Short calls are queued a few at a time, so that the
+    host's part of one hides behind another. At least half of the repeats are made, at least one.
     """
-    jax.block_until_ready(call(*args))
+    queued = {key: _warm(call) for key, call in calls.items()}
+    times: dict[Key, list[Seconds]] = {key: [] for key in calls}
     begin = time.perf_counter()
-    jax.block_until_ready(call(*args))
-    queued = QUEUED if time.perf_counter() - begin < _LONG_CALL else 1
-    times = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        for _ in range(queued):
-            out = call(*args)
-        jax.block_until_ready(out)
-        end = time.perf_counter()
-        times.append((end - start) / queued)
-        if end - begin > LONGEST_SECONDS:
+    for repeat in range(repeats):
+        for key, call in calls.items():
+            times[key].append(timed(call, queued[key]))
+        enough = time.perf_counter() - begin > LONGEST_SECONDS * len(calls)
+        if enough and 2 * (repeat + 1) >= repeats:
             break
-    return median(times)
+    return {
+        key: Seconds(median(each.wall for each in found), median(each.cpu for each in found))
+        for key, found in times.items()
+    }
+
+
+def timed(call: Callable[[], Any], queued: int = 1) -> Seconds:
+    """The mean duration of a few calls that are queued together."""
+    out = None
+    wall, cpu = time.perf_counter(), time.process_time()
+    for _ in range(queued):
+        out = call()
+    jax.block_until_ready(out)
+    cpu = time.process_time() - cpu
+    return Seconds((time.perf_counter() - wall) / queued, cpu / queued)
+
+
+def _warm(call: Callable[[], Any]) -> int:
+    """Makes calls that are not counted, and returns how many to queue together."""
+    if timed(call).wall > _VERY_LONG_CALL:
+        return 1
+    return QUEUED if timed(call).wall < _LONG_CALL else 1
 
 
 def said(error: Exception) -> str:

