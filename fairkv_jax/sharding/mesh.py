@@ -12,6 +12,7 @@ RULES: dict[str | None, str | None] = {
     "mlp": TENSOR_AXIS,
     "vocab": TENSOR_AXIS,
     "group": None,
+    "gate_up": None,
     "head_dim": None,
     "model": None,
     None: None,
