@@ -8,12 +8,13 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
+from fairkv_jax.aot.hlo import Module
 from fairkv_jax.aot.kernels import POOL_BYTES, lower_kernels
 from fairkv_jax.aot.report import (
+    MAX_MOVED_SHARE,
     Kernel,
     Report,
     compile_and_report,
-    count_collectives,
     parse_assembler,
 )
 from fairkv_jax.aot.steps import Setup, config_of, device_bytes, lower_decode_step, lower_prefill
@@ -64,9 +65,92 @@ ENTRY %main (p: f32[8]) -> f32[8] {
 }
 """
 
+MOVES = """\
+HloModule jit_decode_step
+
+%merged_weights (p0: bf16[80,8192,3584], p1: s32[], p2: bf16[80,8192,3584]) -> bf16[8192,7168] {
+  %p0 = bf16[80,8192,3584]{2,1,0} parameter(0)
+  %p1 = s32[] parameter(1)
+  %p2 = bf16[80,8192,3584]{2,1,0} parameter(2)
+  %zero = s32[] constant(0)
+  %gate = bf16[1,8192,3584]{2,1,0} dynamic-slice(%p0, %p1, %zero, %zero), \
+dynamic_slice_sizes={1,8192,3584}
+  %gate.1 = bf16[8192,3584]{1,0} bitcast(%gate)
+  %up = bf16[1,8192,3584]{2,1,0} dynamic-slice(%p2, %p1, %zero, %zero), \
+dynamic_slice_sizes={1,8192,3584}
+  %up.1 = bf16[8192,3584]{1,0} bitcast(%up)
+  ROOT %both = bf16[8192,7168]{1,0} concatenate(%gate.1, %up.1), dimensions={1}
+}
+
+%dynamic-slice-fusion (p0: bf16[80,3584,8192], p1: s32[], p2: bf16[64,3584]) -> bf16[64,8192] {
+  %p0 = bf16[80,3584,8192]{2,1,0} parameter(0)
+  %p1 = s32[] parameter(1)
+  %p2 = bf16[64,3584]{1,0} parameter(2)
+  %zero = s32[] constant(0)
+  %down = bf16[1,3584,8192]{2,1,0} dynamic-slice(%p0, %p1, %zero, %zero), \
+dynamic_slice_sizes={1,3584,8192}
+  %down.1 = bf16[3584,8192]{1,0} bitcast(%down)
+  ROOT %product = (bf16[64,8192]{1,0}, s8[33554432]{0}) custom-call(%p2, %down.1), \
+custom_call_target="__cublas$lt$matmul"
+}
+
+%normed (p0: bf16[80,8192], p1: s32[], p2: f32[64,8192]) -> (f32[64,8192], bf16[8192]) {
+  %p0 = bf16[80,8192]{1,0} parameter(0)
+  %p1 = s32[] parameter(1)
+  %p2 = f32[64,8192]{1,0} parameter(2)
+  %zero = s32[] constant(0)
+  %scale = bf16[1,8192]{1,0} dynamic-slice(%p0, %p1, %zero), dynamic_slice_sizes={1,8192}
+  %scale.1 = bf16[8192]{0} bitcast(%scale)
+  %wide = bf16[64,8192]{1,0} broadcast(%scale.1), dimensions={1}
+  %scaled = f32[64,8192]{1,0} multiply(%p2, %wide)
+  ROOT %results = (f32[64,8192]{1,0}, bf16[8192]{0}) tuple(%scaled, %scale.1)
+}
+
+%dequantized (p0: s8[8192,512]) -> bf16[8192,512] {
+  %p0 = s8[8192,512]{1,0} parameter(0)
+  ROOT %converted = bf16[8192,512]{1,0} convert(%p0)
+}
+
+%appended (p0: bf16[4096,128], p1: bf16[1,128], p2: s32[]) -> bf16[4096,128] {
+  %p0 = bf16[4096,128]{1,0} parameter(0)
+  %p1 = bf16[1,128]{1,0} parameter(1)
+  %p2 = s32[] parameter(2)
+  ROOT %updated = bf16[4096,128]{1,0} dynamic-update-slice(%p0, %p1, %p2, %p2)
+}
+
+%layer (arg: (s32[], f32[8])) -> (s32[], f32[8]) {
+  %merged = bf16[8192,7168]{1,0} fusion(%gates, %index, %ups), kind=kInput, calls=%merged_weights
+  %direct = (bf16[64,8192]{1,0}, s8[33554432]{0}) fusion(%downs, %index, %x), kind=kCustom, \
+calls=%dynamic-slice-fusion
+  %norm = (f32[64,8192]{1,0}, bf16[8192]{0}) fusion(%scales, %index, %x), kind=kLoop, calls=%normed
+  %wide = bf16[8192,512]{1,0} fusion(%narrow), kind=kLoop, calls=%dequantized
+  %append = bf16[4096,128]{1,0} fusion(%pool, %new, %index), kind=kLoop, calls=%appended
+}
+
+%greedy (arg.1: (f32[64,512])) -> (f32[64,512]) {
+  ROOT %arg.1 = (f32[64,512]{1,0}) parameter(0)
+}
+
+%penalised (arg.2: (f32[64,512])) -> (f32[64,512]) {
+  %logits = f32[64,512]{1,0} get-tuple-element(%arg.2), index=0
+  ROOT %copy.3 = f32[64,512]{1,0} copy(%logits)
+}
+
+ENTRY %main (p: f32[8]) -> f32[8] {
+  %layers = (s32[], f32[8]) while(%init), condition=%cond, body=%layer, \
+backend_config={"known_trip_count":{"n":"80"}}
+  %sampled = (f32[64,512]{1,0}) conditional(%which, %a, %b), \
+branch_computations={%greedy, %penalised}
+  %copy.4 = f32[64,512]{1,0} copy(%gathered)
+  %start = (f32[16,1024]{1,0}, f32[16,1024]{1,0}, u32[]) copy-start(%host)
+}
+"""
+"""Gate and up weights that are copied side by side, as XLA has compiled them as two parameters; and
+what a step may well do."""
+
 
 def report(hlo: str) -> Report:
-    return Report(0.0, 0, 0, 0, (), {}, hlo)
+    return Report(0.0, 0, 0, 0, (), {}, tuple(Module(hlo).moves()), hlo)
 
 
 def setup_of(model: str, num_devices: int, batch: int) -> Setup:
@@ -91,7 +175,24 @@ def test_the_assembler_is_read() -> None:
 
 
 def test_collectives_in_a_loop_count_as_often_as_it_turns() -> None:
-    assert count_collectives(HLO) == {"all-reduce": 61, "all-gather": 1}
+    assert Module(HLO).collectives() == {"all-reduce": 61, "all-gather": 1}
+
+
+def test_what_a_step_moves_without_computing_is_counted() -> None:
+    moved = {move.line.split()[0]: (move.calls, move.num_bytes) for move in report(MOVES).moves}
+    assert moved == {
+        "%merged": (80, 2 * 2 * 8192 * 7168),
+        "%norm": (80, 2 * 2 * 8192),
+        "%wide": (80, 2 * 2 * 8192 * 512),
+        "%append": (80, 2 * 2 * 128),
+        "%copy.4": (1, 2 * 4 * 64 * 512),
+        "%start": (1, 2 * 4 * 16 * 1024),
+    }
+    assert report(MOVES).moves[0].line.startswith("%merged")
+    weights_bytes = 80 * 2 * 3 * 8192 * 3584
+    assert report(MOVES).moved_bytes() > weights_bytes
+    without_logits = report(MOVES).moved_bytes() - report(MOVES).moved_bytes(2 * 4 * 64 * 512)
+    assert without_logits == 2 * 4 * (64 * 512 + 16 * 1024)
 
 
 def test_copies_are_found_by_their_size() -> None:
@@ -144,8 +245,9 @@ def test_the_decode_step_runs_the_kernels_and_copies_no_pool(name: str, backend:
     assert {kernel.name for kernel in compiled.own_kernels} == KERNELS[name, backend]
     assert not compiled.spilling
     assert not compiled.copies_of(setup.pool_elements // 4)
-    # A layer's MLP weights are read where they lie.
-    assert not compiled.copies_of(setup.config.hidden_size * setup.config.intermediate_size // 2)
+    # All weights are read where they lie.
+    weights = device_bytes(setup.shapes(mesh).model)
+    assert compiled.moved_bytes(setup.logits_move_bytes) < MAX_MOVED_SHARE * weights
     assert compiled.collectives == {"all-reduce": 2 * layers + 1, "all-gather": 1}
     # Updated in place: beside the pool, and what cuBLAS works in, there is no room for another one.
     beside = compiled.temporary_bytes + compiled.new_output_bytes

@@ -5,8 +5,9 @@
     python -m fairkv_jax.aot --kernels --target h100 --attention-backend mosaic
 
 The second command compiles only the kernels of decode attention, for all supported shapes. The exit
-status is 1 if a step does not fit into memory, copies the KV pool, spills registers or takes longer
-than --timeout-s to compile, and 2 if parts of the compiler are missing.
+status is 1 if a step does not fit into memory, copies the KV pool, spills registers, takes longer
+than --timeout-s to compile, or if a decode step moves more than 1 % of the weights' bytes without
+computing with them, and 2 if parts of the compiler are missing.
 """
 
 import faulthandler
@@ -22,7 +23,7 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 from absl import app, flags
 
 from fairkv_jax.aot.kernels import compile_all
-from fairkv_jax.aot.report import Report, compile_and_report
+from fairkv_jax.aot.report import MAX_MOVED_SHARE, Report, compile_and_report
 from fairkv_jax.aot.steps import (
     Setup,
     config_of,
@@ -65,6 +66,8 @@ _BACKEND = flags.DEFINE_enum(
     "attention_backend", AUTO, BACKENDS, "Backend of decode attention to compile."
 )
 
+_LISTED_SHARE = 0.001
+
 _ARGUMENTS = {
     "decode": "weights, KV pool, page table",
     "prefill": "weights, one layer's keys and values",
@@ -85,7 +88,8 @@ def main(argv: list[str]) -> None:
     setup = make_setup(target)
     mesh = target.mesh(_DEVICES.value)
     pool = setup.pool_elements
-    print(_header(setup, target, device_bytes(setup.shapes(mesh).model)))
+    weights = device_bytes(setup.shapes(mesh).model)
+    print(_header(setup, target, weights))
     steps = {"decode": lower_decode_step(setup, mesh)}
     if _PROMPT.value:
         kv_config = KVConfig("ada_snapkv", budget=_BUDGET.value)
@@ -100,7 +104,10 @@ def main(argv: list[str]) -> None:
         # A copy of a quarter of the pool is already too large.
         copies = report.copies_of(pool // 4) if name == "decode" else []
         print(_lines(name, report, copies, total, target))
+        moved = report.moved_bytes(setup.logits_move_bytes)
+        print(_moved_lines(report, moved, weights))
         ok &= total <= target.memory_bytes and not copies and not report.spilling
+        ok &= name != "decode" or moved <= MAX_MOVED_SHARE * weights
     sys.exit(0 if ok else 1)
 
 
@@ -199,6 +206,22 @@ def _lines(name: str, report: Report, copies: list[str], total: int, target: Tar
             f"  spills           {', '.join(spills) or 'none'}",
             f"  collectives      {calls or 'none'}",
             *(f"  COPY OF THE POOL {line[:200]}" for line in copies),
+        ]
+    )
+
+
+def _moved_lines(report: Report, moved: int, weights: int) -> str:
+    """The bytes that are moved, and what moves a thousandth of the weights or more."""
+    listed = [move for move in report.moves if move.total_bytes > _LISTED_SHARE * weights]
+    all_moved = report.moved_bytes()
+    return "\n".join(
+        [
+            f"  moved            {moved / 1e6:.1f} MB, {moved / weights:.2%} of the weights, and "
+            f"{(all_moved - moved) / 1e6:.1f} MB of logits",
+            *(
+                f"    {move.total_bytes / 1e6:.1f} MB in {move.calls} calls: {move.line[:100]}"
+                for move in listed
+            ),
         ]
     )
 

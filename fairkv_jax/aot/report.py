@@ -1,11 +1,10 @@
-"""Reports a compiled step's resources: memory, registers, spills, collectives and copies."""
+"""Reports a compiled step's resources: memory, registers, spills, collectives and moved bytes."""
 
 import os
 import re
 import subprocess
 import tempfile
 import time
-from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,11 +13,13 @@ from pathlib import Path
 
 from jax.stages import Lowered
 
+from fairkv_jax.aot.hlo import Module, Move
 from fairkv_jax.aot.targets import find_ptxas
 from fairkv_jax.sharding.mesh import GPU_COMPILER_OPTIONS
 
-COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
 OURS = ("append_and_decode", "ragged_decode", "list_pieces", "merge_pieces")
+MAX_MOVED_SHARE = 0.01
+"""The bytes that a decode step may move without computing with them, as a share of the weights'."""
 _MOSAIC_FOLDER = "MOSAIC_GPU_DUMP_TO"
 _SHAPE = re.compile(r"\b(?:pred|[a-z]+\d+)\[([\d,]*)\]")
 
@@ -44,7 +45,9 @@ class Report:
     """Bytes of outputs that do not alias a donated argument."""
     kernels: tuple[Kernel, ...]
     collectives: dict[str, int]
-    """Calls by kind. Calls in a loop are multiplied by its trip count, if that is known."""
+    """Calls by kind, see `Module`."""
+    moves: tuple[Move, ...]
+    """What moves values without computing with them, see `Module`; the most bytes first."""
     hlo: str
 
     @property
@@ -55,6 +58,18 @@ class Report:
     @property
     def spilling(self) -> tuple[Kernel, ...]:
         return tuple(kernel for kernel in self.kernels if kernel.spill_bytes)
+
+    def moved_bytes(self, sampling_bytes: int = 0) -> int:
+        """Returns the bytes that the moves read and write, in all their calls.
+
+        Outside the loop over layers, moves of at most `sampling_bytes` do not count: those of the
+        logits grow with the batch and the vocabulary, and not with the model's weights.
+        """
+        return sum(
+            move.total_bytes
+            for move in self.moves
+            if move.calls > 1 or move.num_bytes > sampling_bytes
+        )
 
     def copies_of(self, num_elements: int) -> list[str]:
         """Returns the lines of the HLO that copy at least `num_elements` elements.
@@ -80,6 +95,7 @@ def compile_and_report(lowered: Lowered, architecture: str) -> Report:
         kernels = read_kernels(Path(folder), architecture)
     memory = compiled.memory_analysis()
     hlo = compiled.as_text() or ""
+    module = Module(hlo)
     assert memory is not None
     return Report(
         compile_seconds=seconds,
@@ -87,7 +103,8 @@ def compile_and_report(lowered: Lowered, architecture: str) -> Report:
         temporary_bytes=memory.temp_size_in_bytes,
         new_output_bytes=memory.output_size_in_bytes - memory.alias_size_in_bytes,
         kernels=kernels,
-        collectives=count_collectives(hlo),
+        collectives=module.collectives(),
+        moves=tuple(module.moves()),
         hlo=hlo,
     )
 
@@ -130,37 +147,6 @@ def parse_assembler(said: str) -> list[Kernel]:
         Kernel(name, int(registers), int(stores) + int(loads))
         for name, stores, loads, registers in re.findall(pattern, said, re.DOTALL)
     ]
-
-
-def count_collectives(hlo: str) -> dict[str, int]:
-    """Counts the calls of collectives in the text of an optimised HLO module.
-
-    Calls in a loop with a known trip count, such as the loop over layers, are multiplied by it. The
-    loop over decode steps has no known trip count, so one step is counted.
-    """
-    inside, turns = {}, {}
-    found: list[tuple[str, str]] = []
-    computation = ""
-    for line in hlo.splitlines():
-        header = re.match(r"(?:ENTRY )?%?([\w.\-]+) .*\{$", line)
-        if header and not line.startswith(" "):
-            computation = header.group(1)
-        loop = re.search(r" while\(.*body=%?([\w.\-]+)", line)
-        if loop:
-            trips = re.search(r'"known_trip_count":\{"n":"(\d+)"', line)
-            inside[loop.group(1)] = computation
-            turns[loop.group(1)] = int(trips.group(1)) if trips else 1
-        found += [
-            (kind, computation) for kind in COLLECTIVES if re.search(rf" {kind}(-start)?\(", line)
-        ]
-    counts: Counter[str] = Counter()
-    for kind, computation in found:
-        calls = 1
-        while computation in inside:
-            calls *= turns[computation]
-            computation = inside[computation]
-        counts[kind] += calls
-    return dict(counts)
 
 
 def _elements(dims: str) -> int:

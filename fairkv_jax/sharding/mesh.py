@@ -19,15 +19,19 @@ RULES: dict[str | None, str | None] = {
 }
 
 
-GPU_COMPILER_OPTIONS: dict[str, str | bool] = {"xla_gpu_enable_triton_gemm": False}
+GPU_COMPILER_OPTIONS: dict[str, str | bool | int] = {
+    "xla_gpu_enable_triton_gemm": False,
+    "xla_gpu_dot_merger_threshold_mb": 0,
+}
 """XLA's compiler options on GPUs, for float weights.
 
 cuBLAS reads a layer's weights directly from the array that stacks all layers. XLA's own matrix
-products first copy them out of it, which triples the bytes that a decode step reads and writes.
+products first copy them out of it, which triples the bytes that a decode step reads and writes. So
+would merged products, whose weights are copied side by side.
 """
 
 
-def compiler_options(mesh: Mesh, *, int8: bool) -> dict[str, str | bool]:
+def compiler_options(mesh: Mesh, *, int8: bool) -> dict[str, str | bool | int]:
     """Returns XLA's compiler options for the devices of a mesh.
 
     int8 weights use XLA's own matrix products, which convert the weights while they read them.
