@@ -2,6 +2,7 @@
 parts are installed, the engine's own decode step."""
 
 import dataclasses
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -10,16 +11,20 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from fairkv_jax.aot.hlo import Module
 from fairkv_jax.aot.kernels import POOL_BYTES, lower_kernels
+from fairkv_jax.aot.launches import Launches, count_launches
 from fairkv_jax.aot.report import (
     MAX_MOVED_SHARE,
+    AssemblerError,
     Kernel,
     Report,
     compile_and_report,
     parse_assembler,
+    read_kernels,
 )
 from fairkv_jax.aot.steps import Setup, config_of, device_bytes, lower_decode_step, lower_prefill
-from fairkv_jax.aot.targets import missing_parts, targets
+from fairkv_jax.aot.targets import Target, find_ptxas, missing_parts, targets
 from fairkv_jax.config import KVConfig
+from fairkv_jax.pallas.ragged_decode.pieces import MAX_PAIRS
 from fairkv_jax.plan import SHAPES, make_plan
 from fairkv_jax.profile import synthetic_profile
 
@@ -148,9 +153,52 @@ branch_computations={%greedy, %penalised}
 """Gate and up weights that are copied side by side, as XLA has compiled them as two parameters; and
 what a step may well do."""
 
+THUNKS = """\
+000: kCommandBuffer [source       | next=008 (1)]
+    001: kCopy         [source | sink] kCopy
+    002: kCustomKernel [source | sink] loop_broadcast_fusion
+008: kWhile         [prev=000 (1) | sink        ]
+condition:
+    009: kCustomKernel [source | sink] wrapped_compare_1
+  body:
+    019: kWhile          [prev=000 (1) | next=053 (1)]
+condition:
+        020: kCustomKernel [source | sink] loop_compare_fusion
+      body:
+        000: kCommandBuffer [source | sink]
+            021: kAsyncStart         [source       | next=028 (3)]
+                023: kDynamicSliceFusion [source | sink] params=1, results=1
+                    022: kCopy [source | sink] kCopy
+            027: kAsyncDone          [source       | sink        ] async_id=21
+            034: kCustomKernel       [prev=032 (2) | next=035 (1)] append_and_decode
+    055: kAllGather      [prev=054 (1) | next=000 (1)] kAllGather
+    093: kConditional    [prev=000 (1) | next=000 (1)]
+      false_branch:
+        094: kCustomKernel [source | sink] input_scatter_fusion
+        095: kCustomKernel [source | sink] loop_select_fusion
+      true_branch:
+        096: kCopy [source | sink] kCopy
+"""
+THUNK_NAMES = """\
+thunk_metadata {
+  thunk_info {
+    profile_annotation: "steps"
+    thunk_id: 8
+  }
+  thunk_kind: "kWhile"
+}
+thunk_metadata {
+  thunk_info {
+    profile_annotation: "loop"
+    thunk_id: 19
+  }
+  thunk_kind: "kWhile"
+}
+"""
+
 
 def report(hlo: str) -> Report:
-    return Report(0.0, 0, 0, 0, (), {}, tuple(Module(hlo).moves()), hlo)
+    return Report(0.0, 0, 0, 0, (), {}, tuple(Module(hlo).moves()), None, hlo)
 
 
 def setup_of(model: str, num_devices: int, batch: int) -> Setup:
@@ -164,6 +212,41 @@ def test_targets_say_what_is_compiled_for() -> None:
     assert found["a100"] == ("sm_80", 85050982400)
     assert found["h100"] == ("sm_90a", 84942979072)
     assert found["h200"] == ("sm_90a", 150120366080)
+    assert found["l4"][1] < found["l40"][1] == found["l40s"][1]
+
+
+@pytest.mark.parametrize("target", targets().values(), ids=targets())
+def test_targets_describe_hosts(target: Target) -> None:
+    for field in ("driver_version", "compile_time_toolkit_version", "device_interconnect_info"):
+        assert field in target.description
+
+
+def _executable(path: Path, script: str) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(f"#!/bin/sh\n{script}\n")
+    path.chmod(0o755)
+    return path
+
+
+def test_the_wheels_assembler_comes_before_that_on_the_path(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    on_path = _executable(tmp_path / "bin" / "ptxas", "exit 0")
+    monkeypatch.setenv("PATH", str(on_path.parent))
+    monkeypatch.setattr("numpy.__file__", str(tmp_path / "numpy" / "__init__.py"))
+    assert find_ptxas() == on_path
+    in_wheel = _executable(tmp_path / "nvidia" / "cu13" / "bin" / "ptxas", "exit 0")
+    assert find_ptxas() == in_wheel
+
+
+def test_an_assembler_that_fails_is_named_in_one_sentence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ptxas = _executable(tmp_path / "ptxas", "echo 'fatal: Unsupported .version 9.4' >&2; exit 255")
+    monkeypatch.setattr("fairkv_jax.aot.report.find_ptxas", lambda: ptxas)
+    (tmp_path / "a.ptx").write_text("")
+    with pytest.raises(AssemblerError, match=r"ptxas cannot assemble a.ptx .*Unsupported .version"):
+        read_kernels(tmp_path, "sm_90a")
 
 
 def test_the_assembler_is_read() -> None:
@@ -176,6 +259,12 @@ def test_the_assembler_is_read() -> None:
 
 def test_collectives_in_a_loop_count_as_often_as_it_turns() -> None:
     assert Module(HLO).collectives() == {"all-reduce": 61, "all-gather": 1}
+
+
+def test_launches_in_a_loop_count_as_often_as_it_turns() -> None:
+    launches = count_launches(THUNKS, THUNK_NAMES, Module(HLO))
+    alone = 1 + 30 + 2  # The conditions of both loops; the collective and the shorter branch.
+    assert launches == Launches(graphs=1 + 30, in_graphs=2 + 2 * 30, alone=alone)
 
 
 def test_what_a_step_moves_without_computing_is_counted() -> None:
@@ -226,6 +315,16 @@ def test_kernels_compile_without_spills(
     assert len(compiled.own_kernels) == {"triton": 2, "mosaic": 3}[backend]
     assert not compiled.spilling
     assert not compiled.copies_of(POOL_BYTES // 16)
+
+
+@needs_compiler
+@pytest.mark.slow
+@pytest.mark.parametrize("pairs", [MAX_PAIRS // 2, MAX_PAIRS])
+@pytest.mark.parametrize(("backend", "name"), [("triton", "a100"), ("mosaic", "h200")])
+def test_the_most_pairs_compile_without_spills(backend: str, name: str, pairs: int) -> None:
+    target = targets()[name]
+    lowered = lower_kernels(backend, target, 8, 128, "bfloat16", pairs=pairs)
+    assert not compile_and_report(lowered, target.architecture).spilling
 
 
 CUBLAS_BYTES = 32 << 20

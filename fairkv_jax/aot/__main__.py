@@ -7,7 +7,7 @@
 The second command compiles only the kernels of decode attention, for all supported shapes. The exit
 status is 1 if a step does not fit into memory, copies the KV pool, spills registers, takes longer
 than --timeout-s to compile, or if a decode step moves more than 1 % of the weights' bytes without
-computing with them, and 2 if parts of the compiler are missing.
+computing with them, and 2 if parts of the compiler are missing or its assembler fails.
 """
 
 import faulthandler
@@ -23,7 +23,8 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 from absl import app, flags
 
 from fairkv_jax.aot.kernels import compile_all
-from fairkv_jax.aot.report import MAX_MOVED_SHARE, Report, compile_and_report
+from fairkv_jax.aot.launches import Launches
+from fairkv_jax.aot.report import MAX_MOVED_SHARE, AssemblerError, Report, compile_and_report
 from fairkv_jax.aot.steps import (
     Setup,
     config_of,
@@ -31,10 +32,10 @@ from fairkv_jax.aot.steps import (
     lower_decode_step,
     lower_prefill,
 )
-from fairkv_jax.aot.targets import Target, missing_parts, targets
+from fairkv_jax.aot.targets import Target, find_ptxas, missing_parts, targets
 from fairkv_jax.command_line import engine_flag, with_underscores
 from fairkv_jax.config import KVConfig
-from fairkv_jax.pallas.ragged_decode import AUTO, BACKENDS
+from fairkv_jax.pallas.ragged_decode import AUTO, BACKENDS, is_kind
 from fairkv_jax.plan import HARDWARE, SHAPES, STRATEGIES, CostModel, Plan, Profile, make_plan
 from fairkv_jax.profile import synthetic_profile
 
@@ -83,8 +84,16 @@ def main(argv: list[str]) -> None:
         print(f"cannot compile for GPUs on this machine: {missing}", file=sys.stderr)
         sys.exit(2)
     target = targets()[_TARGET.value]
-    if _KERNELS.value:
-        sys.exit(print_kernels(target))
+    print(f"registers and spills by {find_ptxas()}")
+    try:
+        sys.exit(print_kernels(target) if _KERNELS.value else print_steps(target))
+    except AssemblerError as error:
+        print(error, file=sys.stderr)
+        sys.exit(2)
+
+
+def print_steps(target: Target) -> int:
+    """Prints the resources of every step, and returns 1 if a check fails."""
     setup = make_setup(target)
     mesh = target.mesh(_DEVICES.value)
     pool = setup.pool_elements
@@ -108,7 +117,7 @@ def main(argv: list[str]) -> None:
         print(_moved_lines(report, moved, weights))
         ok &= total <= target.memory_bytes and not copies and not report.spilling
         ok &= name != "decode" or moved <= MAX_MOVED_SHARE * weights
-    sys.exit(0 if ok else 1)
+    return 0 if ok else 1
 
 
 def print_kernels(target: Target) -> int:
@@ -148,7 +157,8 @@ def make_setup(target: Target) -> Setup:
     else:
         profile = synthetic_profile(shape, _BUDGET.value, model=name, imbalance=_IMBALANCE.value)
     if _PLAN.value in STRATEGIES:
-        hardware = target.name.upper() if target.name.upper() in HARDWARE else "H100"
+        kind = target.name.upper()
+        hardware = next((name for name in HARDWARE if is_kind(name, kind)), "H100")
         cost = CostModel.of(
             shape,
             _DEVICES.value,
@@ -205,8 +215,18 @@ def _lines(name: str, report: Report, copies: list[str], total: int, target: Tar
             f"{len(report.kernels)}, {widest.name} uses the most registers: {widest.registers}",
             f"  spills           {', '.join(spills) or 'none'}",
             f"  collectives      {calls or 'none'}",
+            f"  launches         {_launches(report.launches)}",
             *(f"  COPY OF THE POOL {line[:200]}" for line in copies),
         ]
+    )
+
+
+def _launches(launches: Launches | None) -> str:
+    if launches is None:
+        return "not told by this version of XLA"
+    return (
+        f"{launches.graphs} CUDA graphs of {launches.in_graphs} kernels, copies and library calls, "
+        f"and {launches.alone} outside of graphs"
     )
 
 

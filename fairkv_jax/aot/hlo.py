@@ -111,13 +111,20 @@ class Module:
         """
         return sorted(self._moves(self._entry, 1), key=lambda move: -move.total_bytes)
 
+    def trip_count(self, loop: str) -> int:
+        """How often the loop of that name turns; 1 if it has no known trip count."""
+        found = (loops[loop] for loops in self._computations.values() if loop in loops)
+        return max((instruction.num_calls for instruction in found), default=1)
+
     def _walk(self, computation: str, calls: int) -> Iterator[tuple[Instruction, int]]:
-        """All instructions that run, outside of fusions, with the number of their calls."""
+        """All instructions that run, with the number of their calls.
+
+        Those in fusions are among them: XLA wraps collectives for which it has its own kernel.
+        """
         for instruction in self._computations.get(computation, {}).values():
             yield instruction, calls
-            if instruction.opcode not in _FUSIONS:
-                for called in instruction.called:
-                    yield from self._walk(called, calls * instruction.num_calls)
+            for called in instruction.called:
+                yield from self._walk(called, calls * instruction.num_calls)
 
     def _moves(self, computation: str, calls: int) -> list[Move]:
         moves = []

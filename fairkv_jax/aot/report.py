@@ -14,6 +14,7 @@ from pathlib import Path
 from jax.stages import Lowered
 
 from fairkv_jax.aot.hlo import Module, Move
+from fairkv_jax.aot.launches import Launches, read_launches
 from fairkv_jax.aot.targets import find_ptxas
 from fairkv_jax.sharding.mesh import GPU_COMPILER_OPTIONS
 
@@ -48,6 +49,8 @@ class Report:
     """Calls by kind, see `Module`."""
     moves: tuple[Move, ...]
     """What moves values without computing with them, see `Module`; the most bytes first."""
+    launches: Launches | None
+    """What one call launches; None if this XLA does not tell."""
     hlo: str
 
     @property
@@ -93,9 +96,10 @@ def compile_and_report(lowered: Lowered, architecture: str) -> Report:
         compiled = lowered.compile(compiler_options=options)
         seconds = time.perf_counter() - start
         kernels = read_kernels(Path(folder), architecture)
+        hlo = compiled.as_text() or ""
+        module = Module(hlo)
+        launches = read_launches(Path(folder), module)
     memory = compiled.memory_analysis()
-    hlo = compiled.as_text() or ""
-    module = Module(hlo)
     assert memory is not None
     return Report(
         compile_seconds=seconds,
@@ -105,6 +109,7 @@ def compile_and_report(lowered: Lowered, architecture: str) -> Report:
         kernels=kernels,
         collectives=module.collectives(),
         moves=tuple(module.moves()),
+        launches=launches,
         hlo=hlo,
     )
 
@@ -126,14 +131,28 @@ def _mosaic_writes_to(folder: str) -> Iterator[None]:
             os.environ[_MOSAIC_FOLDER] = before
 
 
+class AssemblerError(RuntimeError):
+    """The assembler rejects the compiler's PTX; the message is one sentence."""
+
+
 def read_kernels(folder: Path, architecture: str) -> tuple[Kernel, ...]:
-    """Assembles every PTX file of a folder and parses the assembler's figures of its kernels."""
+    """Assembles every PTX file of a folder and parses the assembler's figures of its kernels.
+
+    Raises:
+        AssemblerError: the assembler fails.
+    """
     ptxas, kernels = find_ptxas(), []
     assert ptxas is not None
     for path in sorted(folder.glob("*.ptx")):
         command = [str(ptxas), "-v", f"-arch={architecture}", "-o", "/dev/null", str(path)]
-        said = subprocess.run(command, capture_output=True, text=True, check=True).stderr
-        kernels += parse_assembler(said)
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode:
+            reason = next(iter(done.stderr.strip().splitlines()), f"status {done.returncode}")
+            raise AssemblerError(
+                f"{ptxas} cannot assemble {path.name} for {architecture} ({reason}): install the "
+                "newest wheels nvidia-cuda-nvcc and nvidia-nvvm, which are taken first"
+            )
+        kernels += parse_assembler(done.stderr)
     return tuple(kernels)
 
 
