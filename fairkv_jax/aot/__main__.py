@@ -5,8 +5,9 @@
     python -m fairkv_jax.aot --kernels --target h100 --attention-backend mosaic
 
 The second command compiles only the kernels of decode attention, for all supported shapes. The exit
-status is 1 if a step does not fit into memory, copies the KV pool, spills registers or takes longer
-than --timeout-s to compile, and 2 if parts of the compiler are missing.
+status is 1 if a step does not fit into memory, copies the KV pool, spills registers, takes longer
+than --timeout-s to compile, or if a decode step moves more than 1 % of the weights' bytes without
+computing with them, and 2 if parts of the compiler are missing or its assembler fails.
 """
 
 import faulthandler
@@ -22,7 +23,8 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 from absl import app, flags
 
 from fairkv_jax.aot.kernels import compile_all
-from fairkv_jax.aot.report import Report, compile_and_report
+from fairkv_jax.aot.launches import Launches
+from fairkv_jax.aot.report import MAX_MOVED_SHARE, AssemblerError, Report, compile_and_report
 from fairkv_jax.aot.steps import (
     Setup,
     config_of,
@@ -30,10 +32,10 @@ from fairkv_jax.aot.steps import (
     lower_decode_step,
     lower_prefill,
 )
-from fairkv_jax.aot.targets import Target, missing_parts, targets
+from fairkv_jax.aot.targets import Target, find_ptxas, missing_parts, targets
 from fairkv_jax.command_line import engine_flag, with_underscores
 from fairkv_jax.config import KVConfig
-from fairkv_jax.pallas.ragged_decode import AUTO, BACKENDS
+from fairkv_jax.pallas.ragged_decode import AUTO, BACKENDS, is_kind
 from fairkv_jax.plan import HARDWARE, SHAPES, STRATEGIES, CostModel, Plan, Profile, make_plan
 from fairkv_jax.profile import synthetic_profile
 
@@ -65,6 +67,8 @@ _BACKEND = flags.DEFINE_enum(
     "attention_backend", AUTO, BACKENDS, "Backend of decode attention to compile."
 )
 
+_LISTED_SHARE = 0.001
+
 _ARGUMENTS = {
     "decode": "weights, KV pool, page table",
     "prefill": "weights, one layer's keys and values",
@@ -80,12 +84,21 @@ def main(argv: list[str]) -> None:
         print(f"cannot compile for GPUs on this machine: {missing}", file=sys.stderr)
         sys.exit(2)
     target = targets()[_TARGET.value]
-    if _KERNELS.value:
-        sys.exit(print_kernels(target))
+    print(f"registers and spills by {find_ptxas()}")
+    try:
+        sys.exit(print_kernels(target) if _KERNELS.value else print_steps(target))
+    except AssemblerError as error:
+        print(error, file=sys.stderr)
+        sys.exit(2)
+
+
+def print_steps(target: Target) -> int:
+    """Prints the resources of every step, and returns 1 if a check fails."""
     setup = make_setup(target)
     mesh = target.mesh(_DEVICES.value)
     pool = setup.pool_elements
-    print(_header(setup, target, device_bytes(setup.shapes(mesh).model)))
+    weights = device_bytes(setup.shapes(mesh).model)
+    print(_header(setup, target, weights))
     steps = {"decode": lower_decode_step(setup, mesh)}
     if _PROMPT.value:
         kv_config = KVConfig("ada_snapkv", budget=_BUDGET.value)
@@ -100,8 +113,11 @@ def main(argv: list[str]) -> None:
         # A copy of a quarter of the pool is already too large.
         copies = report.copies_of(pool // 4) if name == "decode" else []
         print(_lines(name, report, copies, total, target))
+        moved = report.moved_bytes(setup.logits_move_bytes)
+        print(_moved_lines(report, moved, weights))
         ok &= total <= target.memory_bytes and not copies and not report.spilling
-    sys.exit(0 if ok else 1)
+        ok &= name != "decode" or moved <= MAX_MOVED_SHARE * weights
+    return 0 if ok else 1
 
 
 def print_kernels(target: Target) -> int:
@@ -141,7 +157,8 @@ def make_setup(target: Target) -> Setup:
     else:
         profile = synthetic_profile(shape, _BUDGET.value, model=name, imbalance=_IMBALANCE.value)
     if _PLAN.value in STRATEGIES:
-        hardware = target.name.upper() if target.name.upper() in HARDWARE else "H100"
+        kind = target.name.upper()
+        hardware = next((name for name in HARDWARE if is_kind(name, kind)), "H100")
         cost = CostModel.of(
             shape,
             _DEVICES.value,
@@ -198,7 +215,33 @@ def _lines(name: str, report: Report, copies: list[str], total: int, target: Tar
             f"{len(report.kernels)}, {widest.name} uses the most registers: {widest.registers}",
             f"  spills           {', '.join(spills) or 'none'}",
             f"  collectives      {calls or 'none'}",
+            f"  launches         {_launches(report.launches)}",
             *(f"  COPY OF THE POOL {line[:200]}" for line in copies),
+        ]
+    )
+
+
+def _launches(launches: Launches | None) -> str:
+    if launches is None:
+        return "not told by this version of XLA"
+    return (
+        f"{launches.graphs} CUDA graphs of {launches.in_graphs} kernels, copies and library calls, "
+        f"and {launches.alone} outside of graphs"
+    )
+
+
+def _moved_lines(report: Report, moved: int, weights: int) -> str:
+    """The bytes that are moved, and what moves a thousandth of the weights or more."""
+    listed = [move for move in report.moves if move.total_bytes > _LISTED_SHARE * weights]
+    all_moved = report.moved_bytes()
+    return "\n".join(
+        [
+            f"  moved            {moved / 1e6:.1f} MB, {moved / weights:.2%} of the weights, and "
+            f"{(all_moved - moved) / 1e6:.1f} MB of logits",
+            *(
+                f"    {move.total_bytes / 1e6:.1f} MB in {move.calls} calls: {move.line[:100]}"
+                for move in listed
+            ),
         ]
     )
 

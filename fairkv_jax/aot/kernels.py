@@ -44,8 +44,9 @@ def lower_kernels(
     head_dim: int,
     dtype: str,
     kv_cache_dtype: str = "auto",
+    pairs: int = BATCH * SLOTS,
 ) -> Lowered:
-    """Lowers `append_and_decode` of one layer, with its pool donated.
+    """Lowers `append_and_decode` of one layer with that many (row, slot) pairs, its pool donated.
 
     Raises:
         NotImplementedError: The backend does not support this shape on this target.
@@ -64,13 +65,14 @@ def lower_kernels(
     pages = array(num_pages, PAGE_SIZE, head_dim, dtype=cached)
     scale = array(num_pages, PAGE_SIZE, dtype=SCALE_DTYPE)
     pool: Any = Pool(pages, pages, (scale, scale) if cached == INT8 else None)  # pyright: ignore[reportArgumentType]
-    new = array(BATCH, 1, SLOTS, head_dim)
-    entries: Any = array(LAYERS * BATCH * SLOTS * MAX_PAGES, dtype="int32")
-    per_pair: Any = array(LAYERS, BATCH, SLOTS, dtype="int32")
+    batch = pairs // SLOTS
+    new = array(batch, 1, SLOTS, head_dim)
+    entries: Any = array(LAYERS * pairs * MAX_PAGES, dtype="int32")
+    per_pair: Any = array(LAYERS, batch, SLOTS, dtype="int32")
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
         return jax.jit(step, donate_argnums=0).lower(
             pool,
-            array(BATCH, 1, SLOTS, group, head_dim),
+            array(batch, 1, SLOTS, group, head_dim),
             new,
             new,
             PageTable(entries, per_pair),

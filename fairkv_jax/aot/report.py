@@ -1,11 +1,10 @@
-"""Reports a compiled step's resources: memory, registers, spills, collectives and copies."""
+"""Reports a compiled step's resources: memory, registers, spills, collectives and moved bytes."""
 
 import os
 import re
 import subprocess
 import tempfile
 import time
-from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,11 +13,14 @@ from pathlib import Path
 
 from jax.stages import Lowered
 
+from fairkv_jax.aot.hlo import Module, Move
+from fairkv_jax.aot.launches import Launches, read_launches
 from fairkv_jax.aot.targets import find_ptxas
 from fairkv_jax.sharding.mesh import GPU_COMPILER_OPTIONS
 
-COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
 OURS = ("append_and_decode", "ragged_decode", "list_pieces", "merge_pieces")
+MAX_MOVED_SHARE = 0.01
+"""The bytes that a decode step may move without computing with them, as a share of the weights'."""
 _MOSAIC_FOLDER = "MOSAIC_GPU_DUMP_TO"
 _SHAPE = re.compile(r"\b(?:pred|[a-z]+\d+)\[([\d,]*)\]")
 
@@ -44,7 +46,11 @@ class Report:
     """Bytes of outputs that do not alias a donated argument."""
     kernels: tuple[Kernel, ...]
     collectives: dict[str, int]
-    """Calls by kind. Calls in a loop are multiplied by its trip count, if that is known."""
+    """Calls by kind, see `Module`."""
+    moves: tuple[Move, ...]
+    """What moves values without computing with them, see `Module`; the most bytes first."""
+    launches: Launches | None
+    """What one call launches; None if this XLA does not tell."""
     hlo: str
 
     @property
@@ -55,6 +61,18 @@ class Report:
     @property
     def spilling(self) -> tuple[Kernel, ...]:
         return tuple(kernel for kernel in self.kernels if kernel.spill_bytes)
+
+    def moved_bytes(self, sampling_bytes: int = 0) -> int:
+        """Returns the bytes that the moves read and write, in all their calls.
+
+        Outside the loop over layers, moves of at most `sampling_bytes` do not count: those of the
+        logits grow with the batch and the vocabulary, and not with the model's weights.
+        """
+        return sum(
+            move.total_bytes
+            for move in self.moves
+            if move.calls > 1 or move.num_bytes > sampling_bytes
+        )
 
     def copies_of(self, num_elements: int) -> list[str]:
         """Returns the lines of the HLO that copy at least `num_elements` elements.
@@ -78,8 +96,10 @@ def compile_and_report(lowered: Lowered, architecture: str) -> Report:
         compiled = lowered.compile(compiler_options=options)
         seconds = time.perf_counter() - start
         kernels = read_kernels(Path(folder), architecture)
+        hlo = compiled.as_text() or ""
+        module = Module(hlo)
+        launches = read_launches(Path(folder), module)
     memory = compiled.memory_analysis()
-    hlo = compiled.as_text() or ""
     assert memory is not None
     return Report(
         compile_seconds=seconds,
@@ -87,7 +107,9 @@ def compile_and_report(lowered: Lowered, architecture: str) -> Report:
         temporary_bytes=memory.temp_size_in_bytes,
         new_output_bytes=memory.output_size_in_bytes - memory.alias_size_in_bytes,
         kernels=kernels,
-        collectives=count_collectives(hlo),
+        collectives=module.collectives(),
+        moves=tuple(module.moves()),
+        launches=launches,
         hlo=hlo,
     )
 
@@ -109,14 +131,28 @@ def _mosaic_writes_to(folder: str) -> Iterator[None]:
             os.environ[_MOSAIC_FOLDER] = before
 
 
+class AssemblerError(RuntimeError):
+    """The assembler rejects the compiler's PTX; the message is one sentence."""
+
+
 def read_kernels(folder: Path, architecture: str) -> tuple[Kernel, ...]:
-    """Assembles every PTX file of a folder and parses the assembler's figures of its kernels."""
+    """Assembles every PTX file of a folder and parses the assembler's figures of its kernels.
+
+    Raises:
+        AssemblerError: the assembler fails.
+    """
     ptxas, kernels = find_ptxas(), []
     assert ptxas is not None
     for path in sorted(folder.glob("*.ptx")):
         command = [str(ptxas), "-v", f"-arch={architecture}", "-o", "/dev/null", str(path)]
-        said = subprocess.run(command, capture_output=True, text=True, check=True).stderr
-        kernels += parse_assembler(said)
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode:
+            reason = next(iter(done.stderr.strip().splitlines()), f"status {done.returncode}")
+            raise AssemblerError(
+                f"{ptxas} cannot assemble {path.name} for {architecture} ({reason}): install the "
+                "newest wheels nvidia-cuda-nvcc and nvidia-nvvm, which are taken first"
+            )
+        kernels += parse_assembler(done.stderr)
     return tuple(kernels)
 
 
@@ -130,37 +166,6 @@ def parse_assembler(said: str) -> list[Kernel]:
         Kernel(name, int(registers), int(stores) + int(loads))
         for name, stores, loads, registers in re.findall(pattern, said, re.DOTALL)
     ]
-
-
-def count_collectives(hlo: str) -> dict[str, int]:
-    """Counts the calls of collectives in the text of an optimised HLO module.
-
-    Calls in a loop with a known trip count, such as the loop over layers, are multiplied by it. The
-    loop over decode steps has no known trip count, so one step is counted.
-    """
-    inside, turns = {}, {}
-    found: list[tuple[str, str]] = []
-    computation = ""
-    for line in hlo.splitlines():
-        header = re.match(r"(?:ENTRY )?%?([\w.\-]+) .*\{$", line)
-        if header and not line.startswith(" "):
-            computation = header.group(1)
-        loop = re.search(r" while\(.*body=%?([\w.\-]+)", line)
-        if loop:
-            trips = re.search(r'"known_trip_count":\{"n":"(\d+)"', line)
-            inside[loop.group(1)] = computation
-            turns[loop.group(1)] = int(trips.group(1)) if trips else 1
-        found += [
-            (kind, computation) for kind in COLLECTIVES if re.search(rf" {kind}(-start)?\(", line)
-        ]
-    counts: Counter[str] = Counter()
-    for kind, computation in found:
-        calls = 1
-        while computation in inside:
-            calls *= turns[computation]
-            computation = inside[computation]
-        counts[kind] += calls
-    return dict(counts)
 
 
 def _elements(dims: str) -> int:

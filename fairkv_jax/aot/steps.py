@@ -74,6 +74,11 @@ class Setup:
         """Number of elements of the keys on one device, equal to that of the values."""
         return self.cache.pages_per_device * self.page_size * self.config.head_dim
 
+    @property
+    def logits_move_bytes(self) -> int:
+        """Bytes that one move of the batch's float32 logits reads and writes."""
+        return 2 * 4 * self.batch * self.config.vocab_size
+
     def shapes(self, mesh: Mesh) -> StepShapes:
         """Returns the abstract arguments of the steps on a mesh."""
         layout = self.layout

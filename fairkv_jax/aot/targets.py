@@ -89,11 +89,12 @@ def missing_parts() -> str | None:
 
 
 def find_ptxas() -> Path | None:
-    """Returns the path of NVIDIA's assembler: on the PATH, in the CUDA toolkit or in a wheel."""
-    on_path = shutil.which("ptxas")
-    if on_path:
-        return Path(on_path)
+    """Returns the path of NVIDIA's assembler: in a wheel, on the PATH or in the CUDA toolkit.
+
+    A wheel comes first, because it fits JAX's plugin: an older assembler rejects newer PTX.
+    """
+    wheels = sorted(Path(np.__file__).parents[1].glob("nvidia/*/bin/ptxas"), reverse=True)
     root = Path(os.environ.get("CUDA_HOME", "/usr/local/cuda"))
-    wheels = Path(np.__file__).parents[1].glob("nvidia/*/bin/ptxas")
-    candidates = [root / "bin" / "ptxas", *wheels]
+    on_path = [Path(found) for found in (shutil.which("ptxas"),) if found]
+    candidates = [*wheels, *on_path, root / "bin" / "ptxas"]
     return next((path for path in candidates if path.is_file()), None)

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from fairkv_jax.checkpoint import Checkpoint
 from fairkv_jax.compress.budgets import budgets_per_head, num_kept_tokens
 from fairkv_jax.config import BuildOptions, EngineConfig, KVConfig
+from fairkv_jax.pallas.ragged_decode import is_kind
 from fairkv_jax.plan import (
     HARDWARE,
     STRATEGIES,
@@ -79,7 +80,7 @@ def choose_plan(
 def _hardware() -> str:
     """Returns the cost model's name for the devices; an H100 if it does not know them."""
     kind = jax.devices()[0].device_kind.upper()
-    return next((name for name in HARDWARE if name in kind), "H100")
+    return next((name for name in HARDWARE if is_kind(name, kind)), "H100")
 
 
 def _profile(

@@ -87,17 +87,18 @@ class Attention(nnx.Module):
 
 
 class MLP(nnx.Module):
-    """The gated MLP (Shazeer, 2020): SwiGLU or GEGLU."""
+    """The gated MLP (Shazeer, 2020): SwiGLU or GEGLU.
+
+    `gate_up` [D, 2, F] holds the gate and the up projection.
+    """
 
     def __init__(self, config: ModelConfig, make: MakeParam):
-        self.gate, self.up = make("layers.mlp.gate"), make("layers.mlp.up")
-        self.down = make("layers.mlp.down")
+        self.gate_up, self.down = make("layers.mlp.gate_up"), make("layers.mlp.down")
         self.activation = config.activation
 
     def __call__(self, x: Float[Array, "tokens D"]) -> Float[Array, "tokens D"]:
         """This device's part of the output, to be summed over the devices."""
-        gate = multiply(x, self.gate.get_value())
-        up = multiply(x, self.up.get_value())
+        gate, up = jnp.split(multiply(x, self.gate_up.get_value()), 2, axis=-1)
         return multiply(_ACTIVATIONS[self.activation](gate) * up, self.down.get_value())
 
 

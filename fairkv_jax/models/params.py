@@ -24,7 +24,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import groupby
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from fairkv_jax.config import ModelConfig
 from fairkv_jax.shapes import round_up
@@ -34,10 +34,19 @@ Axes = tuple[str, ...]
 SLOT = "slot"
 """KV heads in a checkpoint; on the devices, the head slots that hold them."""
 GROUP, HEAD_DIM, MLP, VOCAB, MODEL = "group", "head_dim", "mlp", "vocab", "model"
+GATE_UP = "gate_up"
+"""In the model's arrays only: the gate and the up projection of an MLP, in this order."""
 
 _PARTS = {SLOT: "heads", MLP: "mlp", VOCAB: "vocabulary"}
 """Parts of the model by the axis along which the devices split them."""
 _SCALE_BYTES = 4
+
+
+class Within(NamedTuple):
+    """The place of a tensor in an array of several: entries of the axis along which they lie."""
+
+    axis: str
+    entries: slice | int
 
 
 @dataclass(frozen=True)
@@ -58,8 +67,8 @@ class ParamSpec:
     hf_name: str
     gguf_name: str
     outputs: Axes = ()
-    heads: slice | int | None = None
-    """Which entries of the array's group axis it fills; None if it fills the array alone."""
+    within: Within | None = None
+    """Which part of the array it fills; None if it fills the array alone."""
     layer: int | None = None
     """The layer's index; None for tensors outside the layers."""
 
@@ -93,7 +102,13 @@ class ParamSpec:
         """
         if VOCAB in self.axes or not self.is_matrix:
             return self.axes
-        return (*self.inputs, *self.outputs)
+        return (*self.inputs, *self.array_outputs)
+
+    @property
+    def array_outputs(self) -> Axes:
+        """The output axes of the model's array."""
+        is_gate_or_up = self.within is not None and self.within.axis == GATE_UP
+        return (GATE_UP, *self.outputs) if is_gate_or_up else self.outputs
 
     def size_of(self, axis: str) -> int:
         """The size of an axis, 1 if the tensor does not have it."""
@@ -110,7 +125,7 @@ class ParamSpec:
 
 @dataclass(frozen=True)
 class ArraySpec:
-    """One array of the model: a tensor, or several that share the group axis."""
+    """One array of the model: a tensor, or several that lie side by side along one axis."""
 
     axes: Axes
     shape: tuple[int, ...]
@@ -196,7 +211,7 @@ def _attention_params(sizes: ModelSizes, *, qkv_bias: bool, qk_norm: bool) -> It
             f"{hf}.{name}_proj.weight",
             f"{gguf}_{name}.weight",
             outputs=axes,
-            heads=heads,
+            within=Within(GROUP, heads),
         )
     for name, axes, shape, heads in qkv if qkv_bias else ():
         yield ParamSpec(
@@ -206,7 +221,7 @@ def _attention_params(sizes: ModelSizes, *, qkv_bias: bool, qk_norm: bool) -> It
             "layers.attention.bias",
             f"{hf}.{name}_proj.bias",
             f"{gguf}_{name}.bias",
-            heads=heads,
+            within=Within(GROUP, heads),
         )
     for name in ("q_norm", "k_norm") if qk_norm else ():
         yield ParamSpec(
@@ -229,7 +244,11 @@ def _attention_params(sizes: ModelSizes, *, qkv_bias: bool, qk_norm: bool) -> It
 
 
 def _mlp_params(sizes: ModelSizes) -> Iterator[ParamSpec]:
-    """One layer's gated MLP and the norm before it."""
+    """One layer's gated MLP and the norm before it.
+
+    An array `gate_up` holds both projections of the input: XLA's GPU compiler merges their two
+    products into one, and would copy the weights of two arrays side by side in every step.
+    """
     D, F = sizes.hidden_size, sizes.intermediate_size
     yield ParamSpec(
         "layers.{}.mlp_norm",
@@ -239,15 +258,20 @@ def _mlp_params(sizes: ModelSizes) -> Iterator[ParamSpec]:
         "model.layers.{}.post_attention_layernorm.weight",
         "blk.{}.ffn_norm.weight",
     )
-    for name, outputs in (("gate", MLP), ("up", MLP), ("down", MODEL)):
+    for name, array, outputs, within in (
+        ("gate", "gate_up", MLP, Within(GATE_UP, 0)),
+        ("up", "gate_up", MLP, Within(GATE_UP, 1)),
+        ("down", "down", MODEL, None),
+    ):
         yield ParamSpec(
             f"layers.{{}}.{name}",
             (MLP, MODEL),
             (F, D),
-            f"layers.mlp.{name}",
+            f"layers.mlp.{array}",
             f"model.layers.{{}}.mlp.{name}_proj.weight",
             f"blk.{{}}.ffn_{name}.weight",
             outputs=(outputs,),
+            within=within,
         )
 
 
@@ -257,9 +281,10 @@ def array_specs(specs: Iterable[ParamSpec]) -> dict[str, ArraySpec]:
     for path, group in groupby(specs, key=lambda spec: spec.array):
         first, *others = group
         sizes = {axis: first.size_of(axis) for axis in first.array_axes}
-        if others:
-            sizes[GROUP] += sum(spec.size_of(GROUP) for spec in others)
-        arrays.setdefault(path, ArraySpec(first.array_axes, tuple(sizes.values()), first.outputs))
+        if first.within is not None:
+            sizes[first.within.axis] += sum(spec.size_of(first.within.axis) for spec in others)
+        array = ArraySpec(first.array_axes, tuple(sizes.values()), first.array_outputs)
+        arrays.setdefault(path, array)
     return arrays
 
 

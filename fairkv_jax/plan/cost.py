@@ -29,9 +29,10 @@ HARDWARE: dict[str, Hardware] = {
     "H100": Hardware(3.35e12, 80 * 10**9),
     "H200": Hardware(4.8e12, 141 * 10**9),
     "L4": Hardware(0.3e12, 24 * 10**9),
+    "L40": Hardware(0.864e12, 48 * 10**9),
     "CPU": Hardware(0.04e12, 16 * 10**9),
 }
-"""Hardware by name. A100 is the 80 GB SXM card; CPU is a small virtual machine."""
+"""Hardware by name. A100 is the 80 GB SXM card, L40 also an L40S, CPU a small virtual machine."""
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ from fairkv_jax.checkpoint import Checkpoint
 from fairkv_jax.checkpoint.base import LazyTensor, check_finite
 from fairkv_jax.models.decoder import abstract_model
 from fairkv_jax.models.model import Model
-from fairkv_jax.models.params import MLP, MODEL, SLOT, VOCAB, ParamSpec, param_specs
+from fairkv_jax.models.params import MLP, MODEL, SLOT, VOCAB, ParamSpec, Within, param_specs
 from fairkv_jax.models.quantized import QuantizedArray
 from fairkv_jax.sharding.mesh import spec
 from fairkv_jax.sharding.quantize import quantize_columns, quantize_rows
@@ -122,14 +122,14 @@ class _Loader:
         if not isinstance(shards, QuantizedArray):
             parts = shards.open(layer)
             for tensor in tensors:
-                target = _Target(param.axes, parts, layer, tensor.heads)
+                target = _Target(param.axes, parts, layer, tensor.within)
                 self._copy(tensor.name, self._checkpoint.lazy(tensor.name), target)
             shards.close(layer)
             return
         parts, scales = shards.values.open(layer), shards.scales.open(layer)
         for tensor in tensors:
-            target = _Target(param.axes, parts, layer, tensor.heads)
-            scale_target = _Target(param.output_axes, scales, layer, tensor.heads)
+            target = _Target(param.axes, parts, layer, tensor.within)
+            scale_target = _Target(param.output_axes, scales, layer, tensor.within)
             lazy = self._checkpoint.lazy(tensor.name)
             if tensor.is_stored_transposed:
                 lazy, scales_of_columns = quantize_columns(lazy)
@@ -184,8 +184,8 @@ class _Target:
     parts: dict[int, np.ndarray]
     """By the device's index along `tensor`."""
     layer: int | None
-    heads: slice | int | None
-    """Which entries of the group axis the tensor fills; None if it fills the array alone."""
+    within: Within | None
+    """Which part of the array the tensor fills; None if it fills the array alone."""
 
     def owners(self, layout: SlotLayout, start: int, stop: int) -> Iterator[_Owner]:
         """The devices of this process that hold rows of [start, stop)."""
@@ -198,7 +198,7 @@ class _Target:
             return
         is_split = MLP in self.axes or VOCAB in self.axes
         for device_index, part in self.parts.items():
-            size = part.shape[self._row_axis] if is_split else stop
+            size = part.shape[self.axes.index(self._row_axis)] if is_split else stop
             first = device_index * size if is_split else 0
             low, high = max(start, first), min(stop, first + size)
             if low < high:
@@ -206,17 +206,20 @@ class _Target:
                 yield device_index, rows, taken
 
     @property
-    def _row_axis(self) -> int:
-        """The array's axis that is the tensor's leading one, which may follow the model axis."""
-        return int(self.axes[0] == MODEL and len(self.axes) > 1)
+    def _row_axis(self) -> str:
+        """The array's axis that is the tensor's leading one."""
+        return next((axis for axis in self.axes if axis in (SLOT, MLP, VOCAB)), self.axes[0])
 
     def fill(self, owners: list[_Owner], values: np.ndarray) -> None:
         """Copies a block [rows, ...] to its owners, in the order of the array's axes."""
-        if self._row_axis == 1:
-            values = np.moveaxis(values, -1, 0)
+        before: tuple[slice, ...] = ()
+        if self.axes[0] == MODEL and values.ndim > 1:
+            values, before = np.moveaxis(values, -1, 0), (slice(None),)
         values = in_order(values)
-        before = (slice(None),) * self._row_axis
-        heads = ... if self.heads is None else self.heads
         for device_index, rows, taken in owners:
-            part = self.parts[device_index][(*before, rows, heads)]
+            places: dict[str, slice | int] = {self._row_axis: rows}
+            if self.within is not None:
+                places[self.within.axis] = self.within.entries
+            index = tuple(places.get(axis, slice(None)) for axis in self.axes)
+            part = self.parts[device_index][index]
             np.copyto(part, values[(*before, taken)], casting="unsafe")

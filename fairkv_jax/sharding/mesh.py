@@ -12,21 +12,43 @@ RULES: dict[str | None, str | None] = {
     "mlp": TENSOR_AXIS,
     "vocab": TENSOR_AXIS,
     "group": None,
+    "gate_up": None,
     "head_dim": None,
     "model": None,
     None: None,
 }
 
 
-GPU_COMPILER_OPTIONS: dict[str, str | bool] = {"xla_gpu_enable_triton_gemm": False}
+_IN_GRAPHS = (
+    *("COLLECTIVES_KERNEL", "CONDITIONAL", "CUBLAS", "CUBLASLT", "CUDNN", "CUSTOM_CALL"),
+    *("DYNAMIC_SLICE_FUSION", "FUSION", "WHILE"),
+)
+"""What XLA captures in CUDA graphs from jax 0.12 on: what it does by default, and loops.
+
+Older versions cannot capture the sums over the devices, and with them the loop over layers.
+"""
+_GRAPH_OPTIONS: dict[str, str | bool | int] = {
+    "xla_gpu_enable_command_buffer": ",".join(_IN_GRAPHS),
+    "xla_gpu_command_buffer_unroll_loops": True,
+}
+
+GPU_COMPILER_OPTIONS: dict[str, str | bool | int] = {
+    "xla_gpu_enable_triton_gemm": False,
+    "xla_gpu_dot_merger_threshold_mb": 0,
+    **(_GRAPH_OPTIONS if jax.__version_info__ >= (0, 12) else {}),
+}
 """XLA's compiler options on GPUs, for float weights.
 
 cuBLAS reads a layer's weights directly from the array that stacks all layers. XLA's own matrix
-products first copy them out of it, which triples the bytes that a decode step reads and writes.
+products first copy them out of it, which triples the bytes that a decode step reads and writes. So
+would merged products, whose weights are copied side by side.
+
+All layers of a decode step become one CUDA graph, whose loop is unrolled: the host launches one
+graph instead of one a layer.
 """
 
 
-def compiler_options(mesh: Mesh, *, int8: bool) -> dict[str, str | bool]:
+def compiler_options(mesh: Mesh, *, int8: bool) -> dict[str, str | bool | int]:
     """Returns XLA's compiler options for the devices of a mesh.
 
     int8 weights use XLA's own matrix products, which convert the weights while they read them.

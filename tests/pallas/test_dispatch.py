@@ -21,6 +21,9 @@ KINDS = {
     "NVIDIA H100 80GB HBM3": "H100",
     "NVIDIA H200": "H200",
     "NVIDIA L4": "L4",
+    "NVIDIA L40": "L40",
+    "NVIDIA L40S": "L40",
+    "NVIDIA GH200 480GB": "H200",
 }
 
 

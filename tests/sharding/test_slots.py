@@ -68,11 +68,12 @@ def test_every_device_holds_its_heads_and_its_part_of_the_rest(
             np.testing.assert_array_equal(got, [*q[head], k[head], v[head]])
             np.testing.assert_array_equal(out[layer, slot], o[head])
     mlp = model.layers.mlp
-    for name in ("gate", "up", "down"):
-        stack = getattr(mlp, name).get_value()
+    gate_up, down = mlp.gate_up.get_value(), mlp.down.get_value()
+    for stack in (gate_up, down):
         assert len({s.data.shape for s in stack.addressable_shards}) == 1
+    gate, up = (np.asarray(gate_up[1, :, index]).T for index in (0, 1))
+    for name, got in {"gate": gate, "up": up, "down": np.asarray(down[1])}.items():
         stored = checkpoint.tensor(f"layers.1.{name}")
-        got = np.asarray(stack[1]) if name == "down" else np.asarray(stack[1]).T
         np.testing.assert_array_equal(got[: len(stored)], stored)
         assert not got[len(stored) :].any()
     embed = checkpoint.tensor("embed")

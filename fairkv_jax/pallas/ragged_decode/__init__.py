@@ -31,7 +31,7 @@ from jaxtyping import Array, Float, Int, Num
 from fairkv_jax.pallas.ragged_decode.page_table import PageTable
 from fairkv_jax.pallas.ragged_decode.pool import Pool, Scales, rounded_to_int8
 from fairkv_jax.pallas.ragged_decode.registry import IMPLEMENTATIONS, Implementation
-from fairkv_jax.pallas.ragged_decode.tiles import Device, device_tiles
+from fairkv_jax.pallas.ragged_decode.tiles import Device, device_tiles, is_kind
 
 AUTO = "auto"
 BACKENDS = (AUTO, *IMPLEMENTATIONS)
@@ -46,6 +46,7 @@ __all__ = [
     "append_and_decode",
     "check_backend",
     "device_of",
+    "is_kind",
     "ragged_decode",
     "rounded_to_int8",
 ]

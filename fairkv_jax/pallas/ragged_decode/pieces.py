@@ -30,6 +30,7 @@ MAX_GROUP = 16
 MAX_HEAD_DIM = 256
 MAX_PAIRS = 8192
 _LIST_ELEMENTS = 8192
+_MANY_PAIRS = 4096
 _INT32_MAX = 2**31 - 1
 
 
@@ -69,6 +70,13 @@ class Sizes:
     def max_tokens(self) -> int:
         """The most tokens of one pair: all entries of the list may be its own."""
         return min(self.num_entries * self.page_size, _INT32_MAX)
+
+    def num_warps(self, usual: int = 4) -> int:
+        """Warps of a program that holds every pair in its registers.
+
+        Beyond 4,096 pairs there are twice as many, because the usual number would spill.
+        """
+        return usual * (2 if self.pairs > _MANY_PAIRS else 1)
 
     @property
     def pieces(self) -> int:
@@ -169,5 +177,12 @@ def list_pieces(
 
     shape = jax.ShapeDtypeStruct((sizes.pieces, 5), jnp.int32)
     programs = pl.cdiv(sizes.pieces, block)
-    kernel = launch(write, "list_pieces", programs, (shape,), interpret=interpret)
+    kernel = launch(
+        write,
+        "list_pieces",
+        programs,
+        (shape,),
+        num_warps=sizes.num_warps(),
+        interpret=interpret,
+    )
     return kernel(lengths.reshape(-1), starts.reshape(-1), layer)[0]

@@ -1,11 +1,12 @@
 """Tile sizes as data: one JSON file per kind of device, in the folder `devices/` beside this.
 
-A file names the kinds that it is for (`match`, a substring of JAX's `device_kind`), the order in
-which implementations are tried there, and one tile per item size and head dimension. `source` says
-whether the figures were measured or estimated.
+A file names the kinds that it is for (`match`, see `is_kind`), the order in which implementations
+are tried there, and one tile per item size and head dimension. `source` says whether the figures
+were measured or estimated.
 """
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
@@ -76,10 +77,18 @@ class DeviceTiles:
         return entry
 
 
+def is_kind(name: str, kind: str) -> bool:
+    """Whether JAX's `device_kind` contains that name, not followed by a digit.
+
+    So "L40" also names an "NVIDIA L40S", but "L4" does not.
+    """
+    return re.search(rf"{re.escape(name)}(?!\d)", kind) is not None
+
+
 def device_tiles(kind: str) -> DeviceTiles:
     """The tiles of that kind of device, or the default ones where no file names it."""
     files = _files()
-    name = next((name for name, tiles in files.items() if tiles.match in kind), _DEFAULT)
+    name = next((name for name, tiles in files.items() if is_kind(tiles.match, kind)), _DEFAULT)
     return files[name]
 
 

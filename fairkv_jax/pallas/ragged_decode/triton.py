@@ -56,7 +56,7 @@ def ragged_decode(
         "ragged_decode",
         sizes.pieces,
         _partials(sizes),
-        **_pipeline(tile),
+        **_pipeline(sizes, tile),
         interpret=interpret,
     )(_rows(q), _flat(Pool(k_pages, v_pages, scales)), *_lists(page_table, lengths), layer)
     return merge_pieces(q, acc, m, l, lengths, layer, sizes, interpret=interpret)
@@ -93,7 +93,7 @@ def append_and_decode(
         "append_and_decode",
         sizes.pieces,
         (*_partials(sizes), written),
-        **_pipeline(tile),
+        **_pipeline(sizes, tile),
         interpret=interpret,
         input_output_aliases=aliases,
     )(_rows(q), flat, *_lists(page_table, lengths), layer, _new_tokens(k, v, pool))
@@ -240,8 +240,8 @@ def _store_tokens(
             plt.store(ref.at[row], jnp.asarray(scales).astype(ref.dtype), mask=mask)
 
 
-def _pipeline(tile: TritonTile) -> dict[str, int]:
-    return {"num_warps": tile.num_warps, "num_stages": tile.num_stages}
+def _pipeline(sizes: Sizes, tile: TritonTile) -> dict[str, int]:
+    return {"num_warps": sizes.num_warps(tile.num_warps), "num_stages": tile.num_stages}
 
 
 def _partials(sizes: Sizes) -> tuple[jax.ShapeDtypeStruct, ...]:
