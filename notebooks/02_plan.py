@@ -186,7 +186,7 @@ tokens = np.outer(published["batches"], published["kept"])
 products = np.unique(tokens)
 panels = {}
 for record in published["records"]:
-    if record["devices"] == 8:
+    if record["devices"] == 8 and record["scorer"] in SCORERS.values():
         ratios = np.array(record["equal_batch"]["fair copying"]["step_ratio"])
         speeds = np.array([ratios[tokens == product].max() for product in products])
         scorer = next(name for name, key in SCORERS.items() if key == record["scorer"])

@@ -118,14 +118,14 @@ kept_positions(
 )
 
 # %% [markdown]
-# Closer: the text around the needle. The darker a token, the more heads keep it. Where the
-# question was in view, the needle stands out. Where it was not, `ada_snapkv` prefers other words,
-# and `duo_attention` treats all words alike: a few heads keep every one of them.
+# Closer: the text around the needle. The darker a token, the more heads keep it. With `snapkv` and
+# `ada_snapkv`, the needle stands out where the question was in view; where it was not, they prefer
+# other words. `streaming_llm` and `duo_attention` do not look at the question: the first drops
+# all of these words, and the second treats them alike, since a few heads keep every one of them.
 
 # %%
 window = slice(max(0, start - 40), stop + 41)
-shown = ("ada_snapkv, in view", "ada_snapkv, unseen", "duo_attention, unseen")
-HTML("".join(kept_text(pieces[window], kept[name][window], name) for name in shown))
+HTML("".join(kept_text(pieces[window], each[window], name) for name, each in kept.items()))
 
 # %% [markdown]
 # ## How many heads keep the number?

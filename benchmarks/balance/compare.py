@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.balance.published import PublishedProfile
+from benchmarks.balance.published import Published, PublishedProfile
 from fairkv_jax.plan import HARDWARE, CostModel, Plan, Profile, Workload, make_plan, simulate
 from fairkv_jax.plan.cost import Objective
 
@@ -132,13 +132,15 @@ def _at(plan: Plan, profile: Profile, objective: Objective) -> Plan | None:
     )
 
 
-def compare(published: PublishedProfile, devices: int, hardware: str) -> dict[str, Any]:
+def compare(published: Published, devices: int, hardware: str) -> dict[str, Any]:
     """Returns the record of one profile on one number of devices, as balance.json holds it.
 
-    `equal_batch` has, for every strategy, tables of figures [batch][kept].
+    `equal_batch` has, for every strategy, tables of figures [batch][kept]. `held_out` is None where
+    all prompts get the same budgets.
     """
-    found = candidates(published.at(KEPT[0]), devices)
-    covered = published.kept.shape[1]
+    found = _candidates_at(published, devices)
+    covered = published.model.budget_layers
+    num_prompts = len(published.lengths(HELD_OUT_KEPT))
     tables: dict[str, list[list[Figures]]] = {name: [] for name in COMPARED}
     for batch in BATCHES:
         cost = published.model.cost(devices, hardware, batch)
@@ -146,7 +148,7 @@ def compare(published: PublishedProfile, devices: int, hardware: str) -> dict[st
             rows.append([])
         for kept in KEPT:
             profile = published.at(kept)
-            plans = choose(found, profile, cost)
+            plans = choose(found[kept], profile, cost)
             for name, plan in plans.items():
                 tables[name][-1].append(Figures.of(plan, plans["static"], profile, covered))
     return {
@@ -155,8 +157,15 @@ def compare(published: PublishedProfile, devices: int, hardware: str) -> dict[st
         "devices": devices,
         "equal_batch": {name: _columns(rows) for name, rows in tables.items()},
         "equal_memory": list(_equal_memory(published, found, devices, hardware)),
-        "held_out": held_out(published, devices, hardware),
+        "held_out": held_out(published, devices, hardware) if num_prompts > 1 else None,
     }
+
+
+def _candidates_at(published: Published, devices: int) -> dict[int, dict[str, list[Plan]]]:
+    """Returns the candidates for every number of kept tokens."""
+    if published.scales:
+        return dict.fromkeys(KEPT, candidates(published.at(KEPT[0]), devices))
+    return {kept: candidates(published.at(kept), devices) for kept in KEPT}
 
 
 def _columns(rows: list[list[Figures]]) -> dict[str, list[list[float]]]:
@@ -168,19 +177,22 @@ def _columns(rows: list[list[Figures]]) -> dict[str, list[list[float]]]:
 
 
 def _equal_memory(
-    published: PublishedProfile, found: dict[str, list[Plan]], devices: int, hardware: str
+    published: Published,
+    found: dict[int, dict[str, list[Plan]]],
+    devices: int,
+    hardware: str,
 ) -> Iterator[dict[str, Any]]:
     """Yields the figures at the batch that fits into the memory, a record per kept tokens.
 
     Nothing is yielded if the weights alone are too large.
     """
     memory = HARDWARE[hardware].memory_bytes * MEMORY_FOR_USE
-    covered = published.kept.shape[1]
+    covered = published.model.budget_layers
     cost = published.model.cost(devices, hardware, BATCHES[-1])
     for kept in KEPT:
         profile = published.at(kept)
         try:
-            plans = choose(found, profile, cost, memory)
+            plans = choose(found[kept], profile, cost, memory)
         except ValueError:
             return
         yield {
@@ -193,7 +205,7 @@ def _equal_memory(
         }
 
 
-def held_out(published: PublishedProfile, devices: int, hardware: str) -> dict[str, Any]:
+def held_out(published: Published, devices: int, hardware: str) -> dict[str, Any]:
     """Plans from half of the prompts and replays requests drawn from the other half.
 
     `routed`: the replica is chosen by the lengths of each request, as in the engine; `fixed`: by

@@ -1,13 +1,17 @@
-"""Published head profiles, and the sizes of the models that they were measured on."""
+"""Published head profiles and head scores, and the sizes of the models that they belong to."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 
-from fairkv_jax.plan import CostModel, ModelShape, Profile
-from fairkv_jax.profile.published import read_retention
+from fairkv_jax.compress.budgets import budgets_per_head
+from fairkv_jax.config import KVConfig
+from fairkv_jax.plan import SHAPES, CostModel, HeadScores, ModelShape, Profile
+from fairkv_jax.profile.published import from_headkv, read_retention, read_table
 
 SOURCE = "github.com/aiha-lab/TANGRAM (arXiv 2606.06302), tools/head_group_clustering/cluster_maps"
 LICENCE = "Apache-2.0"
@@ -15,6 +19,22 @@ SCORERS = {
     "snapkv": "SnapKV", "keydiff": "KeyDiff", "ea": "Expected Attention", "fastkvzip": "FastKVzip"
 }  # fmt: skip
 """Names of the scorers by the end of a profile's file name, the least unbalanced one first."""
+SCORES_SOURCE = (
+    "github.com/mit-han-lab/duo-attention (arXiv 2410.10819), attn_patterns, MIT, and "
+    "github.com/FYYFU/HeadKV (arXiv 2410.19258), Important_Head/head_score"
+)
+DUO_ATTENTION = "duo_attention"
+HEADKV = {"retrieval": "HeadKV retrieval scores", "retrieval_reasoning": "HeadKV reasoning scores"}
+"""Names of HeadKV's scores by the kind of heads in their file names."""
+HEAD_SCORES = {DUO_ATTENTION: "DuoAttention scores"} | {
+    f"headkv_{kind}": name for kind, name in HEADKV.items()
+}
+NAMES = SCORERS | HEAD_SCORES
+"""Names of all scorers and head scores as the records call them."""
+RATIO = 0.8
+"""The fraction of a prompt that budgets from head scores drop."""
+HEADKV_BUDGET = 2048
+"""Mean tokens per head for which HeadKV's scores are turned into budgets."""
 
 
 @dataclass(frozen=True)
@@ -23,7 +43,7 @@ class PublishedModel:
 
     name: str
     file: str
-    """Beginning of the names of its profiles."""
+    """The model in the names of its files."""
     shape: ModelShape
     """For a mixture of experts, `intermediate_size` adds up all experts of a layer."""
     sliding_layers: int = 0
@@ -35,6 +55,11 @@ class PublishedModel:
     experts_per_token: int = 1
     mlp_itemsize: float = 2.0
     """Bytes per weight of the MLPs or experts. All other weights and the KV cache take 2 bytes."""
+
+    @property
+    def budget_layers(self) -> int:
+        """Number of layers that hold the budget, and no sliding window."""
+        return self.shape.num_layers - self.sliding_layers
 
     @property
     def units(self) -> int:
@@ -115,33 +140,80 @@ MODELS = (
     ),
 )
 """Sizes from the models' own config.json. The experts of gpt-oss are published in MXFP4."""
+_LLAMA_3, _MISTRAL = SHAPES["llama-3-8b"], ModelShape(32, 4096, 32, 8, 128, 14336, 32000)
+SCORED_MODELS = (
+    PublishedModel("Llama-3.1-8B", "Meta-Llama-3.1-8B-Instruct", SHAPES["llama-3.1-8b"]),
+    PublishedModel("Llama-3-8B", "Meta-Llama-3-8B-Instruct", _LLAMA_3),
+    PublishedModel("Llama-3-8B-1048k", "Llama-3-8B-Instruct-Gradient-1048k", _LLAMA_3),
+    PublishedModel("Llama-3-8B-4194k", "Llama-3-8B-Instruct-Gradient-4194k", _LLAMA_3),
+    PublishedModel("Mistral-7B-v0.2", "Mistral-7B-Instruct-v0.2", _MISTRAL),
+    PublishedModel(
+        "Mistral-7B-v0.3", "Mistral-7B-Instruct-v0.3", replace(_MISTRAL, vocab_size=32768)
+    ),
+    PublishedModel(
+        "Llama-2-7B-32K",
+        "Llama-2-7B-32K-Instruct",
+        ModelShape(32, 4096, 32, 32, 128, 11008, 32000),
+    ),
+)
+"""Models that head scores were published of. Llama-2 has a KV head per query head."""
 
 
 @dataclass(frozen=True)
-class PublishedProfile:
-    """The tokens that every KV head kept of some prompts, by one scorer."""
+class Published(ABC):
+    """What the KV heads of a model keep, by one scorer or by one table of head scores."""
 
     model: PublishedModel
     scorer: str
-    kept: np.ndarray
-    """float64 [prompts, L, K], without the layers that have a sliding window."""
+    scales: ClassVar[bool]
+    """Whether every head's share of the budget is the same at all budgets."""
+
+    @abstractmethod
+    def lengths(self, mean_kept: int, prompts: slice = slice(None)) -> np.ndarray:
+        """Returns the cached tokens [prompts, L, K] at a mean over all prompts of `mean_kept`.
+
+        Layers with a sliding window are appended. Budgets that all prompts get are one prompt.
+        """
 
     def at(self, mean_kept: int, prompts: slice = slice(None)) -> Profile:
-        """Makes a profile of some prompts, scaled so that all prompts together keep `mean_kept`.
-
-        Layers with a sliding window are appended, at the size of their window.
-        """
+        """Makes a profile of the lengths of some prompts."""
         return Profile.from_samples(
             self.lengths(mean_kept, prompts),
             model=self.model.name,
             policy=self.scorer,
             budget=mean_kept,
-            source=SOURCE,
+            source=SOURCE if self.scorer in SCORERS else SCORES_SOURCE,
         )
 
+
+@dataclass(frozen=True)
+class PublishedProfile(Published):
+    """The tokens that every KV head kept of some prompts, scaled to a budget."""
+
+    kept: np.ndarray
+    """float64 [prompts, L, K], without the layers that have a sliding window."""
+    scales = True
+
     def lengths(self, mean_kept: int, prompts: slice = slice(None)) -> np.ndarray:
-        """Returns the prompts' cached tokens [prompts, L, K], scaled as in `at`."""
         return self.model.lengths((self.kept * (mean_kept / self.kept.mean()))[prompts])
+
+
+@dataclass(frozen=True)
+class DuoAttentionScores(Published):
+    """The budgets that the engine gives heads by DuoAttention's scores at a ratio.
+
+    These are those of `kv_policy="duo_attention"` and `kv_ratio=0.8`. A head either keeps its whole
+    prompt or sinks and recent tokens, whose number is fixed: the longer the prompt, the less even.
+    """
+
+    scores: HeadScores
+    scales = False
+
+    def lengths(self, mean_kept: int, prompts: slice = slice(None)) -> np.ndarray:
+        config = KVConfig(policy=self.scorer, ratio=RATIO, head_scores=self.scores)
+        layers, heads = self.model.budget_layers, self.model.units
+        budgets = budgets_per_head(config, round(mean_kept / (1 - RATIO)), layers, heads)
+        return np.array([budgets], float)[prompts]
 
 
 def read_profiles(folder: Path) -> Iterator[PublishedProfile]:
@@ -158,16 +230,62 @@ def read_profiles(folder: Path) -> Iterator[PublishedProfile]:
                 continue
             found = True
             kept = read_retention(path)
-            size = (model.shape.num_layers - model.sliding_layers, model.units)
-            if kept.shape[1:] != size:
-                raise ValueError(
-                    f"{path} has {kept.shape[1]} layers x {kept.shape[2]} heads, but {model.name} "
-                    f"has {size[0]} x {size[1]} that keep all tokens"
-                )
+            _check_size(path, kept[0], model, model.units)
             yield PublishedProfile(model, scorer, kept)
     if not found:
         raise ValueError(
             f"{folder} holds no profile: put files MODEL__SCORER.npz there, such as "
             f"{MODELS[0].file}__{next(iter(SCORERS))}.npz, of the format retention of "
             "`python -m fairkv_jax.profile import`"
+        )
+
+
+def read_scores(folder: Path) -> Iterator[Published]:
+    """Reads the head scores of all models of `SCORED_MODELS` that the folder holds.
+
+    DuoAttention's are in `duoattention_MODEL.tsv`, HeadKV's in `headkv_MODEL_KIND_heads.tsv`.
+    HeadKV's budgets are those of `HEADKV_BUDGET`, scaled to others, since its window of 8 tokens
+    hardly changes the heads' shares.
+
+    Raises:
+        ValueError: the folder holds none, or a file has other layers or heads than its model.
+    """
+    found = False
+    for model in SCORED_MODELS:
+        path = folder / f"duoattention_{model.file}.tsv"
+        if path.exists():
+            found = True
+            table = read_table(path)
+            _check_size(path, table, model, model.units)
+            # The sinks and recent tokens of the paper's evaluation, as in `from_duo_attention`.
+            scores = HeadScores(model.name, DUO_ATTENTION, table.tolist(), sinks=128, recent=256)
+            yield DuoAttentionScores(model, DUO_ATTENTION, scores)
+        for kind in HEADKV:
+            path = folder / f"headkv_{model.file}_{kind}_heads.tsv"
+            if not path.exists():
+                continue
+            found = True
+            table = read_table(path)
+            _check_size(path, table, model, model.shape.num_heads)
+            profile = from_headkv(
+                table,
+                num_kv_heads=model.units,
+                budget=HEADKV_BUDGET,
+                prompt_tokens=round(HEADKV_BUDGET / (1 - RATIO)),
+            )
+            yield PublishedProfile(model, f"headkv_{kind}", profile.array[None])
+    if not found:
+        raise ValueError(
+            f"{folder} holds no head scores: put files duoattention_MODEL.tsv or "
+            f"headkv_MODEL_KIND_heads.tsv there, such as duoattention_{SCORED_MODELS[0].file}.tsv, "
+            "of the formats of `python -m fairkv_jax.profile import`"
+        )
+
+
+def _check_size(path: Path, table: np.ndarray, model: PublishedModel, heads: int) -> None:
+    """Raises ValueError if a table [L, heads] is not of the model."""
+    if table.shape != (model.budget_layers, heads):
+        raise ValueError(
+            f"{path} has {table.shape[0]} layers x {table.shape[1]} heads, but {model.name} "
+            f"has {model.budget_layers} x {heads} that keep all tokens"
         )

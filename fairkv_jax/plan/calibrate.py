@@ -34,6 +34,12 @@ def calibrate(steps: Sequence[Step], cost: CostModel) -> Calibration:
     `cost` supplies the fields that times do not determine, such as bytes and batch. The steps must
     differ in both slots and tokens; otherwise a, b and rest cannot be determined.
 
+    >>> from fairkv_jax.plan import CostModel, Step, calibrate
+    >>> steps = [Step(64, 1e4, 278e-6), Step(64, 1e5, 728e-6), Step(128, 1e4, 406e-6)]
+    >>> fitted = calibrate(steps, CostModel.tokens_only(batch=8))  # a Calibration
+    >>> f"{fitted.cost.a_seconds * 1e6:.1f} us, {fitted.cost.b_seconds_per_token * 1e9:.1f} ns"
+    '2.0 us, 5.0 ns'
+
     Raises:
         ValueError: there are too few steps, they are too similar, or their times do not depend on
             the tokens.

@@ -16,6 +16,13 @@ _FIELDS = "version, model, method, sinks, recent, scores and source"
 class HeadScores:
     """A score per layer and KV head; heads of higher scores keep whole prompts first.
 
+    >>> from fairkv_jax.plan import HeadScores
+    >>> scores = HeadScores("toy", "gates", scores=((0.9, 0.1), (0.2, 0.7)), sinks=4, recent=64)
+    >>> scores.array.argmax(axis=1).tolist()  # the first head of each layer to keep everything
+    [0, 1]
+    >>> HeadScores.from_json(scores.to_json()) == scores
+    True
+
     Raises:
         ValueError: the scores are not a rectangular table of finite numbers.
     """
@@ -102,6 +109,11 @@ class HeadScores:
 
 
 def shipped_head_scores(model: str) -> HeadScores | None:
-    """Returns the head scores of a model that this package contains, or None."""
+    """Returns the head scores of a model that this package contains, or None.
+
+    >>> from fairkv_jax.plan import shipped_head_scores
+    >>> shipped_head_scores("SmolLM2-135M-Instruct").array.shape  # [L, K]
+    (30, 3)
+    """
     file = resources.files("fairkv_jax.plan") / "profiles" / f"{model}.head_scores.json"
     return HeadScores.from_json(file.read_text(encoding="utf-8")) if file.is_file() else None

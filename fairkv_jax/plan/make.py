@@ -131,6 +131,11 @@ def default_cost(
 
     If the model's shape is unknown, the cost counts cached tokens only.
 
+    >>> from fairkv_jax.plan import Profile, default_cost
+    >>> profile = Profile("Llama-3.1-8B", "snapkv", budget=16_384, tokens=[[16_384] * 8] * 32)
+    >>> default_cost(profile, num_devices=2, hardware="H100").batch  # as many rows as fit
+    60
+
     Args:
         batch: rows of the decode batch; by default as many rows of this profile as the devices'
             memory holds beside the weights, at most MAX_BATCH.

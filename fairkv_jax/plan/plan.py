@@ -34,6 +34,8 @@ class Plan:
     >>> plan = make_plan(Profile.uniform(num_layers=1, num_heads=4, tokens=100), 2, "static")
     >>> plan.head_of_slot().tolist()  # [L, P, C]
     [[[0, 1], [2, 3]]]
+    >>> plan.layers[0][0]
+    Replica(head=0, device=0, share=1.0)
 
     Raises:
         ValueError: a head has no replica, shares do not add to 1, or an index is out of range.

@@ -152,7 +152,14 @@ class Profile:
 
 
 def shipped_profile(model: str, policy: str) -> Profile | None:
-    """Returns the profile of a model and policy that this package contains, or None."""
+    """Returns the profile of a model and policy that this package contains, or None.
+
+    >>> from fairkv_jax.plan import shipped_profile
+    >>> shipped_profile("SmolLM2-135M-Instruct", "ada_snapkv").array.shape  # [L, K]
+    (30, 3)
+    >>> shipped_profile("SmolLM2-135M-Instruct", "snapkv") is None
+    True
+    """
     file = resources.files("fairkv_jax.plan") / "profiles" / f"{model}.{policy}.json"
     return Profile.from_json(file.read_text(encoding="utf-8")) if file.is_file() else None
 

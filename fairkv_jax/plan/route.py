@@ -13,6 +13,12 @@ def route(replicas: np.ndarray, lengths: np.ndarray, load: np.ndarray) -> np.nda
     the least loaded of its devices. Ties go to the device with the smaller total over layers, then
     to the lower index.
 
+    >>> import numpy as np
+    >>> from fairkv_jax.plan import route
+    >>> replicas = np.array([[[True, True], [True, False], [False, True]]])
+    >>> route(replicas, np.array([[500, 100, 300]]), load=np.array([[400, 0]])).tolist()
+    [[1, 0, 1]]
+
     Args:
         replicas: bool [L, K, P], whether a head has a replica on a device; at least one per head.
         lengths: [L, K] cached tokens of the row.
@@ -57,6 +63,15 @@ def route_beyond(
     lighter by more than 5 %, summed over layers, they are selected, and the heads must be copied
     there; otherwise, only those that hold it. The other arguments are those of `route`.
 
+    >>> import numpy as np
+    >>> from fairkv_jax.plan import route_beyond
+    >>> replicas = np.array([[[True, True], [True, False], [False, True]]])
+    >>> holders = np.array([[[True, False], [True, False], [False, True]]])
+    >>> for load in ([[0, 0]], [[400, 0]]):  # the second load is worth a copy of head 0
+    ...     print(route_beyond(replicas, holders, np.array([[500, 100, 300]]), np.array(load)))
+    [[0 0 1]]
+    [[1 0 1]]
+
     Args:
         holders: bool [L, K, P], whether the replica of a head holds the document; at least one per
             head.
@@ -78,6 +93,11 @@ def row_counts(shares: np.ndarray, batch: int) -> np.ndarray:
     Every replica first gets the integer part of share * batch. The remaining rows go to the largest
     fractional parts, one each, and ties to the lower device. So every count differs from
     share * batch by less than 1.
+
+    >>> import numpy as np
+    >>> from fairkv_jax.plan import row_counts
+    >>> row_counts(np.array([0.5, 0.3, 0.2]), batch=8).tolist()
+    [4, 2, 2]
 
     Args:
         shares: [..., P], which sum to 1 over devices.

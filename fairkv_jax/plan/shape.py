@@ -11,7 +11,16 @@ from fairkv_jax.models.params import MLP, SLOT, VOCAB, decoder_params
 
 @dataclass(frozen=True)
 class ModelShape:
-    """The sizes of a decoder, from which the number of its weights follows."""
+    """The sizes of a decoder, from which the number of its weights follows.
+
+    >>> from fairkv_jax.plan import ModelShape
+    >>> shape = ModelShape(
+    ...     num_layers=32, hidden_size=4096, num_heads=32, num_kv_heads=8, head_dim=128,
+    ...     intermediate_size=14336, vocab_size=128256,
+    ... )
+    >>> shape.head_params  # q of 4 heads, k, v, and o of 4 heads
+    5242880
+    """
 
     num_layers: int
     hidden_size: int
@@ -69,5 +78,10 @@ SHAPES: dict[str, ModelShape] = {
 
 
 def find_shape(model: str) -> ModelShape | None:
-    """Returns the shape whose name is contained in the model's name, or None."""
+    """Returns the shape whose name is contained in the model's name, or None.
+
+    >>> from fairkv_jax.plan import find_shape
+    >>> find_shape("meta-llama/Llama-3.1-8B-Instruct").num_kv_heads
+    8
+    """
     return next((shape for known, shape in SHAPES.items() if known in model.lower()), None)

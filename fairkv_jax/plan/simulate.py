@@ -12,6 +12,14 @@ from fairkv_jax.plan.route import route, route_beyond, row_counts
 class Workload:
     """Requests in the order of their arrival.
 
+    >>> import numpy as np
+    >>> from fairkv_jax.plan import Workload
+    >>> lengths = np.array([[[900, 100]], [[700, 300]]])  # [R, L, K]
+    >>> workload = Workload(lengths, arrivals=np.array([0, 3]), new_tokens=np.array([16, 16]))
+    >>> drawn = Workload.drawn(lengths, requests=32, rate=1, new_tokens=20)
+    >>> drawn.lengths.shape
+    (32, 1, 2)
+
     Raises:
         ValueError: the arrays' sizes differ, or a request generates no token.
     """
@@ -93,7 +101,8 @@ def simulate(plan: Plan, workload: Workload, batch: int, *, routed: bool = True)
     >>> cost = CostModel.tokens_only(batch=8)
     >>> for strategy in ("static", "fair_copying"):
     ...     plan = make_plan(profile, 2, strategy, cost=cost)
-    ...     print(f"{strategy:12} {simulate(plan, workload, batch=8).mean_utilization:.2f}")
+    ...     trace = simulate(plan, workload, batch=8)  # a Trace
+    ...     print(f"{strategy:12} {trace.mean_utilization:.2f}")
     static       0.61
     fair_copying 0.93
     """
@@ -149,6 +158,15 @@ def simulate_document(
     The document [L, K] is placed as a first row is. With `copies`, its heads are copied to other
     replicas as the engine does, see `route_beyond`; otherwise, every row is served where the
     document lies. Each row holds `new_tokens` more per head.
+
+    >>> from fairkv_jax.plan import CostModel, Profile, make_plan, simulate_document
+    >>> profile = Profile("toy", "ada_snapkv", budget=300, tokens=[[900, 100, 100, 100]])
+    >>> plan = make_plan(profile, 2, cost=CostModel.tokens_only(batch=8))
+    >>> for copies in (False, True):  # a SharedDocument each
+    ...     found = simulate_document(plan, profile.array, rows=8, new_tokens=20, copies=copies)
+    ...     print(f"{found.utilization:.2f}, copied {found.copied:.2f} of the document")
+    0.62, copied 0.00 of the document
+    1.00, copied 0.83 of the document
     """
     replicas = plan.replicas()
     num_layers, num_heads, devices = replicas.shape

@@ -106,6 +106,14 @@ def from_retention(
 def read_table(path: str | Path) -> np.ndarray:
     """Reads a tab-separated table with a row per layer, as float64 [L, heads].
 
+    >>> import pathlib, tempfile
+    >>> from fairkv_jax.profile import read_table
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     path = pathlib.Path(folder, "scores.tsv")
+    ...     _ = path.write_text("0.9\\t0.1\\n0.2\\t0.7\\n")
+    ...     read_table(path).tolist()
+    [[0.9, 0.1], [0.2, 0.7]]
+
     Raises:
         ValueError: the file is empty or not rectangular, or a value is not a finite number.
     """
@@ -122,6 +130,14 @@ def read_headkv_json(path: str | Path) -> np.ndarray:
     """Reads HeadKV's JSON format as float64 [L, N].
 
     The file is an object {"layer-head": score or list of scores}; lists are averaged.
+
+    >>> import json, pathlib, tempfile
+    >>> from fairkv_jax.profile import read_headkv_json
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     path = pathlib.Path(folder, "scores.json")
+    ...     _ = path.write_text(json.dumps({"0-0": [0.25, 0.75], "0-1": 0.125}))
+    ...     read_headkv_json(path).tolist()
+    [[0.5, 0.125]]
 
     Raises:
         ValueError: the file has another format, or a head is missing.
@@ -155,6 +171,11 @@ def from_duo_attention(
     """Makes a profile by DuoAttention (arXiv 2410.10819).
 
     Retrieval heads keep every token. Streaming heads keep the first and the most recent tokens.
+
+    >>> import numpy as np
+    >>> from fairkv_jax.profile import from_duo_attention
+    >>> from_duo_attention(np.array([[0.9, 0.1], [0.2, 0.7]]), prompt_tokens=4096).tokens
+    ((4096.0, 384.0), (384.0, 4096.0))
 
     Args:
         scores: [L, K] per KV head; heads whose score is above the quantile are retrieval heads.
@@ -198,6 +219,12 @@ def from_headkv(
     the rest. The pool is distributed in proportion to the scores. Scores of the query heads of a
     group are averaged, because the group shares one cache. Tokens beyond the prompt's length are
     redistributed to the other heads.
+
+    >>> import numpy as np
+    >>> from fairkv_jax.profile import from_headkv
+    >>> scores = np.array([[0.3, 0.1, 0.0, 0.0], [0.2, 0.2, 0.1, 0.1]])  # 4 query heads
+    >>> from_headkv(scores, num_kv_heads=2, budget=108, prompt_tokens=4096).array.round().tolist()
+    [[158.0, 25.0], [158.0, 91.0]]
 
     Args:
         scores: [L, N], at least 0, per query head.

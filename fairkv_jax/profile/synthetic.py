@@ -28,6 +28,12 @@ def synthetic_profile(
     each layer so that std / mean of the heads' tokens has a value that is drawn around `imbalance`,
     as far as the minimum allows. The mean over the heads of every layer is exactly the budget.
 
+    >>> from fairkv_jax.plan import find_shape
+    >>> from fairkv_jax.profile import synthetic_profile
+    >>> profile = synthetic_profile(find_shape("llama-3.1-8b"), budget=1024, imbalance=0.5)
+    >>> profile.array.shape, round(float(profile.array.mean()))
+    ((32, 8), 1024)
+
     Args:
         budget: mean tokens per head, including the window.
         imbalance: mean over layers of std / mean of the heads' tokens; 0 makes all heads equal.
