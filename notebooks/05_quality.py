@@ -26,6 +26,9 @@
 #
 #     python -m fairkv_jax.evaluate --methods duo_attention,ada_snapkv --ratios 0.8,0.9 ...
 #
+# It also has lines of other runs. As in [docs/quality.md](../docs/quality.md), the first 10
+# documents of each task and these two methods are drawn.
+#
 # A question was asked in one of two ways. *In view*: document and question are one prompt, and are
 # compressed together. *After compression*: the document was compressed first, as a cached document
 # is. The thin bars are 95 % intervals. A few documents leave them wide, and that is part of the
@@ -77,7 +80,9 @@ def panels_of(found, title):
 
 lines = Path("../benchmarks/results/quality.jsonl").read_text(encoding="utf-8").splitlines()
 records = [json.loads(line) for line in lines]
-rows = [Row(**record) for record in records if "task" in record]
+answers = [Row(**record) for record in records if "task" in record]
+drawn = ("full", "duo_attention", "ada_snapkv")
+rows = [row for row in answers if row.sample < 10 and row.method in drawn]
 found = figures(rows, by_length=False)
 panels = {}
 for task, name in TASKS.items():
@@ -86,8 +91,8 @@ for task, name in TASKS.items():
 after = panels["one fact, asked after compression"]
 scores = {method: line.y[list(line.x).index(1)] for method, line in after.items()}  # a fifth kept
 best, worst = (choose(scores, key=scores.get) for choose in (max, min))
-counts = [cell.score.n for cell in found]
-print(f"{len(rows)} answers; every point is the mean of {min(counts)} to {max(counts)} documents")
+(count,) = {cell.score.n for cell in found}
+print(f"{len(rows)} answers; every point is the mean of {count} documents")
 curves(
     panels,
     f"A fifth kept, and asked after compression: {best} answers {scores[best]:.0%}, {worst} "
