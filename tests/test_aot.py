@@ -2,6 +2,8 @@
 parts are installed, the engine's own decode step."""
 
 import dataclasses
+import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import jax
@@ -35,6 +37,22 @@ KERNELS = {
     ("h200", "auto"): {"append_and_decode", "merge_pieces"},
     ("h200", "mosaic"): {"list_pieces", "ragged_decode_mosaic_gpu_kernel", "merge_pieces"},
 }
+
+
+@pytest.fixture(scope="module", autouse=True)
+def optimised() -> Iterator[None]:
+    """Compiles with XLA's usual optimisations, without which its own kernels spill.
+
+    Programs for GPUs that are not here cannot be read back from the cache of compiled programs.
+    """
+    jax.config.update("jax_disable_most_optimizations", False)
+    jax.config.update("jax_enable_compilation_cache", False)
+    yield
+    jax.config.update("jax_enable_compilation_cache", True)
+    usual = os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] == "true"
+    jax.config.update("jax_disable_most_optimizations", usual)
+
+
 ASSEMBLER = """\
 ptxas info    : Compiling entry function 'append_and_decode' for 'sm_90a'
 ptxas info    : Function properties for append_and_decode
