@@ -35,7 +35,7 @@ for one layer. A program with 100 variables takes about 0.3 s, one with 400 seve
 BETTER = 1 - 1e-9
 """More replicas or slots are used only if the gain exceeds rounding errors."""
 STALE = 2
-"""The search ends after this many consecutive slot counts without a gain."""
+"""The search ends after this many consecutive slot counts without a gain, where slots cost time."""
 MAX_PASSES = 20
 
 
@@ -247,7 +247,9 @@ def find_frontier(
     mean = float(search.layer_weights.sum() / search.devices)
     tables: list[Table] = []
     best: list[Candidate] = []
-    stale = 0
+    stale, is_small = 0, search.weights.shape[1] <= MANY_HEADS
+    # Without a gain for long, more slots still help where a device is full of light heads.
+    patience = most_slots if is_small and not objective.cost.a_seconds else STALE
     worth = 1 - tolerance(search.weights.shape[1])
     for table in search.tables(most_slots):
         if tables:
@@ -263,13 +265,13 @@ def find_frontier(
         best += [best[-1]] * (len(found) - len(best))
         better = [_better(*pair) for pair in zip(best, found, strict=True)]
         if tables:
-            if search.weights.shape[1] > MANY_HEADS:
+            if not is_small:
                 gained = any(new is not old for new, old in zip(better, best, strict=True))
             else:
                 before = tables[-1].extended(len(table.peaks))
                 gained = bool((table.peaks < before.peaks * (1 - 1e-7)).any())
             stale = 0 if gained else stale + 1
-            if stale == STALE:
+            if stale == patience:
                 break
         best = better
         tables.append(table)
