@@ -69,8 +69,9 @@ def attend_to_prompt(
     softmax = jnp.zeros(queries.shape), nothing - jnp.inf, nothing
     if prefix is not None:
         softmax = _add_prefix(softmax, queries, prefix)
+    first = 0 if begins is None else begins[0] // size
     blocks = (start + num_queries - 1) // size + 1
-    acc, _, l = jax.lax.fori_loop(0, blocks, add, softmax)
+    acc, _, l = jax.lax.fori_loop(first, blocks, add, softmax)
     out = (acc / l[..., None]).astype(q.dtype).reshape(slots, group, num_queries, head_dim)
     return out.transpose(2, 0, 1, 3)
 

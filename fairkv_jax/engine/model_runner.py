@@ -155,8 +155,8 @@ class ModelRunner:
             table = self.programs.write_tables()(self.cache.page_table, part)
             self.cache = replace(self.cache, page_table=table)
         self._replicate_pages(output.replications_before_insertion)
-        if output.insertion is not None:
-            self._insert(output.insertion)
+        for insertion in output.insertions:
+            self._insert(insertion)
         self._replicate_pages(output.replications_before_prefill)
         prefill = None if output.prefill is None else self._prefill(output.prefill)
         compressed = tuple(map(self._compress_row, output.compressions))

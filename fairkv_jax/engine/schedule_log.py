@@ -293,6 +293,10 @@ def _without_tokens(output: SchedulerOutput) -> SchedulerOutput:
     Bitmasks follow an output: where a grammar allows a single token, they reveal it.
     """
     prefill, insertion, decode = output.prefill, output.insertion, output.decode
+    more = tuple(
+        replace(each, output_token_ids=[0] * len(each.output_token_ids))
+        for each in output.more_insertions
+    )
     if prefill is not None:
         new = prefill.new_request
         if new is not None:
@@ -317,7 +321,9 @@ def _without_tokens(output: SchedulerOutput) -> SchedulerOutput:
         insertion = replace(insertion, output_token_ids=zeros, fork=fork)
     if decode is not None:
         decode = replace(decode, grammar_bitmasks={})
-    return replace(output, prefill=prefill, insertion=insertion, decode=decode)
+    return replace(
+        output, prefill=prefill, insertion=insertion, more_insertions=more, decode=decode
+    )
 
 
 def _without_texts(request: NewRequest) -> NewRequest:

@@ -60,7 +60,7 @@ class Scheduler:
 
     One prompt at a time is prefilled, that of the oldest waiting request, while a row is free.
     Where it is short and kept whole, such prompts of the requests behind it follow in the same
-    chunks, as many as there are rows for; they get their rows one after the other.
+    chunks, as many as there are rows for.
     While other requests decode, its chunks take about as long as one or two decode steps between
     two steps. A request whose prefill is done and that waits for pages delays no running request.
     When pages run out, prefixes that no request uses are evicted; then the newest request is
@@ -171,15 +171,19 @@ class Scheduler:
         """
         if not len(self) or self._must_wait():
             return None
-        insertion = self._insert()
+        insertion, more_insertions = self._insert(), []
+        while insertion is not None and self.waiting and self.waiting[0].is_prefilled:
+            another = self._insert()  # it was prefilled in a row with the first
+            if another is None:
+                break
+            more_insertions.append(another)
         for_insertion = self.prefixes.take_replications()
         inserts_prefix = insertion is not None and not insertion.is_last
         # A prefix is shared only after it has been written, by the next output.
         request = None if inserts_prefix else self._next_to_prefill()
         for_prefill = self.prefixes.take_replications()
         attempt = 0 if request is None else request.attempt
-        is_next = insertion is not None and bool(self.waiting) and self.waiting[0].is_prefilled
-        is_awaited = is_next or inserts_prefix or request is not None or self._prefill_is_in_flight
+        is_awaited = inserts_prefix or request is not None or self._prefill_is_in_flight
         decode, preempted = self._decode(timings, one_step=is_awaited)
         compressions = () if decode is None else self._compress(decode)
         prefill = None
@@ -202,6 +206,7 @@ class Scheduler:
             compressions=compressions,
             replications_before_insertion=for_insertion,
             replications_before_prefill=for_prefill,
+            more_insertions=tuple(more_insertions),
         )
         self._index += 1
         self._finished, self._released, self._resets_cache = [], [], False

@@ -162,6 +162,13 @@ class SchedulerOutput:
     """Heads of prefixes that are copied, so that other replicas can serve rows that share them."""
     replications_before_prefill: tuple[PageReplication, ...] = ()
     """The same; their pages may be in use until the insertion is done."""
+    more_insertions: tuple[Insertion, ...] = ()
+    """Of prompts that were prefilled in a row with the one of `insertion`."""
+
+    @property
+    def insertions(self) -> tuple[Insertion, ...]:
+        """All insertions, in their order."""
+        return () if self.insertion is None else (self.insertion, *self.more_insertions)
 
 
 @dataclass(frozen=True)

@@ -27,12 +27,12 @@ _IN_GRAPHS = (
 
 Older versions cannot capture the sums over the devices, and with them the loop over layers.
 """
-_GRAPH_OPTIONS: dict[str, str | bool | int] = {
+_GRAPH_OPTIONS: dict[str, Any] = {
     "xla_gpu_enable_command_buffer": ",".join(_IN_GRAPHS),
     "xla_gpu_command_buffer_unroll_loops": True,
 }
 
-GPU_COMPILER_OPTIONS: dict[str, str | bool | int] = {
+GPU_COMPILER_OPTIONS: dict[str, Any] = {
     "xla_gpu_enable_triton_gemm": False,
     "xla_gpu_dot_merger_threshold_mb": 0,
     **(_GRAPH_OPTIONS if jax.__version_info__ >= (0, 12) else {}),
@@ -48,7 +48,7 @@ graph instead of one a layer.
 """
 
 
-def compiler_options(mesh: Mesh, *, int8: bool) -> dict[str, str | bool | int]:
+def compiler_options(mesh: Mesh, *, int8: bool) -> dict[str, Any]:
     """Returns XLA's compiler options for the devices of a mesh.
 
     int8 weights use XLA's own matrix products, which convert the weights while they read them.

@@ -74,8 +74,8 @@ class FakeDevice:
         self.entries.reshape(-1)[update.entry_index] = update.entry_value
         self.starts.flat[update.start_index] = update.start_value
         self._replicate(output.replications_before_insertion)
-        if output.insertion is not None:
-            self._insert(output)
+        for insertion in output.insertions:
+            self._insert(insertion)
         self._replicate(output.replications_before_prefill)
         prefill = self._prefill(output.prefill) if output.prefill is not None else None
         compressed = tuple(map(self._compress, output.compressions))
@@ -158,9 +158,7 @@ class FakeDevice:
             prompt = self._contents(name, layer, int(self.layout.head_of_slot[layer, slot]))
             assert found.tolist() == prompt.tolist()
 
-    def _insert(self, output: SchedulerOutput) -> None:
-        insertion = output.insertion
-        assert insertion is not None
+    def _insert(self, insertion: Insertion) -> None:
         row, name = insertion.row, insertion.request_id
         assert row not in self.rows, "the row is in use"
         if insertion.fork is not None:

@@ -9,6 +9,7 @@ import pytest
 from fairkv_jax import LLM, SamplingParams
 from fairkv_jax.checkpoint import open_checkpoint
 from fairkv_jax.config import EngineConfig, KVConfig
+from fairkv_jax.engine.llm_engine import LLMEngine
 from fairkv_jax.engine.prefill_chunking import Packing
 from fairkv_jax.engine.scheduler_output import PrefillChunks
 from tests.engine.drive import check_idle, check_owners, greedy, random_prompt, request, run
@@ -65,9 +66,17 @@ def test_they_change_no_token(tiny_checkpoint: Path, num_devices: int):
         request(str(index), prompt, params)
         for index, (prompt, params) in enumerate(zip(PROMPTS, PARAMS, strict=True))
     ]
-    outputs = run(llm.engine, requests, check_owners)
+    rows_at_once = []
+
+    def check(engine: LLMEngine) -> None:
+        check_owners(engine)
+        rows_at_once.append(len(engine.scheduler.running))
+
+    outputs = run(llm.engine, requests, check)
     assert prompts_of(begun)[0] == 4  # as many as there are rows; 53 tokens in two chunks
     assert sum(prompts_of(begun)) == len(PROMPTS)
+    # All that need a row get it at once: none waits for the others' decode steps.
+    assert next(filter(None, rows_at_once)) == 3
     assert llm.engine.stats().compilations == compiled
     for index, want in enumerate(alone):
         (got,) = outputs[str(index)].outputs
