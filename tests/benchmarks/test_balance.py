@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from benchmarks.balance import compare, published
-from benchmarks.balance.__main__ import measure
+from benchmarks.balance.measure import measure
 from benchmarks.balance.published import (
     MODELS,
     SCORED_MODELS,

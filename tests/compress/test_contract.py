@@ -96,6 +96,8 @@ class Prefill:
         self.carry: PrefillCarry = start_prefill(
             self.model,
             jnp.array(PROMPT),
+            jnp.int32(0),
+            jnp.zeros(len(PROMPT), jnp.int32),
             mesh=self.mesh,
             chunk_size=CHUNK,
             methods=methods,
