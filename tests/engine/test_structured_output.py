@@ -16,6 +16,7 @@ from tokenizers import decoders, models
 
 from fairkv_jax.checkpoint import open_checkpoint
 from fairkv_jax.checkpoint.fetch import DEMO_MODEL
+from fairkv_jax.config import GrammarLimits
 from fairkv_jax.engine.structured_output import GrammarCompiler, GrammarMatcher
 from fairkv_jax.sampling_params import StructuredOutputsParams
 from fairkv_jax.tokenizer import Tokenizer
@@ -76,7 +77,7 @@ def tokenizer(tiny_checkpoint: Path) -> Tokenizer:
 
 @pytest.fixture(scope="module")
 def grammars(tokenizer: Tokenizer) -> GrammarCompiler:
-    return GrammarCompiler(tokenizer, 384)
+    return GrammarCompiler(tokenizer, 384, GrammarLimits(timeout_s=60.0))  # also on a busy machine
 
 
 def allowed(matcher: GrammarMatcher) -> list[int]:
