@@ -2,8 +2,8 @@
 
     python -m benchmarks.short_prompts --output result.json
 
-Prompts that are prefilled in a row, in the same chunks, are compared with prompts that are
-prefilled one after the other, in turns and by one engine.
+Prompts that are packed into the same chunks are compared with prompts that are prefilled one after
+the other, in turns and by one engine.
 """
 
 import json
@@ -61,7 +61,7 @@ def measure() -> dict[str, Any]:
     ]
     packing = engine.scheduler.packing
     assert packing is not None
-    ways = {"one after the other": None, "in a row": packing}
+    ways = {"one after the other": None, "packed": packing}
     found: dict[str, list[list[float]]] = {name: [] for name in ways}
     for turn in range(1 + _REPEATS.value):
         for name, way in ways.items():
@@ -82,7 +82,7 @@ def measure() -> dict[str, Any]:
         "prompts": _PROMPTS.value,
         "tokens": _TOKENS.value,
         "devices": _DEVICES.value,
-        "most_tokens_in_a_row": packing.max_tokens,
+        "most_packed_tokens": packing.max_tokens,
         "load_average": os.getloadavg()[0],
         "seconds_to_first_token": medians,
         "last_over_one_after_the_other": together["last"] / apart["last"],

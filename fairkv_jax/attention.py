@@ -46,8 +46,8 @@ def attend_to_prompt(
     With `prefix`, k and v are those of the prompt's suffix, `start` counts from the suffix's first
     token, and every query also attends over the whole prefix.
 
-    With `begins`, the prompt is several in a row, and each query attends to its own from this token
-    on.
+    With `begins`, several prompts are packed, one after the other: a query sees no token before its
+    own prompt's first one, whose index this is. Blocks of keys that no query sees are not read.
 
     The sums are in float32. Memory follows the block of queries and not the prompt, and keys that
     come after the block are never read. T is at most `KEY_BLOCK`, or a multiple of it.

@@ -224,10 +224,23 @@ def lower_logits_at(shapes: PrefillShapes) -> Lowered:
 def logits_at(
     model: Model, hidden: Float[Array, "T D"], index: Int[Array, ""], *, mesh: Mesh
 ) -> Float[Array, "V"]:
-    """Returns the logits of what follows a token of a prefill that has run all its chunks."""
+    """Returns the logits of what follows one token, see `logits_of`."""
+    return logits_of(model, hidden, index, mesh=mesh, block=1)[0]
 
-    def local(model: Model, hidden: Array, index: Array) -> Array:
-        return model.logits(jax.lax.dynamic_slice_in_dim(hidden, index, 1))[0]
+
+@partial(jax.jit, static_argnames=("mesh", "block"))
+def logits_of(
+    model: Model,
+    hidden: Float[Array, "T D"],
+    start: Int[Array, ""],
+    *,
+    mesh: Mesh,
+    block: int,
+) -> Float[Array, "block V"]:
+    """Returns the logits of `block` positions of a prefill that has run all its chunks."""
+
+    def local(model: Model, hidden: Array, start: Array) -> Array:
+        return model.logits(jax.lax.dynamic_slice_in_dim(hidden, start, block))
 
     whole = PartitionSpec()
     run = jax.shard_map(
@@ -237,7 +250,7 @@ def logits_at(
         out_specs=whole,
         check_vma=False,
     )
-    return run(model, hidden, index)
+    return run(model, hidden, start)
 
 
 def _run_chunks_local(

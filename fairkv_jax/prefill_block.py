@@ -80,7 +80,7 @@ def run_block(
         contributes: the slots whose attention counts, one replica of each head.
         first_position: position of the first hidden state.
         num_before: tokens whose keys and values come before those of the hidden states.
-        begins: index of the first token of each token's own prompt, where several are in a row.
+        begins: index of the first token of each token's own prompt, where several are packed.
         prefix: what comes before all of them, in the KV cache.
         has_int8_cache: whether keys and values are rounded as they will be in the cache. Then it
             does not matter which of them a token finds there, and which beside itself.

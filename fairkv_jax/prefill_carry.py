@@ -55,7 +55,7 @@ class CompressedPrefix:
 class PrefillCarry:
     """A prompt on its way through the layers; donated to every program that continues it.
 
-    It may be several prompts in a row, which do not see each other.
+    It may be several packed prompts, one after the other, which do not see each other.
     """
 
     first_position: Int[Array, ""]

@@ -41,9 +41,9 @@ class PrefillTask:
     keeps_whole: bool
     carry: PrefillCarry
     packed: tuple[NewRequest, ...] = ()
-    """Requests whose prompts follow in the same chunks."""
+    """Requests whose prompts are packed behind the first, in the same chunks."""
     waiting: set[str] = field(default_factory=set)
-    """Requests whose part has not been inserted into a row; without `packed` it is one."""
+    """Ids of the requests whose prompts have not been inserted into rows."""
     prompt_logprobs: list[Sampled] = field(default_factory=list)
     """Per block, as `score_prompt` gives them; perhaps not computed yet."""
     progress: Any = None
@@ -51,11 +51,10 @@ class PrefillTask:
     repetition: RepetitionCarry | None = None
     """The repetition of the prompt that is under way."""
 
-    @property
-    def prompt_token_ids(self) -> list[int]:
-        """The prompt up to the end of the segment."""
+    def prompt(self, place: int = 0) -> list[int]:
+        """The prompt of one of the requests, up to the end of the segment."""
         before = [] if self.cached_prefix is None else self.cached_prefix.token_ids
-        return [*before, *self.request.prompt_token_ids]
+        return [*before, *self.requests[place].prompt_token_ids]
 
     @property
     def requests(self) -> tuple[NewRequest, ...]:

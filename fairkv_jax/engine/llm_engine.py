@@ -20,7 +20,6 @@ from fairkv_jax.engine.execution import Execution
 from fairkv_jax.engine.kv_cache_manager import KVCacheManager
 from fairkv_jax.engine.model_runner import ModelRunner
 from fairkv_jax.engine.output_processor import OutputProcessor, answer_token_ids
-from fairkv_jax.engine.prefill_chunking import Packing
 from fairkv_jax.engine.prefix_cache import Prefix
 from fairkv_jax.engine.prefix_registry import PrefixRegistry
 from fairkv_jax.engine.request import (
@@ -87,7 +86,7 @@ class LLMEngine:
             self.output_processor.grammar_bitmask,
             engine_config.prefix_cache_fraction,
             self.runner.decode_compression,
-            Packing.of(self.model_config, engine_config, kv_config),
+            self.runner.packing,
         )
         self.prefixes = PrefixRegistry(self.model_config, kv_config)
         """Prefixes that have been cached by requests, see `Request.caches_prefix`."""

@@ -30,7 +30,7 @@ from fairkv_jax.engine.execution import (
     PrefillTask,
 )
 from fairkv_jax.engine.page_tables import PageCopies, PageReplication
-from fairkv_jax.engine.prefill_chunking import prefill_bucket
+from fairkv_jax.engine.prefill_chunking import Packing, prefill_bucket
 from fairkv_jax.engine.prefill_runner import PrefillRunner
 from fairkv_jax.engine.programs import Programs
 from fairkv_jax.engine.scheduler_output import (
@@ -102,6 +102,7 @@ class ModelRunner:
         """How the model is told to repeat a prompt; None where no method needs that."""
         if instruction is None and kv_config.repeats_prompt:
             self.instruction = RepeatInstruction.of(checkpoint.tokenizer(), kv_config.replay_suffix)
+        self.packing = Packing.of(self.model_config, config, kv_config)
         shapes = StepShapes(self.mesh, self.model_config, self.layout, self.cache_spec, self.model)
         self.programs = Programs(
             shapes,
@@ -109,6 +110,7 @@ class ModelRunner:
             kv_config,
             self.methods,
             self.instruction,
+            self.packing,
             self.decode_method,
             self._row_buckets,
             show=progress,
@@ -240,7 +242,7 @@ class ModelRunner:
         `request` is one with the same prompt; None: the task's own.
         """
         return self._sample_first(
-            task.prefix.logits, task.prompt_token_ids, request or task.request, grammar_bitmask
+            task.prefix.logits, task.prompt(), request or task.request, grammar_bitmask
         )
 
     def warm_up(
@@ -306,11 +308,9 @@ class ModelRunner:
             return
         task = self._task
         assert task is not None
-        ids = [each.request_id for each in task.requests]
-        place = ids.index(insertion.request_id)
+        place = [each.request_id for each in task.requests].index(insertion.request_id)
         request, num_after = task.requests[place], task.shape.num_tokens - task.ends[place]
-        before = [] if task.cached_prefix is None else task.cached_prefix.token_ids
-        known = [*before, *request.prompt_token_ids, *insertion.output_token_ids]
+        known = [*task.prompt(place), *insertion.output_token_ids]
         has_prefix = task.cached_prefix is not None
         program = self.programs.insert(task.shape.bucket, has_prefix=has_prefix)
         row, lengths = insertion.row, insertion.slot_lengths
@@ -400,7 +400,7 @@ class ModelRunner:
         if stop < task.shape.num_tokens:
             logits_at = self.programs.logits_at(task.shape.bucket)
             logits = logits_at(self.model, task.carry.hidden, np.int32(stop - 1))
-        return self._sample_first(logits, request.prompt_token_ids, request, None)
+        return self._sample_first(logits, task.prompt(place), request, None)
 
     def _sample_first(
         self,

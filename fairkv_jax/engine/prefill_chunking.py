@@ -7,6 +7,7 @@ the prompt's own log-probabilities, if requested:
     layer 0: 0, 1, .. | layer 1: n, n + 1, .. | ... | repetitions | log-probabilities
 """
 
+from bisect import bisect_left
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -19,7 +20,7 @@ from fairkv_jax.config import EngineConfig, KVConfig, ModelConfig
 MIN_PREFILL_BUCKET = 32
 _MAX_PACKED_PROMPTS = 16
 _MAX_PACKED_CHUNKS = 2
-"""Chunks of each layer that prompts in a row take at most: more would delay the first of them."""
+"""Chunks of each layer that packed prompts take at most: more would delay the first of them."""
 _LOGPROBS_BLOCK = 128
 """Prompt tokens whose logits are on the devices at a time."""
 
@@ -137,9 +138,9 @@ def prefill_bucket(num_tokens: int, config: EngineConfig) -> int:
 
 @dataclass(frozen=True)
 class Packing:
-    """Which short prompts are prefilled in a row, in the same chunks.
+    """Which short prompts are packed: prefilled one behind the other, in the same chunks.
 
-    What is in a row is kept whole, so it is no longer than a prompt that the engine keeps whole.
+    Together they are no longer than a prompt that the engine keeps whole.
     """
 
     max_tokens: int
@@ -159,7 +160,8 @@ class Packing:
         def work(num_tokens: int) -> np.ndarray:
             return PrefillChunking.of(num_tokens, model, config, wants_logprobs=False).work(model)
 
-        max_tokens = next(filter(is_whole, range(most, 0, -1)), 0)
+        # Shorter prompts than one that is kept whole are kept whole too.
+        max_tokens = bisect_left(range(1, most + 1), True, key=lambda n: not is_whole(n))
         return cls(max_tokens, min(_MAX_PACKED_PROMPTS, config.max_num_seqs), work)
 
 

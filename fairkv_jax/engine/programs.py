@@ -61,6 +61,7 @@ class Programs:
         kv_config: KVConfig,
         methods: tuple[Method, ...],
         instruction: RepeatInstruction | None,
+        packing: Packing,
         decode_method: Method | None = None,
         row_buckets: Sequence[int] = (),
         *,
@@ -69,6 +70,7 @@ class Programs:
         """Compiles nothing yet.
 
         Args:
+            packing: which prompts are prefilled together.
             decode_method: how rows are compressed while they decode.
             row_buckets: the sizes of the programs that do it.
             show: whether to show a progress bar while many programs are compiled.
@@ -78,7 +80,7 @@ class Programs:
         self._decode_method, self._row_buckets = decode_method, row_buckets
         self._compiled: dict[tuple[str, int], Compiled] = {}
         self.max_table_writes = max_table_writes(shapes)
-        self._packing = Packing.of(shapes.config, config, kv_config)
+        self._packing = packing
 
     @property
     def num_compiled(self) -> int:
@@ -149,7 +151,7 @@ class Programs:
         return sorted({prefill_bucket(length, self._config) for length in lengths})
 
     def _packed_buckets(self, lengths: Iterable[int]) -> list[int]:
-        """The sizes of several prompts of such lengths in a row; none where none fit."""
+        """The sizes of packed prompts of such lengths; none where no two fit."""
         least, most = 2 * min(lengths, default=0), self._packing.max_tokens
         if not least or self._packing.max_prompts == 1:
             return []

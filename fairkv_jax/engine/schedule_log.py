@@ -121,7 +121,7 @@ class LoggedTokens:
     tokens: list[list[int]]
     """For each decode step, the tokens of the decoded rows in the order of `Decode.rows`."""
     other_first_tokens: list[int] = field(default_factory=list)
-    """Those of `PrefillChunks.also_samples`."""
+    """Those of `PrefillChunks.also_samples` and `PrefillChunks.packed`."""
 
 
 LogEntry = Header | SchedulerOutput | LoggedTokens

@@ -48,7 +48,7 @@ class ScheduledRequest:
     chunks_scheduled: int = 0
     """Chunks of that segment that have been scheduled."""
     packed_work: np.ndarray | None = None
-    """Multiply-adds of each chunk, where the prompts of other requests follow in them."""
+    """Multiply-adds of each chunk, where prompts of other requests are packed behind its own."""
     head_lengths: np.ndarray | None = None
     """[L, K] kept tokens of that segment, once its prefill is done and while the result has not
     been inserted."""
@@ -105,7 +105,7 @@ class ScheduledRequest:
 
     @property
     def can_be_packed(self) -> bool:
-        """Whether its prompt may be prefilled in a row with others, of which nothing is dropped."""
+        """Whether its prompt may be packed with others: only prompts that are kept whole are."""
         segment, request = self.segments[0], self.request
         return (
             len(self.segments) == 1

@@ -52,19 +52,20 @@ class _InFlight:
     peers: tuple[ScheduledRequest, ...] = ()
     """Requests with the same prompt, in the order of `PrefillChunks.also_samples`."""
     packed: tuple[tuple[ScheduledRequest, int], ...] = ()
-    """Requests whose prompts follow in the same chunks, each with its attempt."""
+    """Requests whose prompts are packed behind that of `prefill`, each with its attempt."""
 
 
 class Scheduler:
     """First come, first served; under pressure the newest request gives way to the older ones.
 
     One prompt at a time is prefilled, that of the oldest waiting request, while a row is free.
-    Where it is short and kept whole, such prompts of the requests behind it follow in the same
-    chunks, as many as there are rows for.
     While other requests decode, its chunks take about as long as one or two decode steps between
     two steps. A request whose prefill is done and that waits for pages delays no running request.
     When pages run out, prefixes that no request uses are evicted; then the newest request is
     preempted: its prompt is prefilled again later, and its tokens are replayed.
+
+    Short prompts that are kept whole are packed: those of the requests next in the queue are
+    prefilled in the same chunks, as many as fit and as there are rows for.
 
     A prompt of several segments is prefilled one after the other, from the longest prefix on that
     is cached. A segment that follows another is prefilled in a row that begins with what is kept
@@ -100,9 +101,9 @@ class Scheduler:
         self._grammar_bitmask = grammar_bitmask
         self._compression = decode_compression
         self.packing = packing
-        """None: no prompts are prefilled in a row."""
+        """None: no prompts are packed."""
         self._packed: tuple[tuple[ScheduledRequest, int], ...] = ()
-        """Requests whose prompts follow that of the prefill under way, each with its attempt."""
+        """Requests whose prompts are packed in the prefill under way, each with its attempt."""
         self._rows = Rows(kv_cache, self.prefixes, decode_compression)
         self._in_flight: deque[_InFlight] = deque()
         self._index = 0
@@ -173,7 +174,7 @@ class Scheduler:
             return None
         insertion, more_insertions = self._insert(), []
         while insertion is not None and self.waiting and self.waiting[0].is_prefilled:
-            another = self._insert()  # it was prefilled in a row with the first
+            another = self._insert()  # it was packed with the first
             if another is None:
                 break
             more_insertions.append(another)
@@ -484,7 +485,7 @@ class Scheduler:
         )
 
     def _pack(self, request: ScheduledRequest) -> tuple[tuple[ScheduledRequest, int], ...]:
-        """Chooses the waiting requests whose prompts follow that of the first, see the class.
+        """Chooses the waiting requests whose prompts are packed behind that of the first.
 
         A new prefill takes the place of what earlier ones have left for rows.
         """
@@ -537,7 +538,7 @@ class Scheduler:
         prefill: PrefillResult,
         packed: Sequence[tuple[ScheduledRequest, int]],
     ) -> list[NewTokens]:
-        """Records the first tokens of prompts that were prefilled in a row, and kept whole."""
+        """Records the first tokens of packed prompts, which are kept whole."""
         first, new = prefill.first_token, []
         assert first is not None
         for place, (each, attempt) in enumerate([(request, request.attempt), *packed]):

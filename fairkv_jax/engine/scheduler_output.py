@@ -67,8 +67,8 @@ class PrefillChunks:
     also_samples: tuple[NewRequest, ...] = ()
     """Requests with the same prompt, which is left out, whose token is sampled then as well."""
     packed: tuple[NewRequest, ...] = ()
-    """With the first chunk: requests whose prompts follow in the same chunks. They and the new
-    request are kept whole, and all of their first tokens are sampled."""
+    """With the first chunk: requests whose prompts are packed behind that of the new request, in
+    the same chunks. All of them are kept whole, and all of their first tokens are sampled."""
 
     @property
     def is_last(self) -> bool:
@@ -163,7 +163,7 @@ class SchedulerOutput:
     replications_before_prefill: tuple[PageReplication, ...] = ()
     """The same; their pages may be in use until the insertion is done."""
     more_insertions: tuple[Insertion, ...] = ()
-    """Of prompts that were prefilled in a row with the one of `insertion`."""
+    """Insertions of the prompts that were packed with that of `insertion`."""
 
     @property
     def insertions(self) -> tuple[Insertion, ...]:

@@ -8,12 +8,10 @@ The token right after the context is not scored: a prefill predicts it before it
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cached_property
 
-import jax
 import numpy as np
-from jax.sharding import Mesh, PartitionSpec
-from jaxtyping import Array, Float, Int
+from jaxtyping import Float
 
 from fairkv_jax.engine.execution import Execution
 from fairkv_jax.engine.kv_cache_manager import KVCacheManager
@@ -27,9 +25,8 @@ from fairkv_jax.engine.scheduler_output import (
     SchedulerOutput,
 )
 from fairkv_jax.evaluate.user_data import SCORED_TOKENS
-from fairkv_jax.models.model import Model
+from fairkv_jax.prefill import logits_of
 from fairkv_jax.sampling_params import SamplingParams
-from fairkv_jax.sharding.load_weights import partition_specs
 
 _BLOCK = 32
 """Positions whose distributions are in float64 at a time."""
@@ -146,31 +143,6 @@ class LikelihoodMeter:
             decode=None,
         )
         return self._runner.execute(output)
-
-
-@partial(jax.jit, static_argnames=("mesh", "block"))
-def logits_of(
-    model: Model,
-    hidden: Float[Array, "T D"],
-    start: Int[Array, ""],
-    *,
-    mesh: Mesh,
-    block: int,
-) -> Float[Array, "block V"]:
-    """Returns the logits of `block` positions of a prefill that has run all its chunks."""
-
-    def local(model: Model, hidden: Array, start: Array) -> Array:
-        return model.logits(jax.lax.dynamic_slice_in_dim(hidden, start, block))
-
-    whole = PartitionSpec()
-    run = jax.shard_map(
-        local,
-        mesh=mesh,
-        in_specs=(partition_specs(model), whole, whole),
-        out_specs=whole,
-        check_vma=False,
-    )
-    return run(model, hidden, start)
 
 
 def kl(full: Float[np.ndarray, "T V"], other: Float[np.ndarray, "T V"]) -> float:

@@ -152,7 +152,13 @@ def test_kept_positions(
     other.kv_config = several[0].config
     other.methods = (make_method(other.kv_config),)
     other.programs = Programs(
-        engine.programs._shapes, engine.config, other.kv_config, other.methods, None, show=False
+        engine.programs._shapes,
+        engine.config,
+        other.kv_config,
+        other.methods,
+        None,
+        engine.packing,
+        show=False,
     )
     other._prefills = PrefillRunner(
         other.programs,

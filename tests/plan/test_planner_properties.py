@@ -139,6 +139,21 @@ def test_free_shares_fill_every_device_where_weights_are_free(profile, devices):
     assert all(len(layer) - plan.num_heads <= devices - 1 for layer in plan.layers)
 
 
+def test_a_device_full_of_light_heads_takes_one_more():
+    """Where slots are free, the search goes on although the last slots have gained nothing."""
+    tokens = (1351.63, 1265.04, 606.68, 142.04, 38.55, 35.97, 34.34, 5.75, 2.31)
+    cost = CostModel(a_seconds=0.0, b_seconds_per_token=1e-9, batch=16)
+    plan = make_plan(
+        Profile("", "ada_snapkv", 100, (tokens,)),
+        4,
+        row_split="proportional",
+        max_extra_replicas=3,
+        cost=cost,
+        effort=0,
+    )
+    assert plan.utilization >= 0.999
+
+
 def test_free_shares_fill_eight_devices_with_eight_heads():
     tokens = np.random.default_rng(0).gamma(1.0, size=(10, 8)) * 100 + 1
     profile = Profile("random", "ada_snapkv", 100, tokens.tolist())
