@@ -119,6 +119,7 @@ def test_one_that_is_cancelled_leaves_the_others(tiny_checkpoint: Path, name: st
         for index in range(4):
             if str(index) != name:
                 assert tokens[str(index)] == want[index]
+        assert llm.engine.runner._task is None, "the prefill holds memory"
         check_idle(llm.engine)
 
 

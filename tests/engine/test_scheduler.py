@@ -349,6 +349,22 @@ def test_nobody_overtakes_and_all_finish_under_pressure():
     assert len(driver.finished) == 12
 
 
+def test_packed_prompts_that_wait_for_pages_are_prefilled_again_after_a_preemption():
+    """The first of them has run, and takes the place of what the prefill left for the others."""
+    driver = Driver(make_scheduler(1, num_rows=4, spare_pages=0))
+    driver.add(make_request("0", 0, 40, 20))
+    for name in "123":
+        driver.add(make_request(name, int(name), 9, 30, keeps_whole=True))
+    driver.run()
+    begun = [each.prefill for each in driver.outputs if each.prefill and each.prefill.new_request]
+    assert max(len(each.packed) for each in begun) == 2
+    assert driver.scheduler.num_preemptions > 0
+    prefilled = [each.request_id for prefill in begun for each in prefill.packed]
+    prefilled += [prefill.request_id for prefill in begun]
+    assert prefilled.count("3") > 1
+    assert sorted(driver.finished) == ["0", "1", "2", "3"]
+
+
 def test_a_document_that_many_rows_share_is_copied_to_other_replicas():
     """So that its copied heads serve some of the rows there; the copies are evicted first."""
     balance = {}
