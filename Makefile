@@ -34,8 +34,9 @@ notebook-outputs: $(INSTALLED_DEV) $(CHECKPOINT)
 test: $(INSTALLED_DEV) $(CHECKPOINT)
 	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile $(ARGS)
 
-# Runs the long forms of suites that have a short form in `make test`. Two variables of the
-# environment shorten the longest: CHAOS_SECONDS (1200), and OPENAPI_CASES (1000) for each operation.
+# Runs the long forms of suites that have a short form in `make test`. Variables of the environment
+# shorten the longest: CHAOS_SECONDS (1200), OPENAPI_CASES (1000) for each operation, and
+# SCHEDULER_EXAMPLES (1500).
 test-long: $(INSTALLED_DEV) $(CHECKPOINT)
 	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile --long $(ARGS)
 

@@ -1,6 +1,7 @@
 """Runs an engine step by step, and checks its account of the cache while it does."""
 
 from collections.abc import Callable, Iterable, Sequence
+from itertools import takewhile
 
 import numpy as np
 
@@ -105,27 +106,36 @@ def check_owners(engine: LLMEngine) -> None:
 def _check_pages(engine: LLMEngine, lengths: np.ndarray) -> None:
     """Host and devices agree on the pages in use.
 
-    Only those of prefixes serve two slots, and full ones of a prompt with several answers.
+    What prefixes hold may serve rows as well. Two rows share only full pages of what their prompts
+    have in common, also once the prefix is evicted that they have begun with.
     """
-    manager, table = engine.scheduler.kv_cache, engine.runner.cache.page_table
-    spec, starts = manager.spec, np.asarray(table.starts)
+    scheduler, table = engine.scheduler, engine.runner.cache.page_table
+    manager, starts = scheduler.kv_cache, np.asarray(table.starts)
+    spec = manager.spec
     entries = np.asarray(table.pages).reshape(spec.num_devices, -1)
-    places = [place for prefix in engine.scheduler.prefixes for place in prefix.places]
+    requests = scheduler.running | {each.shared_row: each for each in scheduler.waiting}
+    places = [place for prefix in scheduler.prefixes for place in prefix.places]
     seen = {pair for each in places for pair in zip(each.devices, each.pages, strict=True)}
-    shared = set(seen)
+    holders: dict[tuple[int, int], tuple[int, int, int]] = {}
+    """By (device, page): layer, row, and place in the row."""
     for layer, row, slot in np.argwhere(lengths > 0):
         device, start = slot // spec.slots_per_device, starts[layer, row, slot]
         pages = manager.pages_of(layer, row, slot)
         assert len(pages) == -(-lengths[layer, row, slot] // spec.page_size)
         np.testing.assert_array_equal(entries[device, start : start + len(pages)], pages)
-        mine = {(device, page) for page in pages.tolist()}
-        assert len(mine) == len(pages)
-        request = engine.scheduler.running.get(row)
-        if request is not None and request.whole_prompt is not None:
-            num_full = (lengths[layer, row, slot] - request.num_cached) // spec.page_size
-            shared |= {(device, page) for page in pages[:num_full].tolist()}
-        assert not mine & (seen - shared)
-        seen |= mine
+        num_prompt = lengths[layer, row, slot] - requests[row].num_cached
+        for place, page in enumerate(pages.tolist()):
+            seen.add((device, page))
+            if (device, page) not in holders:
+                holders[device, page] = layer, row, place
+                continue
+            of_layer, of_row, of_place = holders[device, page]
+            assert (of_layer, of_place) == (layer, place)
+            assert of_row != row
+            prompts = [requests[each].request.prompt_token_ids for each in (of_row, row)]
+            same = takewhile(lambda pair: pair[0] == pair[1], zip(*prompts, strict=False))
+            num_common = min(num_prompt, len(list(same)))
+            assert num_common >= (place + 1) * spec.page_size
     used = np.bincount([device for device, _ in seen], minlength=spec.num_devices)
     assert used.tolist() == manager.used_pages.tolist()
 

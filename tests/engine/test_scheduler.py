@@ -1,5 +1,6 @@
 """The scheduler without a model: random arrivals, aborts and pressure, on a device that checks."""
 
+import os
 from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
@@ -328,7 +329,9 @@ class TestScheduler(SchedulerMachine.TestCase):
 
 @pytest.mark.long
 class TestSchedulerLong(SchedulerMachine.TestCase):
-    settings = settings(max_examples=1500, stateful_step_count=80)
+    settings = settings(
+        max_examples=int(os.environ.get("SCHEDULER_EXAMPLES", "1500")), stateful_step_count=80
+    )
 
 
 def test_nobody_overtakes_and_all_finish_under_pressure():

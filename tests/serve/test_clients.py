@@ -1,5 +1,7 @@
 """Other clients of OpenAI's API: LangChain, LiteLLM and llm; what they send is taken and read."""
 
+import asyncio
+import importlib
 import json
 import os
 import subprocess
@@ -8,7 +10,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import litellm as typed_litellm
 import pytest
 from langchain_core.messages import HumanMessage
 from langchain_openai import ChatOpenAI, OpenAI
@@ -17,8 +18,6 @@ from pydantic import BaseModel, SecretStr
 from tests.serve.live import PATIENCE_S, Server, running
 from tests.serve.scripted import ScriptedEngine
 
-litellm: Any = typed_litellm
-"""Its types leave out the exceptions, and name streams and answers alike."""
 ROME = '{"city":"Rome"}'
 CALL = f'<tool_call>\n{{"name": "get_weather", "arguments": {ROME}}}\n</tool_call>'
 REQUESTS = Path(__file__).parent / "published" / "load_generators.json"
@@ -97,8 +96,24 @@ def test_langchain_calls_tools_and_gets_structures(talker: ScriptedEngine, talki
         assert structured.invoke("Where?") == City(city="Rome")
 
 
+@pytest.fixture
+def litellm(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """Imported late, for it takes long, and with the thread's event loop, which it does not close.
+
+    Its types leave out the exceptions, and name streams and answers alike.
+    """
+    monkeypatch.setenv("LITELLM_LOCAL_MODEL_COST_MAP", "True")
+    loop = asyncio.new_event_loop()
+    asyncio.set_event_loop(loop)
+    yield importlib.import_module("litellm")
+    asyncio.set_event_loop(None)
+    loop.close()
+
+
 @pytest.mark.filterwarnings("default")
-def test_litellm_chats_streams_and_calls_tools(talker: ScriptedEngine, talking: Server):
+def test_litellm_chats_streams_and_calls_tools(
+    litellm: Any, talker: ScriptedEngine, talking: Server
+):
     def ask(**options):
         return litellm.completion(
             model="openai/scripted",
@@ -133,7 +148,7 @@ def test_litellm_chats_streams_and_calls_tools(talker: ScriptedEngine, talking: 
 
 
 @pytest.mark.filterwarnings("default")
-def test_litellm_learns_what_is_not_served(server: Server):
+def test_litellm_learns_what_is_not_served(litellm: Any, server: Server):
     """As the client's mistake: a 404 would make its proxy take the deployment out."""
     with pytest.raises(litellm.BadRequestError, match="embeddings"):
         litellm.embedding(
