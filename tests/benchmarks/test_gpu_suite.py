@@ -190,6 +190,7 @@ def test_a_part_that_breaks_off_keeps_what_it_measured(monkeypatch: pytest.Monke
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_the_server_answers_every_request_of_the_load() -> None:
     (record,) = demo.serve(TINY, CPU)
     assert record["requests"] == demo.REQUESTS_PER_ROW * record["streams"]

@@ -41,7 +41,7 @@ def choices(count: int, same_prompt: str, **options: Any) -> list[Request]:
     ]
 
 
-@pytest.mark.parametrize("num_devices", [1, 3])
+@pytest.mark.parametrize("num_devices", [pytest.param(1, marks=pytest.mark.long), 3])
 def test_choices_are_those_of_prompts_of_their_own(
     tiny_checkpoint: Path, num_devices: int, tmp_path: Path
 ):

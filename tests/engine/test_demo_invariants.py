@@ -24,8 +24,8 @@ POLICIES: dict[str, dict[str, Any]] = {
     "ada_snapkv": {"kv_policy": "ada_snapkv", "kv_budget": BUDGET},
 }
 MESHES = [
-    ("ada_snapkv", 3, "best_effort"),
     ("ada_snapkv", 4, "fair_copying"),
+    pytest.param("ada_snapkv", 3, "best_effort", marks=pytest.mark.long),
     pytest.param("full", 2, "fair_copying", marks=pytest.mark.long),
     pytest.param("full", 8, "static", marks=pytest.mark.long),
     pytest.param("ada_snapkv", 2, "static", marks=pytest.mark.long),

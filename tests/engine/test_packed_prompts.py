@@ -51,7 +51,8 @@ def prompts_of(begun: list[PrefillChunks]) -> list[int]:
     return [1 + len(each.packed) for each in begun]
 
 
-@pytest.mark.parametrize("num_devices", [1, 2])  # a head has two replicas on two devices
+# On two devices a head has two replicas.
+@pytest.mark.parametrize("num_devices", [pytest.param(1, marks=pytest.mark.long), 2])
 def test_they_change_no_token(tiny_checkpoint: Path, num_devices: int):
     llm = LLM(tiny_checkpoint, tensor_parallel_size=num_devices, **OPTIONS)
     llm.engine.warm_up([len(each) for each in PROMPTS], 4, prompt_logprobs=False)

@@ -59,7 +59,9 @@ def check_only_prefixes_left(llm: LLM) -> None:
     np.testing.assert_array_equal(scheduler.kv_cache.used_pages, scheduler.prefixes.num_pages)
 
 
-@pytest.mark.parametrize("num_devices", [1, 2, 3])
+@pytest.mark.parametrize(
+    "num_devices", [*(pytest.param(n, marks=pytest.mark.long) for n in (1, 2)), 3]
+)
 def test_a_prefix_kept_whole_changes_no_token(tiny_checkpoint: Path, num_devices: int):
     llm = make_llm(tiny_checkpoint, num_devices)
     whole = tokens_of(llm, [[*DOCUMENT, *question] for question in QUESTIONS[:4]])

@@ -17,7 +17,7 @@ CONTEXT = 90
 RATIO = 0.6
 
 
-@pytest.mark.parametrize("num_devices", [1, 2])
+@pytest.mark.parametrize("num_devices", [pytest.param(1, marks=pytest.mark.long), 2])
 def test_likelihood_is_that_of_numpy(tiny_checkpoint: Path, num_devices: int):
     llm = LLM(
         tiny_checkpoint,

@@ -28,7 +28,7 @@ def greedy(path: Path, num_devices: int, head_plan: str) -> list[list[int]]:
     return [list(output.outputs[0].token_ids) for output in outputs]
 
 
-@pytest.mark.parametrize("source", ["gguf", "folder"])
+@pytest.mark.parametrize("source", [pytest.param("gguf", marks=pytest.mark.long), "folder"])
 def test_converted_on_another_mesh_and_plan(tmp_path, source):
     options: dict[str, Any] = {"architecture": "qwen2"}
     if source == "folder":
