@@ -248,7 +248,9 @@ def test_the_shipped_results_are_those_of_the_published_profiles():
         assert ratio == pytest.approx(expected, rel=2e-3)
 
 
-@pytest.mark.skipif("FAIRKV_HEAD_SCORES" not in os.environ, reason="names no folder of head scores")
+@pytest.mark.skipif(
+    "FAIRKV_HEAD_SCORES" not in os.environ, reason="FAIRKV_HEAD_SCORES names no folder"
+)
 def test_the_shipped_results_are_those_of_the_published_scores():
     text = (ROOT / "benchmarks/results/balance.json").read_text(encoding="utf-8")
     records = [

@@ -119,7 +119,9 @@ def test_wrong_arguments_are_named(tmp_path: Path, capsys: pytest.CaptureFixture
         assert message in error
 
 
-@pytest.mark.skipif("FAIRKV_HEAD_SCORES" not in os.environ, reason="names no folder of tables")
+@pytest.mark.skipif(
+    "FAIRKV_HEAD_SCORES" not in os.environ, reason="FAIRKV_HEAD_SCORES names no folder"
+)
 def test_published_tables_are_imported(tmp_path: Path):
     tables = sorted(Path(os.environ["FAIRKV_HEAD_SCORES"]).glob("duo*.tsv"))
     assert tables
@@ -129,7 +131,9 @@ def test_published_tables_are_imported(tmp_path: Path):
         scores.check_model(32, 32 if "Llama-2" in table.name else 8)
 
 
-@pytest.mark.skipif("FAIRKV_HEAD_PROFILES" not in os.environ, reason="names no folder of profiles")
+@pytest.mark.skipif(
+    "FAIRKV_HEAD_PROFILES" not in os.environ, reason="FAIRKV_HEAD_PROFILES names no folder"
+)
 def test_published_profiles_are_imported(tmp_path: Path):
     files = sorted(Path(os.environ["FAIRKV_HEAD_PROFILES"]).glob("*.npz"))
     assert files

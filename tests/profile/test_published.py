@@ -93,7 +93,9 @@ def test_bad_duo_attention_options_are_named():
         from_duo_attention(np.ones((1, 1)), prompt_tokens=8, sinks=-1)
 
 
-@pytest.mark.skipif("FAIRKV_HEAD_SCORES" not in os.environ, reason="names no folder of tables")
+@pytest.mark.skipif(
+    "FAIRKV_HEAD_SCORES" not in os.environ, reason="FAIRKV_HEAD_SCORES names no folder"
+)
 def test_published_tables_give_plans():
     tables = sorted(Path(os.environ["FAIRKV_HEAD_SCORES"]).glob("*.tsv"))
     assert tables
