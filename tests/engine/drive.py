@@ -113,11 +113,12 @@ def _check_pages(engine: LLMEngine, lengths: np.ndarray) -> None:
     manager, starts = scheduler.kv_cache, np.asarray(table.starts)
     spec = manager.spec
     entries = np.asarray(table.pages).reshape(spec.num_devices, -1)
-    requests = scheduler.running | {each.shared_row: each for each in scheduler.waiting}
+    waiting = {each.shared_row: each for each in scheduler.waiting if each.shared_row is not None}
+    requests = scheduler.running | waiting
     places = [place for prefix in scheduler.prefixes for place in prefix.places]
     seen = {pair for each in places for pair in zip(each.devices, each.pages, strict=True)}
-    holders: dict[tuple[int, int], tuple[int, int, int]] = {}
-    """By (device, page): layer, row, and place in the row."""
+    holders: dict[tuple[int, int], tuple[int, int, int, int]] = {}
+    """By (device, page): layer, slot, place in the row, and row."""
     for layer, row, slot in np.argwhere(lengths > 0):
         device, start = slot // spec.slots_per_device, starts[layer, row, slot]
         pages = manager.pages_of(layer, row, slot)
@@ -127,10 +128,10 @@ def _check_pages(engine: LLMEngine, lengths: np.ndarray) -> None:
         for place, page in enumerate(pages.tolist()):
             seen.add((device, page))
             if (device, page) not in holders:
-                holders[device, page] = layer, row, place
+                holders[device, page] = layer, slot, place, row
                 continue
-            of_layer, of_row, of_place = holders[device, page]
-            assert (of_layer, of_place) == (layer, place)
+            *where, of_row = holders[device, page]
+            assert where == [layer, slot, place]
             assert of_row != row
             prompts = [requests[each].request.prompt_token_ids for each in (of_row, row)]
             same = takewhile(lambda pair: pair[0] == pair[1], zip(*prompts, strict=False))
